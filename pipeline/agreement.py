@@ -1,0 +1,78 @@
+"""What ranks tell each other at each step: one asynchronous sum of a few integers, read one step later.
+
+It costs no stall and no sync with a GPU: the sum of step s is started at its end and read at the start of step s + 1,
+by all ranks alike, so that all see a request to stop at the same batch boundary.
+"""
+
+import math
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+_POINT = 1 << 40  # losses are added as integers of this unit: the sum does not depend on the order of ranks
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """Sums over ranks. The hashes are sums modulo 2^64 of a hash of each sample, as signed 64-bit integers."""
+
+    batch_hash: int
+    crop_hash: int
+    loss: int  # fixed point; see `mean_loss`
+    not_finite: int
+    replaced: int
+    bytes_read: int
+    retries: int
+    preempted: int
+    terminated: int
+
+    def mean_loss(self, world_size: int) -> float | None:
+        """Mean over ranks, None when the loss of one was not finite."""
+        return None if self.not_finite else self.loss / _POINT / world_size
+
+
+class Agreement:
+    """One sum in flight, over a gloo group of its own."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self._group = group
+        self._tensor: torch.Tensor | None = None
+        self._work: dist.Work | None = None
+
+    def begin(self, sums: StepSums) -> None:
+        """Start adding this rank's values; `finish` must have been called for the step before."""
+        self._tensor = torch.tensor([getattr(sums, f.name) for f in fields(sums)], dtype=torch.int64)
+        self._work = dist.all_reduce(self._tensor, group=self._group, async_op=True)
+
+    def finish(self) -> StepSums | None:
+        """The sums of the last step begun, None when none is in flight."""
+        if self._work is None or self._tensor is None:
+            return None
+        self._work.wait()
+        self._work = None
+        return StepSums(*self._tensor.tolist())
+
+
+def fixed_point(loss: float) -> int:
+    """The loss as `StepSums.loss` takes it; 0 when it is not finite."""
+    return round(loss * _POINT) if math.isfinite(loss) else 0
+
+
+def batch_hash(ids: np.ndarray, lanes: range, step: int) -> int:
+    """A hash of which samples stand at which place of the step's global batch; sums over ranks modulo 2^64.
+
+    ids: (B,) of this rank, lane by lane. Mixed with splitmix64's finalizer.
+    """
+    per_lane = len(ids) // len(lanes)
+    place = (np.uint64(step) << np.uint64(32)) + np.arange(lanes.start * per_lane, lanes.stop * per_lane, dtype=np.uint64)
+    mixed = _mix(_mix(ids.astype(np.uint64)) ^ _mix(place))
+    return int(mixed.sum(dtype=np.uint64).astype(np.int64))
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,260 @@
+"""A run's config: YAML files joined by `extends:`, overrides from `SET=`, checked whole before anything starts.
+
+Every mistake is reported at once, each on a line of its own with the file, the key, what was found and what is valid.
+Defaults live in the sections (in the modules that read them); a YAML file holds only what differs.
+"""
+
+import difflib
+import hashlib
+import json
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from data_shards.errors import UserError
+from data_shards.order import DataSettings, Order
+from data_shards.reader import ReaderSettings
+from data_shards.section import Section
+from pipeline.augment import AugmentSettings
+from pipeline.checkpoint import CheckpointSettings
+from pipeline.loader import LoaderSettings
+from pipeline.monitor import MonitorSettings
+from pipeline.optim import OptimSettings
+from pipeline.regnet import ModelSettings
+from pipeline.swav import SwAVSettings
+
+
+class TrainSettings(Section):
+    """How long, in what precision, from which initial weights. The length is one of epochs, steps and images."""
+
+    epochs: PositiveFloat | None = None
+    steps: PositiveInt | None = None
+    images: PositiveInt | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: int = 0  # of the initial weights; the order and the crops have data.seed
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainSettings":
+        given = [name for name in ("epochs", "steps", "images") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of epochs, steps, images (found {', '.join(given) or 'none'})")
+        return self
+
+    def length(self, order: Order) -> int:
+        """Steps of the whole run over that order of the data."""
+        if self.steps is not None:
+            return self.steps
+        if self.images is not None:
+            return -(-self.images // order.batch_size)
+        assert self.epochs is not None
+        return round(self.epochs * order.steps_per_epoch)
+
+
+class EfficiencySettings(Section):
+    """What makes a run faster or exactly repeatable without changing what it learns."""
+
+    affects_results: ClassVar[bool] = False
+    torch_threads: PositiveInt = 1  # a rank's, on CPU
+    deterministic: bool = False  # DDP keeps its buckets: sums are equal after a restart on any number of ranks
+    timeout_s: PositiveFloat = 600.0  # of a collective
+
+
+class Config(Section):
+    """The root: one section a module. `store` is the folder of all runs."""
+
+    store: str = "s3://runs"
+    data: DataSettings
+    reader: ReaderSettings = ReaderSettings()
+    loader: LoaderSettings = LoaderSettings()
+    augment: AugmentSettings = AugmentSettings()
+    model: ModelSettings = ModelSettings()
+    swav: SwAVSettings = SwAVSettings()
+    optim: OptimSettings = Field(default_factory=OptimSettings)
+    train: TrainSettings
+    efficiency: EfficiencySettings = EfficiencySettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    monitor: MonitorSettings = MonitorSettings()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "Config":
+        lanes, group, queue = self.data.lanes, self.model.batch_norm_lanes, self.swav.queue
+        wrong = []
+        if group is not None and lanes % group:
+            wrong.append(f"model.batch_norm_lanes: {group} does not divide data.lanes ({lanes})")
+        if queue % lanes:
+            wrong.append(f"swav.queue: {queue} samples do not divide among {lanes} lanes")
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        return self
+
+    def dump(self) -> dict[str, Any]:
+        """Plain values, as YAML or JSON takes them; `Config.model_validate` reads them back."""
+        return self.model_dump(mode="json")
+
+    def results(self) -> dict[str, Any]:
+        """The sections that affect results, without the place where the data lies (the run pins its layout id)."""
+        kept = {
+            name: value
+            for name, value in self.dump().items()
+            if isinstance(section := getattr(self, name), Section) and section.affects_results
+        }
+        return {**kept, "data": {key: value for key, value in kept["data"].items() if key != "url"}}
+
+    def fingerprint(self) -> str:
+        """A hash of what affects results: equal for two configs that learn the same from the same data."""
+        return hashlib.sha256(json.dumps(self.results(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+class ConfigError(UserError):
+    """All mistakes of a config, a line each."""
+
+
+@dataclass
+class _Source:
+    """Values with the place that each key came from (dotted key -> file:line)."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
+
+
+def load(path: str | Path, overrides: str | Sequence[str] = ()) -> Config:
+    """Read a config file with what it extends, apply `key=value` overrides, check it.
+
+    Raises ConfigError with one line for each mistake.
+    """
+    source = _read_file(Path(path), seen=())
+    for override in shlex.split(overrides) if isinstance(overrides, str) else overrides:
+        _override(source, override)
+    try:
+        config = Config.model_validate(source.values)
+    except ValidationError as error:
+        source.errors += [_explain(source, str(path), details) for details in error.errors()]
+    if source.errors:
+        raise ConfigError("\n".join(source.errors))
+    return config
+
+
+def parse(values: Mapping[str, Any], name: str) -> Config:
+    """Check values that were read before, such as a run's own record; `name` stands in for the file in errors."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(_Source(dict(values)), name, d) for d in error.errors())) from None
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Lines `key: old -> new` for each leaf that differs."""
+    left, right = dict(_leaves(old)), dict(_leaves(new))
+    return [f"{k}: {left.get(k)!r} -> {right.get(k)!r}" for k in sorted({*left, *right}) if left.get(k) != right.get(k)]
+
+
+def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, values
+
+
+def _read_file(path: Path, seen: tuple[Path, ...]) -> _Source:
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: extends itself (through {', '.join(str(p) for p in seen)})")
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config; in {path.parent}: {_configs_in(path.parent)}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    own = _Source()
+    if root is None:
+        return own
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError(f"{path}: found a {root.id}, valid is a mapping of sections, such as `optim: {{lr: 0.3}}`")
+    own.values = _mapping(root, path, "", own)
+    parent = own.values.pop("extends", None)
+    return own if parent is None else _merge(_read_file(path.parent / str(parent), (*seen, path.resolve())), own)
+
+
+def _configs_in(folder: Path) -> str:
+    return ", ".join(sorted(p.name for p in folder.glob("*.yaml"))) or "none"
+
+
+def _mapping(node: yaml.MappingNode, path: Path, prefix: str, source: _Source) -> dict[str, Any]:
+    loader = yaml.SafeLoader("")
+    values: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        key = str(loader.construct_object(key_node, deep=True))  # type: ignore[no-untyped-call]
+        dotted = f"{prefix}.{key}" if prefix else key
+        place = f"{path}:{key_node.start_mark.line + 1}"
+        if key in values:
+            source.errors.append(f"{place}: {dotted}: found twice, first at {source.places[dotted]}; keep one")
+        source.places[dotted] = place
+        if isinstance(value_node, yaml.MappingNode):
+            values[key] = _mapping(value_node, path, dotted, source)
+        else:
+            values[key] = loader.construct_object(value_node, deep=True)  # type: ignore[no-untyped-call]
+    return values
+
+
+def _merge(base: _Source, over: _Source) -> _Source:
+    def join(left: Any, right: Any) -> Any:
+        if isinstance(left, dict) and isinstance(right, dict):
+            return {**left, **{key: join(left.get(key), value) for key, value in right.items()}}
+        return right
+
+    return _Source(
+        join(base.values, over.values), {**base.places, **over.places}, [*base.errors, *over.errors]
+    )
+
+
+def _override(source: _Source, text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        source.errors.append(f"SET: found {text!r}, valid is key=value, such as optim.lr=2.4")
+        return
+    *sections, leaf = key.split(".")
+    target = source.values
+    for section in sections:
+        inner = target.get(section)
+        target[section] = inner = dict(inner) if isinstance(inner, dict) else {}
+        target = inner
+    try:
+        target[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        source.errors.append(f"SET: {key}: found {value!r}, which is not a YAML value")
+    source.places[key] = "SET"
+
+
+def _explain(source: _Source, name: str, error: Any) -> str:
+    keys = [str(part) for part in error["loc"]]
+    dotted = ".".join(keys)
+    place = next((source.places[k] for n in range(len(keys), 0, -1) if (k := ".".join(keys[:n])) in source.places), name)
+    if error["type"] == "extra_forbidden":
+        return f"{place}: {dotted}: unknown key (found {error['input']!r}); {_valid_keys(error['loc'])}"
+    if error["type"] == "missing":
+        return f"{place}: {dotted}: missing; it has no default, so set it"
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if error["type"] == "value_error" and isinstance(error["input"], Mapping | BaseModel):
+        return f"{place}: {dotted}: {message}" if dotted else f"{place}: {message}"
+    return f"{place}: {dotted}: found {error['input']!r}; valid is {message}"
+
+
+def _valid_keys(loc: Sequence[str | int]) -> str:
+    model: type[BaseModel] = Config
+    for part in loc[:-1]:
+        if isinstance(part, str) and part in model.model_fields:
+            model = _section_in(model.model_fields[part].annotation) or model
+    near = difflib.get_close_matches(str(loc[-1]), model.model_fields, n=1)
+    return f"valid: {', '.join(model.model_fields)}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := _section_in(inner))), None)

@@ -1,0 +1,113 @@
+"""SwAV on a RegNet as a Lightning module: one training step, read from top to bottom like the paper's pseudo-code.
+
+Its state is a dict of named tensors (weights, optimizer, queue by lane), the same on any number of ranks.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from pipeline.batchnorm import average_running_statistics, commit_statistics, convert
+from pipeline.config import Config
+from pipeline.loader import Batch
+from pipeline.optim import build_optimizer, lr_at, optimizer_tensors
+from pipeline.regnet import RegNet
+from pipeline.swav import Head, Prototypes, Queue, prototype_usage, sinkhorn, swav_loss
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step gave on this rank; gradients, and with them the norm and `finite`, are equal on all ranks."""
+
+    step: int  # counted from 1
+    loss: float
+    lr: float
+    grad_norm: float
+    finite: bool
+    prototypes_used: float | None = None  # share of the prototypes, 0 to 1; None where it was not measured
+    usage_entropy: float | None = None  # of the mean code, as a share of ln K
+
+
+class SwAV(pl.LightningModule):
+    """lanes: those of this rank; steps: of the whole run; group: gloo or NCCL group of all ranks (None: the default)."""
+
+    def __init__(self, config: Config, lanes: range, rank: int, world_size: int, steps: int) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.config, self.steps = config, steps
+        torch.manual_seed(config.train.seed)
+        trunk = RegNet(config.model)
+        head = Head(trunk.width, config.swav)
+        prototypes = Prototypes(head.width, config.swav)
+        group_lanes = config.model.batch_norm_lanes or config.data.lanes
+        self.net = nn.ModuleDict({"trunk": trunk, "head": head, "prototypes": prototypes})
+        convert(self.net, lanes=len(lanes), rank=rank, world_size=world_size, group_lanes=group_lanes)
+        self.net.to(memory_format=torch.channels_last)
+        self.queue = Queue(config.swav, lanes, config.data.lanes, head.width)
+        self.step = 0  # steps done
+        self.stop = False  # set at a batch boundary: the next batch is not trained
+        self.result: StepResult | None = None
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return build_optimizer(self.net, self.config.optim)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        return -1 if self.stop else None
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        return batch  # the loader's crops are on the device already
+
+    def embed(self, crops: list[Tensor]) -> Tensor:
+        """crops: one (B, n, 3, s, s) for each size -> (B, V, D), L2-normalised, views in the order of the crops."""
+        features = [self.net["trunk"](c.flatten(0, 1)).unflatten(0, c.shape[:2]) for c in crops]
+        views = torch.cat(features, dim=1)
+        embeddings: Tensor = self.net["head"](views.flatten(0, 1)).unflatten(0, views.shape[:2])
+        return embeddings
+
+    def loss(self, crops: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """The loss (section 3.1), the two assigning views' embeddings (B, 2, D) and their codes, (B, K) each."""
+        settings, prototypes = self.config.swav, self.net["prototypes"]
+        embeddings = self.embed(crops)
+        scores = prototypes(embeddings)
+        assigning = embeddings[:, :2].detach().float()
+        codes = []
+        for view in range(2):
+            joined = torch.cat([scores[:, view].detach().float(), prototypes(self.queue.samples(view, self.step)).detach()])
+            codes.append(sinkhorn(joined, settings.epsilon, settings.iterations)[: len(scores)])
+        return swav_loss(scores, codes, settings.temperature), assigning, codes
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """One step; a step whose gradients are not finite leaves everything as it was before."""
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        lr = lr_at(self.step, self.config.optim, self.config.data.batch, self.steps)
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = lr
+        optimizer.zero_grad(set_to_none=True)
+        self.net["prototypes"].normalise_()
+        loss, assigning, codes = self.loss(batch.crops)
+        self.manual_backward(loss)
+        self.net["prototypes"].freeze_(self.step)
+        norm = nn.utils.get_total_norm([p.grad for p in self.net.parameters() if p.grad is not None])
+        loss_value, norm_value = torch.stack([loss.detach().float(), norm.float()]).tolist()
+        finite = norm_value < float("inf")  # False for nan too; ranks agree, since gradients are all-reduced
+        if finite:
+            optimizer.step()
+            self.queue.push(assigning)
+        commit_statistics(self.net, keep=finite)
+        self.step += 1
+        measured = self.step % self.config.monitor.log_every == 0
+        used, entropy = prototype_usage(codes) if measured else (None, None)
+        self.result = StepResult(self.step, loss_value, lr, norm_value, finite, used, entropy)
+
+    def state(self) -> dict[str, Tensor]:
+        """Named tensors that a checkpoint holds and a resume fills in place; running statistics are averaged first."""
+        average_running_statistics(self.net)
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        weights = {f"model.{name}": tensor for name, tensor in self.net.state_dict().items()}
+        return weights | optimizer_tensors(self.net, optimizer) | self.queue.state()
+

@@ -1,0 +1,89 @@
+"""Signals set a flag and nothing else; and the one place that touches Lightning's private parts.
+
+Lightning 2.6 broadcasts SIGTERM with a host sync at every batch and does a collective inside its signal handler. Here a
+handler only notes the signal; ranks agree at a batch boundary through the sums that each step exchanges anyway
+(pipeline.agreement).
+"""
+
+import signal
+from types import FrameType
+
+import pytorch_lightning as pl
+from pytorch_lightning.plugins.environments import ClusterEnvironment
+
+
+class StopRequest:
+    """What this process was asked for: USR2 means preempted or out of time, TERM means leave now."""
+
+    def __init__(self) -> None:
+        self.preempted = False
+        self.terminated = False
+
+    def install(self) -> None:
+        """Take over USR2 and TERM of this process; submitit's and Lightning's handlers are replaced."""
+        signal.signal(signal.SIGUSR2, self._note)
+        signal.signal(signal.SIGTERM, self._note)
+        signal.signal(signal.SIGCONT, signal.SIG_DFL)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.preempted |= number == signal.SIGUSR2
+        self.terminated |= number == signal.SIGTERM
+
+
+def own_signals(trainer: pl.Trainer, request: StopRequest) -> None:
+    """Put `request` in the place of Lightning's handlers, and take its broadcast out of the batch loop.
+
+    Raises AttributeError when Lightning has moved what is replaced, so that an upgrade cannot bring it back unseen.
+    """
+    _replace(trainer._signal_connector, "register_signal_handlers", request.install)
+    _replace(trainer._signal_connector, "teardown", lambda: None)
+    _replace(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor", lambda: None)
+
+
+def _replace(owner: object, name: str, function: object) -> None:
+    if not callable(getattr(owner, name, None)):
+        raise AttributeError(f"{type(owner).__name__}.{name} is gone from this Lightning; pipeline.signals replaces it")
+    setattr(owner, name, function)
+
+
+class RankEnvironment(ClusterEnvironment):
+    """Ranks as the launch gave them, whoever launched."""
+
+    def __init__(self, rank: int, local_rank: int, local_world_size: int, world_size: int, address: str, port: int) -> None:
+        super().__init__()
+        self._rank, self._local_rank, self._local_world_size = rank, local_rank, local_world_size
+        self._world_size, self._address, self._port = world_size, address, port
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        return True
+
+    @property
+    def main_address(self) -> str:
+        return self._address
+
+    @property
+    def main_port(self) -> int:
+        return self._port
+
+    @staticmethod
+    def detect() -> bool:
+        return False
+
+    def world_size(self) -> int:
+        return self._world_size
+
+    def set_world_size(self, size: int) -> None:
+        """Fixed by the launch."""
+
+    def global_rank(self) -> int:
+        return self._rank
+
+    def set_global_rank(self, rank: int) -> None:
+        """Fixed by the launch."""
+
+    def local_rank(self) -> int:
+        return self._local_rank
+
+    def node_rank(self) -> int:
+        return self._rank // self._local_world_size

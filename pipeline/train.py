@@ -1,0 +1,344 @@
+"""A rank of a run, from its start to its end: find the place, train, save, leave in good order.
+
+Nothing about where to resume comes from the launcher: it is found in the store.
+"""
+
+import datetime
+import json
+import os
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from pytorch_lightning.strategies import DDPStrategy
+
+from data_shards.errors import UserError
+from data_shards.index import Manifest, ShardSet
+from data_shards.order import Order, make_order
+from data_shards.reader import Reader
+from data_shards.store import Store
+from pipeline.agreement import Agreement, StepSums, batch_hash, fixed_point
+from pipeline.checkpoint import Checkpointer, Found
+from pipeline.config import Config
+from pipeline.loader import Batch, Loader
+from pipeline.module import StepResult, SwAV
+from pipeline.monitor import Monitor
+from pipeline.run import Run, read_record
+from pipeline.signals import RankEnvironment, StopRequest, own_signals
+
+Outcome = Literal["finished", "preempted", "terminated", "cancelled"]
+SKIPS_ALLOWED = 3  # steps in a row whose gradients are not finite
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher knows and the trainer does not. Plain values, but for `requeue`, called on rank 0."""
+
+    run_dir: str  # on the shared disk
+    store: str  # the run's folder in the object store
+    rank: int
+    local_rank: int
+    local_world_size: int
+    world_size: int
+    master_addr: str
+    master_port: int
+    stop_budget_s: float = 60.0  # from the signal to the end: save, upload, commit
+    requeue: Callable[[], None] | None = field(default=None, compare=False)
+
+
+def run_rank(config: Config, launch: Launch) -> Outcome:
+    """Train on this rank until the end or until asked to stop; resumes from the newest checkpoint in the store.
+
+    Raises UserError for what a user can mend. The caller's process is a rank of its own.
+    """
+    request = StopRequest()
+    request.install()
+    torch.set_num_threads(config.efficiency.torch_threads)
+    _join(config, launch)
+    try:
+        return Session(config, launch, request).train()
+    finally:
+        dist.destroy_process_group()
+
+
+def _join(config: Config, launch: Launch) -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if launch.master_addr.startswith(("127.", "localhost")) else "")
+    if not os.environ["GLOO_SOCKET_IFNAME"]:
+        del os.environ["GLOO_SOCKET_IFNAME"]
+    dist.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo",
+        init_method=f"tcp://{launch.master_addr}:{launch.master_port}",
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=datetime.timedelta(seconds=config.efficiency.timeout_s),
+    )
+
+
+def open_data(config: Config) -> tuple[ShardSet, Order, Config]:
+    """The shard set, the order over it, and the config with what depended on the data filled in."""
+    store = Store(config.data.url, retry_seconds=config.reader.retry_seconds, connections=config.reader.connections)
+    manifest = Manifest.load(store)
+    order = make_order(config.data, manifest.samples, manifest.mean_bytes, manifest.layout_id)
+    data = config.data.model_copy(update={"chunk_samples": order.chunk_samples})
+    return ShardSet(store, manifest), order, config.model_copy(update={"data": data})
+
+
+class Session:
+    """One attempt of a run on this rank."""
+
+    def __init__(self, config: Config, launch: Launch, request: StopRequest) -> None:
+        self.launch, self.request = launch, request
+        self.control = dist.new_group(backend="gloo")
+        self.shards, self.order, self.config = open_data(config)
+        self.steps = self.config.train.length(self.order)
+        self.lanes = self.order.lanes_of(launch.rank, launch.world_size)
+        self.store = Store(launch.store, retry_seconds=self.config.reader.retry_seconds)
+        self.run = self._claim()
+        self.checkpoints = Checkpointer(
+            self.store,
+            Path(self.config.checkpoint.local_dir or self.run.local / "checkpoints"),
+            attempt=self.run.attempt,
+            fingerprint=self.config.fingerprint(),
+            rank=launch.rank,
+            world_size=launch.world_size,
+            group=dist.new_group(backend="gloo"),
+            settings=self.config.checkpoint,
+            fence=self.run.fence,
+            event=self._event,
+            before_commit=self.run.upload,
+        )
+
+    def train(self) -> Outcome:
+        """Resume, train, leave."""
+        found = self.checkpoints.newest()
+        start = found.step if found else 0
+        self._event("resumed" if found else "started", step=start, world_size=self.launch.world_size)
+        if start >= self.steps:
+            return "finished"
+        module = SwAV(self.config, self.lanes, self.launch.rank, self.launch.world_size, self.steps)
+        quarantine = {int(sample) for sample, *_ in found.extra["quarantine"]} if found else set()
+        reader = Reader(self.shards, self.order, self.lanes, start, self.config.reader, quarantine)
+        loader = Loader(reader, self.config.augment, self.config.data.seed, start, self.steps, self.config.loader)
+        watch = Watch(self, module, loader, found)
+        trainer = self._trainer(watch)
+        try:
+            trainer.fit(module, loader)
+            return self._leave(module, watch)
+        finally:
+            watch.close()
+            loader.close()
+
+    def _claim(self) -> Run:
+        """Rank 0 opens the run for all; its error is everyone's."""
+        answer: list[Any] = [None, None]
+        run = None
+        if self.launch.rank == 0:
+            try:
+                run = Run.start(self.store, Path(self.launch.run_dir), self.config, self.shards.manifest)
+                answer = [run.attempt, None]
+            except UserError as error:
+                answer = [None, str(error)]
+        attempt, refused = _from_rank_0(answer, self.control)
+        if refused is not None:
+            raise UserError(refused)
+        return run or Run(self.store, Path(self.launch.run_dir), attempt)
+
+    def _event(self, name: str, **fields: Any) -> None:
+        if self.launch.rank == 0:
+            self.run.event(name, **fields)
+
+    def _trainer(self, watch: "Watch") -> pl.Trainer:
+        launch = self.launch
+        environment = RankEnvironment(
+            launch.rank, launch.local_rank, launch.local_world_size, launch.world_size, launch.master_addr, launch.master_port
+        )
+        strategy = DDPStrategy(
+            cluster_environment=environment,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=self.config.efficiency.deterministic,
+        )
+        trainer = pl.Trainer(
+            accelerator="gpu" if torch.cuda.is_available() else "cpu",
+            strategy=strategy,
+            devices=launch.local_world_size,
+            num_nodes=launch.world_size // launch.local_world_size,
+            precision={"fp32": "32-true", "bf16": "bf16-mixed"}[self.config.train.precision],
+            max_epochs=1,
+            callbacks=[watch],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+        own_signals(trainer, self.request)
+        return trainer
+
+    def save(self, module: SwAV, bad: list[list[Any]]) -> None:
+        """Start a checkpoint of the present step; training goes on once the state is copied."""
+        gathered: list[Any] = [None] * self.launch.world_size
+        dist.all_gather_object(gathered, bad, group=self.control)
+        quarantine = sorted({tuple(entry) for part in gathered for entry in part})
+        self.checkpoints.save(module.step, module.state(), {"quarantine": [list(entry) for entry in quarantine]})
+
+    def _leave(self, module: SwAV, watch: "Watch") -> Outcome:
+        deadline = time.monotonic() + self.launch.stop_budget_s
+        outcome = watch.outcome or "finished"
+        if outcome != "finished":
+            self._event(outcome, step=module.step)
+        if self.checkpoints.pending_step != module.step:
+            watch.save(module)
+        self.checkpoints.wait(self.launch.stop_budget_s if outcome == "finished" else deadline - time.monotonic())
+        if outcome == "finished":
+            self._event("finished", step=module.step)
+        dist.barrier(group=self.control)
+        watch.close()
+        if outcome == "preempted" and self.launch.rank == 0 and self.launch.requeue is not None:
+            self.run.event("requeued", step=module.step)
+            self.run.upload()
+            self.launch.requeue()
+        return outcome
+
+
+class Watch(pl.Callback):
+    """Between the steps: agrees with the other ranks, writes the rows, saves when it is time."""
+
+    def __init__(self, session: Session, module: SwAV, loader: Loader, found: Found | None) -> None:
+        self.session, self.module, self.loader = session, module, loader
+        self.agreement = Agreement(session.control)
+        self.outcome: Outcome | None = None
+        self._found = found
+        self._quarantine = found.extra["quarantine"] if found else []
+        self._skipped = 0
+        self._started = time.perf_counter()
+        self._last: tuple[StepResult, dict[str, Any]] | None = None
+        self._counters: dict[str, float] = {}
+        self._monitor = self._open_monitor() if session.launch.rank == 0 else None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._found is not None:
+            self.session.checkpoints.load(self._found, self.module.state())
+            self.module.step = self._found.step
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        self._finish_step()
+        self.module.stop = self.outcome is not None
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        result = self.module.result
+        assert result is not None
+        self._begin(result, batch)
+        self._check_finite(result)
+        if result.step % self.session.config.checkpoint.every_steps == 0:
+            self.save(self.module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._finish_step()
+
+    def save(self, module: SwAV) -> None:
+        """A checkpoint, with the rows up to its step written before."""
+        self._finish_step()
+        bad = [[b.id, b.step, b.reason] for b in self.loader.bad]
+        self.session.save(module, [*self._quarantine, *bad])
+
+    def close(self) -> None:
+        """Send the last rows. May be called twice."""
+        if self._monitor is not None:
+            self._monitor.close()
+            self._monitor = None
+
+    def _begin(self, result: StepResult, batch: Batch) -> None:
+        session, counters = self.session, self.loader.counters
+        grown = {key: value - self._counters.get(key, 0.0) for key, value in counters.items()}
+        self._counters = dict(counters)
+        now = time.perf_counter()
+        run_part = {"time": time.time(), "step_s": now - self._started, "wait_s": batch.wait_s}
+        self._started = now
+        self._last = (result, run_part)
+        self.agreement.begin(
+            StepSums(
+                batch_hash=batch_hash(batch.ids, session.lanes, result.step - 1),
+                crop_hash=batch.crop_hash,
+                loss=fixed_point(result.loss),
+                not_finite=int(not result.finite),
+                replaced=batch.replaced,
+                bytes_read=int(grown.get("bytes_read", 0)),
+                retries=int(grown.get("retries", 0)),
+                preempted=int(session.request.preempted),
+                terminated=int(session.request.terminated),
+            )
+        )
+
+    def _finish_step(self) -> None:
+        """Read the sums of the last step: its row, and whether all stop here."""
+        sums = self.agreement.finish()
+        if sums is None or self._last is None:
+            return
+        result, run_part = self._last
+        if sums.preempted:
+            self.outcome = "cancelled" if self._cancelled() else "preempted"
+        elif sums.terminated:
+            self.outcome = "terminated"
+        if self._monitor is not None:
+            self._monitor.row(*self._row(result, run_part, sums))
+
+    def _row(self, result: StepResult, run_part: dict[str, Any], sums: StepSums) -> tuple[dict[str, Any], dict[str, Any]]:
+        batch = self.session.config.data.batch
+        row = {
+            "step": result.step,
+            "loss": sums.mean_loss(self.session.launch.world_size),
+            "lr": result.lr,
+            "grad_norm": result.grad_norm if result.finite else None,
+            "prototypes_used": result.prototypes_used,
+            "usage_entropy": result.usage_entropy,
+            "batch_hash": f"{sums.batch_hash % 2**64:016x}",
+            "crop_hash": f"{sums.crop_hash % 2**64:016x}",
+        }
+        run = {
+            **run_part,
+            "images_s": batch / run_part["step_s"],
+            "replaced": sums.replaced,
+            "bytes_read": sums.bytes_read,
+            "retries": sums.retries,
+            "rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+        return row, run
+
+    def _check_finite(self, result: StepResult) -> None:
+        self._skipped = 0 if result.finite else self._skipped + 1
+        if not result.finite:
+            self.session._event("step skipped", step=result.step, reason="gradients are not finite")
+        if self._skipped >= SKIPS_ALLOWED:
+            raise UserError(
+                f"{self.session.store.url}: gradients were not finite for {self._skipped} steps up to {result.step}; weights are "
+                f"those of step {result.step - self._skipped}; lower optim.lr or raise swav.epsilon in a new RUN"
+            )
+
+    def _cancelled(self) -> bool:
+        """Whether the stop was asked for by `make cancel`; rank 0's view of the marker counts."""
+        marker = (Path(self.session.launch.run_dir) / "cancel").exists()
+        return bool(_from_rank_0([marker], self.session.control)[0])
+
+    def _open_monitor(self) -> Monitor:
+        session, config = self.session, self.session.config
+        record = read_record(session.store)
+        assert record is not None
+        quiet = max(config.swav.freeze_prototypes_steps, config.optim.warmup_steps)
+        return Monitor(session.run, config.monitor, config.dump(), record.wandb_id, config.swav.prototypes, quiet)
+
+
+def _from_rank_0(values: list[Any], group: dist.ProcessGroup | None) -> list[Any]:
+    """The values (JSON) of rank 0, on all ranks."""
+    payload = [json.dumps(values)]
+    dist.broadcast_object_list(payload, src=0, group=group)
+    answer: list[Any] = json.loads(payload[0])
+    return answer

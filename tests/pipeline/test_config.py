@@ -1,0 +1,132 @@
+"""Configs: what a file may say, and what is said of its mistakes."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import Config, ConfigError, differences, load
+
+GOOD = """
+data: {url: memory://set, batch: 8, lanes: 4, chunk_samples: 4, window_chunks: 2}
+train: {steps: 10}
+"""
+
+BAD = """\
+store: 5
+data:
+  url: memory://set
+  batch: minus one
+  lanes: 4
+  chunk_samples: 4
+  window_chunks: 2
+  lanes: 8
+optim:
+  lerning_rate: 0.1
+  name: sgd
+  warmup_steps: -3
+swav:
+  prototypes: 0
+  epsilon: [0.1]
+model:
+  trunk: regnety_161
+augment:
+  crops:
+    - {size: 64, count: 2, scal: [0.1, 1.0], scale: [0.1, 1.0]}
+train: {steps: 10}
+wandb: true
+"""
+
+MISTAKES = {
+    "store": "5",
+    "data.batch": "'minus one'",
+    "data.lanes": "twice",
+    "optim.lerning_rate": "0.1",
+    "optim.name": "'sgd'",
+    "optim.warmup_steps": "-3",
+    "swav.prototypes": "0",
+    "swav.epsilon": "[0.1]",
+    "model": "regnety_161",
+    "augment.crops.0.scal": "[0.1, 1.0]",
+    "wandb": "True",
+}
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    path = tmp_path / "good.yaml"
+    path.write_text(GOOD)
+    return path
+
+
+def test_every_mistake_of_a_file_is_reported_at_once_with_file_line_key_and_what_was_found(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(BAD)
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == len(MISTAKES), "\n".join(lines)
+    for key, found in MISTAKES.items():
+        (line,) = [line for line in lines if f": {key}: " in line or f": {key}." in line and key == "model"]
+        assert line.startswith(f"{path}:"), line
+        assert found in line, line
+
+
+def test_an_unknown_key_is_answered_with_the_valid_ones_and_the_nearest(good: Path) -> None:
+    with pytest.raises(ConfigError, match=r"SET: optim\.lerning_rate: unknown key \(found 0\.1\); valid: .*warmup_steps") as caught:
+        load(good, "optim.lerning_rate=0.1")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="did you mean warmup_steps"):
+        load(good, "optim.warmup_step=1")
+
+
+def test_a_file_holds_only_what_differs_from_the_one_that_it_extends(good: Path) -> None:
+    child = good.with_name("child.yaml")
+    child.write_text("extends: good.yaml\ndata: {lanes: 2}\n")
+    assert load(child).data.lanes == 2
+    assert load(child).data.batch == load(good).data.batch == 8
+
+
+def test_a_chain_of_extends_that_comes_back_is_refused(good: Path) -> None:
+    good.write_text("extends: other.yaml\n" + GOOD)
+    good.with_name("other.yaml").write_text("extends: good.yaml\n")
+    with pytest.raises(ConfigError, match="extends itself"):
+        load(good)
+
+
+def test_overrides_win_over_files_and_take_scientific_notation(good: Path) -> None:
+    config = load(good, "optim.lr=1e-3 data.lanes=2 swav.head=[64,16]")
+    assert (config.optim.lr, config.data.lanes, config.swav.head) == (1e-3, 2, (64, 16))
+
+
+def test_a_missing_file_is_answered_with_those_that_there_are(good: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no such config; in .*: good\.yaml"):
+        load(good.with_name("god.yaml"))
+
+
+@pytest.mark.parametrize("length", ["train.epochs=1", "train.images=100 train.epochs=2"])
+def test_a_run_has_exactly_one_length(good: Path, length: str) -> None:
+    with pytest.raises(ConfigError, match="exactly one of epochs, steps, images"):
+        load(good, length)
+
+
+def test_the_fingerprint_changes_with_what_affects_results_and_with_nothing_else(good: Path) -> None:
+    base = load(good)
+    assert load(good, "optim.lr=0.7").fingerprint() != base.fingerprint()
+    assert load(good, "data.seed=7").fingerprint() != base.fingerprint()
+    for same in ("data.url=s3://moved/set", "reader.connections=3", "checkpoint.every_steps=7", "store=memory://runs"):
+        assert load(good, same).fingerprint() == base.fingerprint(), same
+
+
+def test_a_dumped_config_reads_back_as_the_same(good: Path) -> None:
+    config = load(good)
+    assert Config.model_validate(config.dump()) == config
+
+
+def test_differences_name_the_keys_that_changed(good: Path) -> None:
+    old, new = load(good), load(good, "optim.lr=0.7")
+    assert differences(old.results(), new.results()) == ["optim.lr: 0.3 -> 0.7"]
+
+
+@pytest.mark.parametrize("path", sorted(Path("conf").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_config_that_is_shipped_loads(path: Path) -> None:
+    assert load(path).data.batch > 0
