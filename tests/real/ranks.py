@@ -1,0 +1,96 @@
+"""Starts the ranks of a run as processes of their own, without a cluster: `python -m tests.real.ranks LAUNCH.json`."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+DEADLINE_S = 240.0
+
+
+@dataclass
+class Ranks:
+    """The processes of one attempt."""
+
+    processes: list[subprocess.Popen[bytes]]
+    logs: list[Path]
+
+    def wait(self) -> list[int]:
+        """Exit codes, once all have left. Raises TimeoutError with the logs' ends."""
+        deadline = time.monotonic() + DEADLINE_S
+        try:
+            return [process.wait(max(deadline - time.monotonic(), 0.1)) for process in self.processes]
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise TimeoutError(self.tails()) from None
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Poll until the condition holds. Raises TimeoutError, also when a rank leaves before."""
+        deadline = time.monotonic() + DEADLINE_S
+        while not condition():
+            if time.monotonic() > deadline or any(p.poll() is not None for p in self.processes):
+                self.kill()
+                raise TimeoutError(self.tails())
+            time.sleep(0.02)
+
+    def signal(self, number: int) -> None:
+        for process in self.processes:
+            process.send_signal(number)
+
+    def kill(self) -> None:
+        """SIGKILL to all ranks at once."""
+        self.signal(signal.SIGKILL)
+        for process in self.processes:
+            process.wait()
+
+    def tails(self) -> str:
+        return "\n".join(f"--- {log}\n{log.read_text()[-3000:]}" for log in self.logs)
+
+
+def start(config: dict[str, Any], run_dir: Path, world_size: int) -> Ranks:
+    """Start `world_size` ranks of the run on this machine."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = Ranks([], [])
+    for rank in range(world_size):
+        file = run_dir / f"launch-{port}-{rank}.json"
+        launch = {
+            "run_dir": str(run_dir), "store": f"{config['store']}/{run_dir.name}", "rank": rank, "local_rank": rank,
+            "local_world_size": world_size, "world_size": world_size, "master_addr": "127.0.0.1", "master_port": port,
+        }  # fmt: skip
+        file.write_text(json.dumps({"config": config, "launch": launch}))
+        log = run_dir / f"launch-{port}-{rank}.log"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with log.open("wb") as out:
+            ranks.processes.append(
+                subprocess.Popen([sys.executable, "-m", "tests.real.ranks", str(file)], stdout=out, stderr=out, env=environment)
+            )
+        ranks.logs.append(log)
+    return ranks
+
+
+def _main(file: str) -> int:
+    from data_shards.errors import UserError
+    from pipeline.config import Config
+    from pipeline.train import Launch, run_rank
+
+    given = json.loads(Path(file).read_text())
+    try:
+        print("outcome:", run_rank(Config.model_validate(given["config"]), Launch(**given["launch"])))  # noqa: T201
+    except UserError as error:
+        print(f"farseer: {error}", file=sys.stderr)  # noqa: T201
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main(sys.argv[1]))

@@ -1,0 +1,130 @@
+"""A run that is killed and resumed learns what the undisturbed one learns, on photographs in a real S3."""
+
+import json
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_shards.store import Store
+from pipeline.run import read_events, read_metrics
+from tests.real.ranks import start
+
+pytestmark = pytest.mark.slow
+STEPS = 60
+
+
+def config_for(tiny_set: str, runs: str, **checkpoint: Any) -> dict[str, Any]:
+    return {
+        "store": runs,
+        "data": {"url": tiny_set, "batch": 16, "lanes": 4, "chunk_samples": 4, "window_chunks": 4},
+        "augment": {"crops": [{"size": 32, "count": 2, "scale": [0.3, 1.0]}, {"size": 16, "count": 2, "scale": [0.1, 0.35]}]},
+        "model": {"trunk": "custom", "w_0": 16, "w_a": 16, "w_m": 2.0, "depth": 2, "group_width": 8, "stem_width": 8},
+        "swav": {"prototypes": 24, "head": [32, 16], "head_norm": True, "epsilon": 0.05, "queue": 16, "queue_from_step": 8,
+                 "freeze_prototypes_steps": 5},
+        "optim": {"name": "adamw", "lr": 0.016, "warmup_steps": 4, "weight_decay": 1e-4},
+        "train": {"steps": STEPS},
+        "efficiency": {"deterministic": True},
+        "checkpoint": {"every_steps": 10, **checkpoint},
+        "monitor": {"log_every": 5, "wandb": "off", "upload_seconds": 0.5},
+    }  # fmt: skip
+
+
+def results(url: str) -> list[dict[str, Any]]:
+    return [row["result"] for row in read_metrics(Store(url))]
+
+
+def local_steps(run_dir: Path, attempt: int) -> int:
+    file = run_dir / f"a{attempt:02d}" / "metrics.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_set: str, runs: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The rows of the run that nothing disturbed, at world size 2."""
+    run_dir = tmp_path_factory.mktemp("straight") / "straight"
+    ranks = start(config_for(tiny_set, runs), run_dir, 2)
+    assert ranks.wait() == [0, 0], ranks.tails()
+    rows = results(f"{runs}/straight")
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    return rows
+
+
+def test_a_run_whose_ranks_are_all_killed_at_a_random_step_ends_with_the_rows_of_the_straight_one(
+    straight: list[dict[str, Any]], tiny_set: str, runs: str, tmp_path: Path
+) -> None:
+    seed = random.randrange(10**6)
+    at = random.Random(seed).randrange(11, STEPS - 5)
+    run_dir, config = tmp_path / f"killed-{seed}", config_for(tiny_set, runs)
+    first = start(config, run_dir, 2)
+    first.wait_until(lambda: local_steps(run_dir, 1) >= at)
+    first.kill()
+    second = start(config, run_dir, 2)
+    assert second.wait() == [0, 0], second.tails()
+    rows = results(f"{runs}/{run_dir.name}")
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1)), f"seed {seed}"
+    assert rows == straight, f"seed {seed}"
+    (resumed,) = [e for e in read_events(Store(f"{runs}/{run_dir.name}")) if e["event"] == "resumed"]
+    assert 0 < resumed["step"] <= at and resumed["step"] % 10 == 0, f"seed {seed}"
+
+
+def test_a_preempted_run_saves_at_the_step_where_it_stops_and_goes_on_from_there(
+    straight: list[dict[str, Any]], tiny_set: str, runs: str, tmp_path: Path
+) -> None:
+    run_dir, config = tmp_path / "preempted", config_for(tiny_set, runs, every_steps=1000)
+    first = start(config, run_dir, 2)
+    first.wait_until(lambda: local_steps(run_dir, 1) >= 13)
+    first.signal(signal.SIGUSR2)
+    assert first.wait() == [0, 0], first.tails()
+    events = read_events(Store(f"{runs}/preempted"))
+    (stopped,) = [e for e in events if e["event"] == "preempted"]
+    assert 13 <= stopped["step"] < STEPS
+    second = start(config, run_dir, 2)
+    assert second.wait() == [0, 0], second.tails()
+    (resumed,) = [e for e in read_events(Store(f"{runs}/preempted")) if e["event"] == "resumed"]
+    assert resumed["step"] == stopped["step"]
+    assert results(f"{runs}/preempted") == straight
+
+
+def test_a_run_resumed_on_one_rank_instead_of_two_sees_the_same_batches_and_crops_and_nearly_the_same_losses(
+    straight: list[dict[str, Any]], tiny_set: str, runs: str, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "elastic"
+    first = start(config_for(tiny_set, runs), run_dir, 2)
+    first.wait_until(lambda: local_steps(run_dir, 1) >= 32)
+    first.kill()
+    second = start(config_for(tiny_set, runs), run_dir, 1)
+    assert second.wait() == [0], second.tails()
+    rows = results(f"{runs}/elastic")
+    for key in ("step", "lr", "batch_hash", "crop_hash"):
+        assert [row[key] for row in rows] == [row[key] for row in straight], key
+    (resumed,) = [e for e in read_events(Store(f"{runs}/elastic")) if e["event"] == "resumed"]
+    assert resumed["step"] >= 20
+    after = slice(resumed["step"], resumed["step"] + 10)
+    losses, reference = ([row["loss"] for row in r[after]] for r in (rows, straight))
+    np.testing.assert_allclose(losses, reference, atol=1e-4)
+
+
+def test_a_damaged_newest_checkpoint_sends_the_resume_to_the_older_one_and_the_rows_stay_equal(
+    straight: list[dict[str, Any]], tiny_set: str, runs: str, tmp_path: Path
+) -> None:
+    run_dir, config = tmp_path / "damaged", config_for(tiny_set, runs)
+    first = start(config, run_dir, 2)
+    store = Store(f"{runs}/damaged")
+    first.wait_until(lambda: any(e.path.endswith("MANIFEST.json") and "-000000030-" in e.path for e in store.list("checkpoints")))
+    first.kill()
+    newest = max((e for e in store.list("checkpoints") if e.path.endswith("MANIFEST.json")), key=lambda e: e.path)
+    folder = newest.path.rsplit("/", 1)[0]
+    file = next(f for f in json.loads(store.get(newest.path))["files"])
+    path = f"{folder}/{file['name'] if isinstance(file, dict) else file}"
+    data = bytearray(store.get(path))
+    data[len(data) // 2] ^= 1
+    store.put(path, bytes(data))
+    second = start(config, run_dir, 2)
+    assert second.wait() == [0, 0], second.tails()
+    events = read_events(store)
+    assert any("sha256" in str(e.get("reason", "")) and folder.rsplit("/", 1)[-1] in str(e) for e in events), events
+    assert results(f"{runs}/damaged") == straight
