@@ -1,0 +1,124 @@
+"""The optimizers and the learning rate of each step.
+
+Rates in the settings are for 256 images and grow with the batch. Sources: SwAV (arXiv 2006.09882), LARC
+(arXiv 1708.03888), decoupled weight decay (arXiv 1711.05101).
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import ClassVar, Literal, overload
+
+import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from data_shards.section import Section
+
+
+class OptimSettings(Section):
+    """LARC over SGD, as in SwAV and SEER; AdamW for small trunks, which leave the plateau at ln K sooner with it."""
+
+    affects_results: ClassVar[bool] = True
+
+    name: Literal["larc", "adamw"] = "larc"
+    lr: PositiveFloat = 0.3  # the peak; like the two others per 256 images, multiplied by the global batch / 256
+    start_lr: NonNegativeFloat = 0.0  # at step 0, when there is a warm-up
+    final_lr: NonNegativeFloat = 0.0003  # at the end of the cosine
+    warmup_steps: NonNegativeInt = 0
+    weight_decay: NonNegativeFloat = 1e-6  # on all parameters, batch norm and biases too
+    momentum: float = Field(0.9, ge=0, lt=1)  # larc only
+    trust: PositiveFloat = 1e-3  # larc only: its eta
+
+
+def lr_at(step: int, settings: OptimSettings, batch: int, steps: int) -> float:
+    """The learning rate of a step (counted from 0) in a run of `steps` steps with `batch` images a step, all ranks'.
+
+    Linear from the first to the last step of the warm-up, then a cosine that would reach the final rate at `steps`.
+    """
+    start, peak, final = (rate * batch / 256 for rate in (settings.start_lr, settings.lr, settings.final_lr))
+    if step < settings.warmup_steps:
+        return start + (peak - start) * step / max(1, settings.warmup_steps - 1)
+    done = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
+    return final + 0.5 * (peak - final) * (1 + math.cos(math.pi * done))
+
+
+def build_optimizer(module: nn.Module, settings: OptimSettings) -> torch.optim.Optimizer:
+    """The optimizer of all parameters of the module, in one group whose "lr" is set from `lr_at` before each step."""
+    if settings.name == "larc":
+        return Larc(module.parameters(), settings.momentum, settings.weight_decay, settings.trust)
+    return torch.optim.AdamW(module.parameters(), lr=0.0, weight_decay=settings.weight_decay)
+
+
+def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state under the names of the module's parameters, `optim.<parameter>.<what>`, to save or to fill.
+
+    State that the first step would make is made here, as that step would find it, so that a fresh optimizer has all
+    the tensors that a resume fills in place.
+    """
+    tensors = {}
+    for name, parameter in module.named_parameters():
+        state = optimizer.state[parameter]
+        if not state:
+            state.update(_fresh_state(optimizer, parameter))
+        tensors.update({f"optim.{name}.{what}": tensor for what, tensor in sorted(state.items())})
+    return tensors
+
+
+class Larc(torch.optim.Optimizer):
+    """SGD with momentum, each parameter at its own rate: layer-wise adaptive rate control without clipping.
+
+    The gradient with weight decay is scaled by trust |p| / (|g| + weight_decay |p| + 1e-8); where a norm is 0, the
+    gradient stays as it is. Nothing is left out. Norms of sharded parameters are those of the whole, and no step waits
+    for the device.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], momentum: float, weight_decay: float, trust: float) -> None:
+        super().__init__(parameters, {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay, "trust": trust})
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Moves the parameters that have a gradient. The closure is called first, when given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._move(parameter, parameter.grad, group)
+        return loss
+
+    def _move(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, float]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state.update(_fresh_state(self, parameter))
+        scaled = _larc(parameter, gradient, group["weight_decay"], group["trust"])
+        velocity = state["momentum_buffer"].mul_(group["momentum"]).add_(scaled)
+        parameter.add_(velocity, alpha=-group["lr"])
+
+
+def _larc(parameter: Tensor, gradient: Tensor, weight_decay: float, trust: float) -> Tensor:
+    size, slope = _norm(parameter), _norm(gradient)
+    adapts = (size > 0) & (slope > 0)
+    rate = torch.where(adapts, trust * size / (slope + weight_decay * size + 1e-8), 1.0)
+    return (gradient + parameter * (weight_decay * adapts)) * rate
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    """The Euclidean norm, of the whole tensor where a rank holds a part."""
+    norm = torch.linalg.vector_norm(tensor)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def _fresh_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    if isinstance(optimizer, Larc):
+        return {"momentum_buffer": torch.zeros_like(parameter)}
+    averages = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+    return {"step": torch.tensor(0.0), **averages}
