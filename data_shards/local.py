@@ -1,0 +1,175 @@
+"""Stores without a server: a folder (of this machine or of a shared disk), and this process's memory."""
+
+import asyncio
+import contextlib
+import os
+import secrets
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import fsspec
+
+from data_shards.store import AlreadyExists, Counters, Entry, NotFound, StoreError, Truncated
+
+_HIDDEN = ".part-"
+
+
+class Folder:
+    """file:// - a folder of this machine or of a shared disk; keys are absolute paths without the leading slash."""
+
+    def __init__(self) -> None:
+        self.counters = Counters()
+
+    async def read(self, key: str, start: int | None, end: int | None) -> bytes:
+        with self.counters.request():
+            data = await asyncio.to_thread(self._read, key, start or 0, end)
+        self.counters.bytes_read += len(data)
+        return data
+
+    def _read(self, key: str, start: int, end: int | None) -> bytes:
+        with _named(key), Path("/", key).open("rb") as file:
+            file.seek(start)
+            data = file.read() if end is None else file.read(end - start)
+            size = os.fstat(file.fileno()).st_size
+        if size < (end or start):
+            raise Truncated(f"file:///{key}: ends at byte {size}, bytes {start} to {end or ''} were asked for")
+        return data
+
+    async def put(self, key: str, data: bytes, create_only: bool) -> None:
+        def write(temporary: Path) -> None:
+            temporary.write_bytes(data)
+
+        with self.counters.request():
+            await asyncio.to_thread(self._put, key, write, create_only)
+        self.counters.bytes_written += len(data)
+
+    async def upload(self, local: Path, key: str) -> None:
+        with self.counters.request():
+            await asyncio.to_thread(self._put, key, partial(shutil.copyfile, local), False)
+        self.counters.bytes_written += local.stat().st_size
+
+    def _put(self, key: str, write: Callable[[Path], object], create_only: bool) -> None:
+        path = Path("/", key)
+        with _named(key):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with beside(path) as temporary:
+                write(temporary)
+                _sync(temporary)
+                if create_only:
+                    path.hardlink_to(temporary)  # unlike a rename, fails when the name is taken
+                else:
+                    temporary.replace(path)
+            _sync(path.parent)
+
+    async def download(self, key: str, local: Path) -> None:
+        with self.counters.request(), _named(key):
+            await asyncio.to_thread(shutil.copyfile, Path("/", key), local)
+        self.counters.bytes_read += local.stat().st_size
+
+    async def size(self, key: str) -> int:
+        with _named(key):
+            if not Path("/", key).is_file():
+                raise FileNotFoundError
+            return Path("/", key).stat().st_size
+
+    async def find(self, folder: str) -> list[Entry]:
+        files = [path for path in Path("/", folder).rglob("*") if path.is_file() and not path.name.startswith(_HIDDEN)]
+        return [Entry(path.as_posix()[1:], path.stat().st_size) for path in files]
+
+    async def delete(self, keys: list[str]) -> None:
+        for key in keys:
+            with _named(key):
+                Path("/", key).unlink(missing_ok=True)
+
+    async def check(self) -> None:
+        """Folders are made at the first put."""
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+
+@contextlib.contextmanager
+def _named(key: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise NotFound(f"file:///{key}: no such file") from None
+    except FileExistsError:
+        raise AlreadyExists(f"file:///{key}: is there already") from None
+    except OSError as error:
+        raise StoreError(f"file:///{key}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A name in the same folder, of which nothing is left afterwards."""
+    temporary = path.with_name(f"{_HIDDEN}{secrets.token_hex(6)}")
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class Memory:
+    """memory:// - gone with the process; the same one for all stores in it, as with fsspec."""
+
+    _lock = threading.Lock()
+
+    def __init__(self) -> None:
+        self.counters = Counters()
+        self._files = fsspec.filesystem("memory")
+
+    async def read(self, key: str, start: int | None, end: int | None) -> bytes:
+        size = await self.size(key)
+        if size < (end or start or 0):
+            raise Truncated(f"memory://{key}: ends at byte {size}, bytes {start or 0} to {end or ''} were asked for")
+        with self.counters.request():
+            data: bytes = self._files.cat_file(f"/{key}", start, end)
+        self.counters.bytes_read += len(data)
+        return data
+
+    async def put(self, key: str, data: bytes, create_only: bool) -> None:
+        with self._lock, self.counters.request():
+            if create_only and self._files.isfile(f"/{key}"):
+                raise AlreadyExists(f"memory://{key}: is there already")
+            self._files.pipe_file(f"/{key}", bytes(data))
+        self.counters.bytes_written += len(data)
+
+    async def upload(self, local: Path, key: str) -> None:
+        await self.put(key, local.read_bytes(), False)
+
+    async def download(self, key: str, local: Path) -> None:
+        local.write_bytes(await self.read(key, None, None))
+
+    async def size(self, key: str) -> int:
+        if not self._files.isfile(f"/{key}"):
+            raise NotFound(f"memory://{key}: no such object")
+        return int(self._files.size(f"/{key}"))
+
+    async def find(self, folder: str) -> list[Entry]:
+        if not self._files.isdir(f"/{folder}"):
+            return []
+        found = self._files.find(f"/{folder}", detail=True)
+        return [Entry(name.lstrip("/"), info["size"]) for name, info in found.items()]
+
+    async def delete(self, keys: list[str]) -> None:
+        for key in keys:
+            if self._files.isfile(f"/{key}"):
+                self._files.rm_file(f"/{key}")
+
+    async def check(self) -> None:
+        """Always there."""
+
+    async def close(self) -> None:
+        """Nothing is open."""

@@ -1,0 +1,329 @@
+"""S3 through s3fs: each request is tried until it is answered or its time is over, and each failure has a name.
+
+s3fs and botocore would try again too; theirs is off, so that one place decides how often and how long.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import aiohttp
+import s3fs
+from aiobotocore.session import AioSession
+from botocore import exceptions as boto
+
+from data_shards.store import AlreadyExists, Counters, Denied, Entry, NotFound, StoreError, Truncated, Unavailable
+
+T = TypeVar("T")
+
+PART_BYTES = 16 * 2**20  # AWS advises 8 to 16 MiB a request
+SLOWEST_BYTES_S = 2**20  # a connection slower than this is given up and made again
+ATTEMPT_S = 30.0  # for the answer's head, beside the time for its bytes
+CHECK_S = 5.0
+
+_DENIED = {
+    "AccessDenied",
+    "AllAccessDisabled",
+    "ExpiredToken",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "RequestTimeTooSkewed",
+    "SignatureDoesNotMatch",
+    "401",
+    "403",
+}
+_TRANSIENT_CODES = {"RequestTimeout", "SlowDown", "ConditionalRequestConflict", "OperationAborted", "BadDigest"}
+_TRANSIENT = (boto.HTTPClientError, boto.CredentialRetrievalError, aiohttp.ClientError, OSError, asyncio.TimeoutError)
+
+
+class _Transient(Exception):  # noqa: N818
+    """An answer that may be another one next time; the text says what it was."""
+
+
+class S3:
+    """One bucket. Lives on one event loop."""
+
+    def __init__(self, bucket: str, retry_seconds: float, connections: int) -> None:
+        self.bucket = bucket
+        self.retry_seconds = retry_seconds
+        self.connections = connections
+        self.counters = Counters()
+        self._client: s3fs.S3FileSystem | None = None
+        self._free = asyncio.Semaphore(connections)
+        self._connecting = asyncio.Lock()
+        self._key_worked = False
+
+    async def read(self, key: str, start: int | None, end: int | None) -> bytes:
+        whole = not start and end is None
+        size = 0 if end is None else end - (start or 0)
+        wanted = {} if whole else {"Range": f"bytes={start or 0}-{'' if end is None else end - 1}"}
+
+        async def read() -> bytes:
+            answer = await self._call("get_object", Key=key, **wanted)
+            try:
+                data: bytes = await answer["Body"].read()
+            finally:
+                answer["Body"].close()
+            if not whole:
+                self._check_range(key, answer.get("ContentRange"), start or 0, end)
+            if len(data) != answer["ContentLength"]:
+                raise _Transient(f"sent {len(data)} of {answer['ContentLength']} bytes")
+            return data
+
+        data = await self._tried(read, key, size or PART_BYTES, patient=True)
+        self.counters.bytes_read += len(data)
+        return data
+
+    def _check_range(self, key: str, given: str | None, start: int, end: int | None) -> None:
+        """`given`: the answer's Content-Range, "bytes 0-99/1000"."""
+        if not given or not given.startswith(f"bytes {start}-"):
+            raise _Transient(f"sent {given or 'the whole object'} instead of the bytes from {start}")
+        total = int(given.rpartition("/")[2])
+        if end is not None and total < end:
+            raise Truncated(f"{self._url(key)}: ends at byte {total}, bytes {start} to {end} were asked for")
+        if f"{given} ".split("/")[0] != f"bytes {start}-{(end or total) - 1}":
+            raise _Transient(f"sent {given} instead of the bytes {start} to {end or total}")
+
+    async def put(self, key: str, data: bytes, create_only: bool) -> None:
+        condition = {"IfNoneMatch": "*"} if create_only else {}
+        before = self.counters.retries
+        try:
+            await self._tried(partial(self._call, "put_object", Key=key, Body=data, **condition), key, len(data))
+        except AlreadyExists:
+            # When a first try got through and only its answer was lost, what lies there is ours.
+            if self.counters.retries == before or await self.read(key, None, None) != data:
+                raise
+        self.counters.bytes_written += len(data)
+
+    async def upload(self, local: Path, key: str) -> None:
+        size = local.stat().st_size
+        if size <= 2 * PART_BYTES:
+            await self.put(key, await asyncio.to_thread(local.read_bytes), False)
+            return
+        each = max(PART_BYTES, -(-size // 10_000))  # 10,000 parts is S3's limit
+        begun = await self._tried(partial(self._call, "create_multipart_upload", Key=key), key)
+        whole = {"Key": key, "UploadId": begun["UploadId"]}
+        gate = asyncio.Semaphore(4)  # parts in memory
+        try:
+            async with asyncio.TaskGroup() as group:
+                starts = range(0, size, each)
+                tasks = [
+                    group.create_task(self._part(local, n, at, each, whole, gate)) for n, at in enumerate(starts, 1)
+                ]
+            parts = {"Parts": [task.result() for task in tasks]}
+            await self._tried(partial(self._call, "complete_multipart_upload", **whole, MultipartUpload=parts), key)
+        except BaseException as error:
+            await asyncio.shield(self._call("abort_multipart_upload", **whole))
+            raise error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error from error
+
+    async def _part(
+        self, local: Path, number: int, start: int, size: int, whole: dict[str, str], gate: asyncio.Semaphore
+    ) -> dict[str, Any]:
+        async with gate:
+            data = await asyncio.to_thread(_slice, local, start, size)
+            call = partial(self._call, "upload_part", **whole, PartNumber=number, Body=data)
+            answer = await self._tried(call, whole["Key"], len(data))
+            self.counters.bytes_written += len(data)
+            return {"PartNumber": number, "ETag": answer["ETag"]}
+
+    async def download(self, key: str, local: Path) -> None:
+        size = await self.size(key)
+        await asyncio.to_thread(local.write_bytes, b"")
+        gate = asyncio.Semaphore(4)
+
+        async def fetch(start: int) -> None:
+            async with gate:
+                data = await self.read(key, start, min(start + PART_BYTES, size))
+                await asyncio.to_thread(_write_at, local, start, data)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for start in range(0, size, PART_BYTES):
+                    group.create_task(fetch(start))
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from errors
+
+    async def size(self, key: str) -> int:
+        answer = await self._tried(partial(self._call, "head_object", Key=key), key, patient=True)
+        return int(answer["ContentLength"])
+
+    async def find(self, folder: str) -> list[Entry]:
+        prefix = f"{folder}/" if folder else ""
+        found: list[Entry] = []
+        more: dict[str, str] = {}
+        while True:
+            page = await self._tried(
+                partial(self._call, "list_objects_v2", Prefix=prefix, **more), folder, patient=True
+            )
+            found += [Entry(item["Key"], item["Size"]) for item in page.get("Contents", []) if item["Key"] != prefix]
+            if not page.get("IsTruncated"):
+                return found
+            more = {"ContinuationToken": page["NextContinuationToken"]}
+
+    async def delete(self, keys: list[str]) -> None:
+        for start in range(0, len(keys), 1000):  # S3's limit
+            names = {"Objects": [{"Key": key} for key in keys[start : start + 1000]], "Quiet": True}
+            answer = await self._tried(partial(self._call, "delete_objects", Delete=names), keys[start])
+            for error in answer.get("Errors", []):
+                raise StoreError(f"{self._url(error['Key'])}: not deleted: {error.get('Message') or error.get('Code')}")
+
+    async def check(self) -> None:
+        ask = partial(self._call, "list_objects_v2", MaxKeys=1)
+        await self._tried(ask, "", retry_seconds=min(CHECK_S, self.retry_seconds))
+
+    async def close(self) -> None:
+        if self._client is not None:
+            client, self._client = self._client, None
+            await client._s3creator.__aexit__(None, None, None)
+
+    async def _tried(
+        self,
+        call: Callable[[], Awaitable[T]],
+        key: str,
+        size: int = 0,
+        *,
+        patient: bool = False,
+        retry_seconds: float | None = None,
+    ) -> T:
+        """What `call` gives, asked for again until it is there. `size`: bytes that go over the wire, for the deadline.
+
+        `patient`: a key that has worked before and is refused now may work again (rotated, or the store is unwell).
+        """
+        limit_s = self.retry_seconds if retry_seconds is None else retry_seconds
+        start = time.monotonic()
+        for attempt in range(1_000_000):
+            try:
+                answer = await self._once(call, min(ATTEMPT_S, max(limit_s, 1.0)) + size / SLOWEST_BYTES_S)
+                self._key_worked = True
+                return answer
+            except Exception as error:
+                named = await self._name(error, key)
+                waited = time.monotonic() - start
+                may_change = isinstance(named, _Transient) or (
+                    isinstance(named, Denied) and patient and self._key_worked
+                )
+                if not may_change:
+                    raise named from error
+                pause = random.uniform(0.5, 1.5) * min(0.1 * 2**attempt, 10.0)
+                if waited + pause > limit_s:
+                    raise self._give_up(named, key, waited) from error
+            self.counters.retries += 1
+            await asyncio.sleep(pause)
+        raise AssertionError  # a million pauses are over any limit
+
+    async def _once(self, call: Callable[[], Awaitable[T]], limit_s: float) -> T:
+        async with self._free:  # waiting for a free connection is not the store's fault: outside the deadline
+            with self.counters.request():
+                async with asyncio.timeout(limit_s):
+                    return await call()
+
+    async def _call(self, method: str, **parameters: Any) -> Any:
+        client = await self._connected()
+        return await client._call_s3(method, Bucket=self.bucket, **parameters)
+
+    async def _connected(self) -> "s3fs.S3FileSystem":
+        async with self._connecting:
+            if self._client is None:
+                client = s3fs.S3FileSystem(
+                    asynchronous=True,
+                    loop=asyncio.get_running_loop(),
+                    skip_instance_cache=True,
+                    use_listings_cache=False,
+                    session=AioSession(),
+                    config_kwargs={
+                        "max_pool_connections": self.connections,
+                        "retries": {"total_max_attempts": 1},
+                        "request_checksum_calculation": "when_required",
+                        "response_checksum_validation": "when_required",
+                    },
+                )
+                client.retries = 1
+                await client.set_session()
+                self._client = client
+        return self._client
+
+    def _url(self, key: str) -> str:
+        return f"s3://{self.bucket}/{key}" if key else f"s3://{self.bucket}"
+
+    @property
+    def _host(self) -> str:
+        return str(self._client.s3.meta.endpoint_url) if self._client is not None else "S3"
+
+    def _give_up(self, named: Exception, key: str, waited: float) -> StoreError:
+        if isinstance(named, Denied):
+            return named
+        return Unavailable(
+            f"{self._url(key)}: {self._host} has not answered for {waited:.0f} s ({named}); check that it runs, and "
+            f"endpoint_url in the AWS profile or AWS_ENDPOINT_URL"
+        )
+
+    async def _name(self, error: Exception, key: str) -> Exception:
+        """What went wrong: a StoreError, or _Transient when it may be otherwise next time. Anything else stays."""
+        if isinstance(error, StoreError | _Transient):
+            return error
+        if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError | boto.ProfileNotFound):
+            return Denied(f"{self._url(key)}: {error}; set AWS_PROFILE to a profile with keys (and its files' places)")
+        origin = error if isinstance(error, boto.ClientError) else error.__cause__
+        if isinstance(origin, boto.ClientError):
+            return await self._name_answer(origin, key)
+        if isinstance(error, TimeoutError | asyncio.TimeoutError):
+            return _Transient("time-out")
+        if isinstance(error, _TRANSIENT):
+            return _Transient(_short(error))
+        if isinstance(error, boto.BotoCoreError | ValueError):
+            return StoreError(f"{self._url(key)}: {_short(error)}")
+        return error
+
+    async def _name_answer(self, error: Any, key: str) -> Exception:
+        code = str(error.response.get("Error", {}).get("Code", ""))
+        status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+        if code == "NoSuchBucket":
+            return StoreError(f"s3://{self.bucket}: no such bucket at {self._host}{await self._buckets()}")
+        if code in _TRANSIENT_CODES or status in (408, 429) or status >= 500:
+            return _Transient(f"{status} {code}")
+        if code in ("PreconditionFailed", "412"):
+            return AlreadyExists(f"{self._url(key)}: is there already")
+        if status == 404:
+            return NotFound(f"{self._url(key)}: no such object at {self._host}")
+        if code == "InvalidRange" or status == 416:
+            return Truncated(f"{self._url(key)}: ends before the bytes that were asked for")
+        if code in _DENIED or status in (401, 403):
+            return Denied(f"{self._url(key)}: access denied at {self._host} for {await self._key_id()} ({code})")
+        return StoreError(f"{self._url(key)}: {self._host} answers {status} {code}: {_short(error)}")
+
+    async def _buckets(self) -> str:
+        client = await self._connected()
+        try:
+            names = [bucket["Name"] for bucket in (await client.s3.list_buckets())["Buckets"]]
+        except Exception:  # noqa: BLE001  # it may be forbidden; the sentence is right without it
+            return ""
+        return f"; it has: {', '.join(names[:20])}" if names else "; it has none"
+
+    async def _key_id(self) -> str:
+        """Which key, so that its owner knows it and nobody else learns it."""
+        session = (await self._connected()).session
+        found = await session.get_credentials()
+        if found is None:
+            return "no key; set AWS_PROFILE"
+        source = "the environment" if found.method == "env" else f"profile {session.profile or 'default'}"
+        return f"key id {found.access_key[:4]}.. from {source}"
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _slice(local: Path, start: int, size: int) -> bytes:
+    with local.open("rb") as file:
+        file.seek(start)
+        return file.read(size)
+
+
+def _write_at(local: Path, start: int, data: bytes) -> None:
+    with local.open("r+b") as file:
+        file.seek(start)
+        file.write(data)

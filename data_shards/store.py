@@ -1,0 +1,299 @@
+"""Objects in a store: s3://bucket/folder, file:///folder or memory://folder, by one interface.
+
+Reads are checked for length. A store that does not answer is asked again, with growing pauses, until `retry_seconds`
+are over; what asking again cannot mend (no such bucket, a wrong key) is said at once, in one line. Nothing is cached
+and nothing is listed unless asked for. Puts are whole or not there. Keys and endpoint come from the AWS chain only:
+AWS_PROFILE and the files that it names, or AWS_ENDPOINT_URL.
+"""
+
+import asyncio
+import contextlib
+import os
+import selectors
+import threading
+import time
+import weakref
+from collections.abc import Coroutine, Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from data_shards.errors import UserError
+
+T = TypeVar("T")
+
+
+class StoreError(UserError):
+    """Something about the store that asking again does not mend."""
+
+
+class NotFound(StoreError):  # noqa: N818
+    """There is no such object."""
+
+
+class AlreadyExists(StoreError):  # noqa: N818
+    """A put with `create_only` came second."""
+
+
+class Denied(StoreError):  # noqa: N818
+    """The store refuses the key, or what it may do."""
+
+
+class Truncated(StoreError):  # noqa: N818
+    """The object ends before the range that was asked for."""
+
+
+class Unavailable(StoreError):  # noqa: N818
+    """The store did not answer within `retry_seconds`."""
+
+
+class Entry(NamedTuple):
+    """An object in a listing; `path` is relative to the store's url, `size` in bytes."""
+
+    path: str
+    size: int
+
+
+@dataclass
+class Counters:
+    """What went over the wire. `seconds` adds up over requests that ran at the same time."""
+
+    requests: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    retries: int = 0
+    seconds: float = 0.0
+
+    @contextlib.contextmanager
+    def request(self) -> Iterator[None]:
+        self.requests += 1
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds += time.monotonic() - start
+
+
+class Backend(Protocol):
+    """What serves a kind of url; keys are whole, errors are StoreErrors that name the url."""
+
+    counters: Counters
+
+    async def read(self, key: str, start: int | None, end: int | None) -> bytes: ...
+    async def put(self, key: str, data: bytes, create_only: bool) -> None: ...
+    async def upload(self, local: Path, key: str) -> None: ...
+    async def download(self, key: str, local: Path) -> None: ...
+    async def size(self, key: str) -> int: ...
+    async def find(self, folder: str) -> list[Entry]: ...
+    async def delete(self, keys: list[str]) -> None: ...
+    async def check(self) -> None: ...
+    async def close(self) -> None: ...
+
+
+class Store:
+    """A folder in a store. Connects at the first use; may be shared by threads, and used again after a fork.
+
+    Its coroutines run on one event loop in a thread of its own; the blocking methods may be called from any other.
+    """
+
+    def __init__(self, url: str, *, retry_seconds: float = 60.0, connections: int = 16) -> None:
+        scheme, separator, rest = url.partition("://")
+        usable = {"s3": rest.strip("/") != "", "file": rest.startswith("/"), "memory": True}
+        if not separator or not usable.get(scheme):
+            raise StoreError(f"{url}: not the url of a store; s3://bucket/folder, file:///folder or memory://folder is")
+        self._options = {"retry_seconds": retry_seconds, "connections": connections}
+        root, self._folder = rest.partition("/")[::2] if scheme == "s3" else ("", rest)
+        self._folder = _clean(self._folder, url)
+        self.url = f"{scheme}://{'/' if scheme == 'file' else ''}{'/'.join(filter(None, (root, self._folder)))}"
+        self._thread = _Thread(partial(_backend, scheme, root, retry_seconds, connections))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(Store, **self._options), (self.url,)  # type: ignore[arg-type]
+
+    @property
+    def counters(self) -> Counters:
+        """Shared with the stores that `at` gave."""
+        return self._thread.backend.counters
+
+    def at(self, path: str) -> "Store":
+        """The folder `path` of this one, over the same connections."""
+        deeper = object.__new__(Store)
+        deeper._options, deeper._thread = self._options, self._thread
+        deeper._folder = self._key(path)
+        deeper.url = f"{self.url}/{_clean(path, self.url)}"
+        return deeper
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> "Future[T]":
+        """Run a coroutine on the store's event loop."""
+        return self._thread.submit(coroutine)
+
+    async def read(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
+        """Bytes `start` to `end` (exclusive) of an object, or all of it. To be awaited on the store's loop (`submit`).
+
+        Raises NotFound, Truncated, Denied, Unavailable. Never gives fewer bytes than were asked for.
+        """
+        if end is not None and end <= (start or 0):
+            return b""
+        return await self._thread.backend.read(self._key(path), start, end)
+
+    def get(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
+        """`read`, blocking."""
+        return self._wait(self.read(path, start, end))
+
+    def put(self, path: str, data: bytes, *, create_only: bool = False) -> None:
+        """Write an object whole. With `create_only` the first of several writers wins, the others get AlreadyExists."""
+        self._wait(self._thread.backend.put(self._key(path), data, create_only))
+
+    def upload(self, local: Path, path: str) -> None:
+        """Put a file of any size: in parts, each of them asked for again on its own."""
+        self._wait(self._thread.backend.upload(local, self._key(path)))
+
+    def download(self, path: str, local: Path) -> None:
+        """Bring an object to a file, which appears only when it is complete."""
+        local.parent.mkdir(parents=True, exist_ok=True)
+        from data_shards.local import beside
+
+        with beside(local) as temporary:
+            self._wait(self._thread.backend.download(self._key(path), temporary))
+            temporary.replace(local)
+
+    def exists(self, path: str) -> bool:
+        try:
+            self.size(path)
+        except NotFound:
+            return False
+        return True
+
+    def size(self, path: str) -> int:
+        """Bytes of an object."""
+        return self._wait(self._thread.backend.size(self._key(path)))
+
+    def list(self, prefix: str = "") -> list[Entry]:
+        """All objects below the folder `prefix`, at any depth, sorted by path; empty when there are none."""
+        cut = len(self._folder) + 1 if self._folder else 0
+        found = self._wait(self._thread.backend.find(self._key(prefix)))
+        return sorted(Entry(entry.path[cut:], entry.size) for entry in found)
+
+    def delete(self, paths: Iterable[str]) -> None:
+        """Remove objects; what is not there already is no error."""
+        self._wait(self._thread.backend.delete([self._key(path) for path in paths]))
+
+    def check(self) -> None:
+        """Raise the one line that says what is wrong with host, key or bucket; soon, whatever `retry_seconds` is."""
+        self._wait(self._thread.backend.check())
+
+    def close(self) -> None:
+        """Close the connections, also those of `at`; the next use opens new ones."""
+        self._thread.close()
+
+    def _key(self, path: str) -> str:
+        return "/".join(filter(None, (self._folder, _clean(path, self.url))))
+
+    def _wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        future = self.submit(coroutine)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # Ctrl-C: nobody waits for it any longer
+            raise
+
+
+def _clean(path: str, url: str) -> str:
+    parts = PurePosixPath(path.strip("/")).parts
+    if ".." in parts:
+        raise StoreError(f"{url}: {path!r} leads out of the store")
+    return "/".join(parts)
+
+
+def _backend(scheme: str, bucket: str, retry_seconds: float, connections: int) -> Backend:
+    """Imported here: both need this module, and a folder does not need the half second that s3fs takes."""
+    if scheme == "s3":
+        from data_shards.s3 import S3
+
+        return S3(bucket, retry_seconds, connections)
+    from data_shards.local import Folder, Memory
+
+    return Folder() if scheme == "file" else Memory()
+
+
+class _Thread:
+    """An event loop in a daemon thread, and the backend that lives on it; both are made at first use.
+
+    A forked child gets new ones. The inherited ones share sockets and the kernel's poll set with the parent: they must
+    neither be used nor cleaned up there, so they are kept for ever and the child's handle of the poll set is closed.
+    """
+
+    def __init__(self, make_backend: "partial[Backend]") -> None:
+        self._make_backend = make_backend
+        self._inherited: list[Any] = []
+        self._reset()
+        _threads.add(self)
+
+    def _reset(self) -> None:
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._selector: selectors.BaseSelector | None = None
+        self._backend: Backend | None = None
+        self._close: Any = None
+
+    @property
+    def backend(self) -> Backend:
+        with self._lock:
+            if self._backend is None:
+                self._backend = self._make_backend()
+            return self._backend
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> "Future[T]":
+        with self._lock:
+            if self._loop is None:
+                self._start()
+            loop = self._loop
+        assert loop is not None  # noqa: S101
+        return asyncio.run_coroutine_threadsafe(coroutine, loop)
+
+    def close(self) -> None:
+        if self._close is not None:
+            self._close()
+            counters = self.backend.counters
+            self._reset()
+            self.backend.counters = counters
+
+    def after_fork(self) -> None:
+        self._inherited.append((self._loop, self._backend))
+        if self._selector is not None:
+            self._selector.close()
+        if self._close is not None:
+            self._close.detach()
+        self._reset()
+
+    def _start(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._loop = asyncio.SelectorEventLoop(self._selector)
+        threading.Thread(target=self._loop.run_forever, name="store", daemon=True).start()
+        if self._backend is None:
+            self._backend = self._make_backend()
+        # runs at close, when the store is forgotten, and before the interpreter ends
+        self._close = weakref.finalize(self, _end, self._loop, self._backend)
+
+
+_threads: "weakref.WeakSet[_Thread]" = weakref.WeakSet()
+
+
+def _end(loop: asyncio.AbstractEventLoop, backend: Backend) -> None:
+    async def end() -> None:
+        with contextlib.suppress(Exception):
+            await backend.close()
+        loop.call_soon(loop.stop)
+
+    with contextlib.suppress(Exception):
+        asyncio.run_coroutine_threadsafe(end(), loop).result(timeout=2)
+
+
+def _after_fork() -> None:
+    for thread in list(_threads):
+        thread.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,132 @@
+"""Stores without a server. What S3 does is in tests/real/test_store_s3.py."""
+
+import os
+import pickle
+import threading
+from pathlib import Path
+
+import pytest
+
+from data_shards.errors import UserError
+from data_shards.store import AlreadyExists, Entry, NotFound, Store, StoreError, Truncated
+
+
+@pytest.fixture(params=["file", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    return Store(f"file://{tmp_path}/a" if request.param == "file" else f"memory://{tmp_path.name}/a")
+
+
+def test_what_was_put_is_what_is_read_whole_and_in_ranges(store: Store) -> None:
+    store.put("x/y.bin", bytes(range(256)))
+    assert store.get("x/y.bin") == bytes(range(256))
+    assert store.get("x/y.bin", 10, 20) == bytes(range(10, 20))
+    assert store.get("x/y.bin", 250) == bytes(range(250, 256))
+    assert store.get("x/y.bin", 0, 0) == b""
+    assert store.size("x/y.bin") == 256
+
+
+def test_a_range_past_the_end_is_an_error_and_never_a_short_answer(store: Store) -> None:
+    store.put("x", b"12345")
+    with pytest.raises(Truncated, match="ends at byte 5, bytes 3 to 9"):
+        store.get("x", 3, 9)
+
+
+def test_a_missing_object_is_not_found_and_does_not_exist(store: Store) -> None:
+    assert not store.exists("none")
+    for call in (store.get, store.size):
+        with pytest.raises(NotFound, match="a/none: no such"):
+            call("none")
+    store.delete(["none"])
+
+
+def test_the_second_writer_of_a_create_only_put_loses(store: Store) -> None:
+    store.put("claim", b"first", create_only=True)
+    with pytest.raises(AlreadyExists, match="claim: is there already"):
+        store.put("claim", b"second", create_only=True)
+    assert store.get("claim") == b"first"
+    store.put("claim", b"third")
+    assert store.get("claim") == b"third"
+
+
+def test_one_of_many_threads_wins_a_create_only_put(store: Store) -> None:
+    won = []
+
+    def claim(number: int) -> None:
+        try:
+            store.put("claim", b"%d" % number, create_only=True)
+        except AlreadyExists:
+            return
+        won.append(number)
+
+    threads = [threading.Thread(target=claim, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [b"%d" % number for number in won] == [store.get("claim")]
+
+
+def test_a_listing_has_all_depths_sorted_relative_to_the_url_and_no_neighbours(store: Store) -> None:
+    for path in ("b/2", "b/1/z", "a", "bb/1"):
+        store.put(path, b"." * len(path))
+    assert store.list() == [Entry("a", 1), Entry("b/1/z", 5), Entry("b/2", 3), Entry("bb/1", 4)]
+    assert store.list("b") == [Entry("b/1/z", 5), Entry("b/2", 3)]
+    assert store.at("b").list() == [Entry("1/z", 5), Entry("2", 3)]
+    assert store.list("c") == []
+
+
+def test_a_deeper_store_is_the_same_place_and_counts_together(store: Store) -> None:
+    store.at("b").at("c").put("d", b"123")
+    assert store.get("b/c/d") == b"123"
+    assert store.at("b/c").url == f"{store.url}/b/c"
+    assert store.counters.bytes_written == store.at("b").counters.bytes_read == 3
+
+
+def test_files_go_up_and_down_unchanged_and_leave_nothing_beside_them(store: Store, tmp_path: Path) -> None:
+    local = tmp_path / "local"
+    local.write_bytes(os.urandom(100_000))
+    store.upload(local, "up/file")
+    store.download("up/file", tmp_path / "down" / "file")
+    assert (tmp_path / "down" / "file").read_bytes() == local.read_bytes()
+    assert [path.name for path in (tmp_path / "down").iterdir()] == ["file"]
+    assert [entry.path for entry in store.list()] == ["up/file"]
+    with pytest.raises(NotFound):
+        store.download("none", tmp_path / "down" / "none")
+    assert [path.name for path in (tmp_path / "down").iterdir()] == ["file"]
+
+
+def test_deleted_objects_are_gone(store: Store) -> None:
+    for path in "abc":
+        store.put(path, b"")
+    store.delete(["a", "c"])
+    assert [entry.path for entry in store.list()] == ["b"]
+
+
+def test_a_store_survives_pickling_and_closing(store: Store) -> None:
+    store.put("a", b"1")
+    store.close()
+    assert store.get("a") == pickle.loads(pickle.dumps(store)).get("a") == b"1"  # noqa: S301
+
+
+def test_a_forked_child_reads_and_the_parent_goes_on(store: Store) -> None:
+    store.put("a", b"1")
+    child = os.fork()
+    if not child:
+        try:
+            os._exit(0 if store.get("a") == b"1" else 1)
+        finally:
+            os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
+    assert store.get("a") == b"1"
+
+
+@pytest.mark.parametrize("url", ["", "shards", "/shards", "s3://", "ftp://host/x", "file://relative/x"])
+def test_what_is_not_a_stores_url_is_refused_with_the_forms_that_are(url: str) -> None:
+    with pytest.raises(UserError, match="s3://bucket/folder, file:///folder"):
+        Store(url)
+
+
+def test_a_path_cannot_lead_out_of_the_store(store: Store) -> None:
+    for path in ("../x", "a/../../x"):
+        with pytest.raises(StoreError, match="leads out of the store"):
+            store.put(path, b"")
