@@ -42,7 +42,7 @@ class SwAVSettings(Section):
 def sinkhorn(scores: Tensor, epsilon: float, iterations: int, group: ProcessGroup | None = None) -> Tensor:
     """Spread the samples of all ranks evenly over the prototypes.
 
-    scores: (..., B, K), cosine similarities of this rank's B samples to K prototypes, any float type; each leading index
+    scores: (..., B, K), cosine similarities of this rank's B samples to K prototypes, any type; each leading index
     is a problem of its own, solved with the same messages. Returns codes of the same shape in float32; each row sums
     to 1. No gradient. In the log domain, since exp(score / epsilon) is 0 / 0 for far scores at a small epsilon.
     One score that is not finite, on any rank, makes all codes of all ranks NaN, so that all of them drop the step.
