@@ -1,0 +1,273 @@
+"""The program `farseer`: one verb for each make target. What a user can mend is one line on stderr and exit code 2.
+
+Each verb imports what it needs when it is called, so that `farseer --help` is there at once.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from data_shards.errors import UserError
+
+if TYPE_CHECKING:
+    from jobs.runs import Status
+    from pipeline.config import Config
+
+Verb = Callable[[argparse.Namespace], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb; returns the exit code."""
+    options = parser().parse_args(arguments)
+    try:
+        code: int = options.run_verb(options)
+    except UserError as error:
+        sys.stderr.write(f"farseer: {error}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # farseer logs | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
+
+
+def parser() -> argparse.ArgumentParser:
+    """All verbs and their options."""
+    root = argparse.ArgumentParser(prog="farseer", description="Train a vision model on unlabelled images, on SLURM.")
+    verbs = root.add_subparsers(title="verbs", required=True, metavar="VERB")
+    plan_options(_verb(verbs, "plan", plan, "show what a run would do: the resolved config, steps, memory"))
+    options = _verb(verbs, "submit", submit, "check everything, then start a run or go on with it")
+    plan_options(options)
+    options.add_argument("--run", required=True, dest="name", help="its name")
+    options.add_argument("--force", action="store_true", help="go on under another config than the run began with")
+    for name, function, text in (
+        ("resume", resume, "go on with a run that exists, under its own config"),
+        ("logs", logs, "the logs of a run: what failed first, then all ranks"),
+        ("cancel", cancel, "stop a run after a last checkpoint"),
+        ("checkpoints", checkpoints, "the checkpoints of a run in the store"),
+    ):
+        options = _verb(verbs, name, function, text)
+        options.add_argument("--run", required=True, dest="name", help="the run's name")
+        _site_option(options)
+        if name == "logs":
+            options.add_argument("--follow", action="store_true", help="go on until the job is over")
+            options.add_argument("--events", action="store_true", help="what happened to the run, a line each")
+            options.add_argument("--lines", type=int, default=40, help="of each rank")
+        if name == "cancel":
+            options.add_argument("--now", action="store_true", help="without a last checkpoint")
+        if name == "checkpoints":
+            _json_option(options)
+    options = _verb(verbs, "status", status, "all runs: how far, how fast, what to look at")
+    _site_option(options)
+    _json_option(options)
+    _supervise_options(_verb(verbs, "supervise", supervise, argparse.SUPPRESS))
+    return root
+
+
+def plan_options(options: argparse.ArgumentParser) -> None:
+    """What names a config and a site."""
+    options.add_argument("config", metavar="CONF", help="a config file, such as conf/demo.yaml")
+    options.add_argument("--set", default="", help="overrides: 'optim.lr=2.4 data.lanes=64'")
+    _site_option(options)
+
+
+def plan(options: argparse.Namespace) -> int:
+    from jobs.plan import describe
+    from jobs.site import load_site
+
+    site = load_site(options.site)
+    site.activate()
+    _say(*describe(_config(options), site))
+    return 0
+
+
+def submit(options: argparse.Namespace) -> int:
+    from jobs.site import load_site
+    from jobs.submit import submit as start
+
+    site = load_site(options.site)
+    forced = " checkpoint.force=true" if options.force else ""
+    return _submitted(start(_config(options, forced), site, options.name), site.name)
+
+
+def resume(options: argparse.Namespace) -> int:
+    from jobs.runs import Job
+    from jobs.site import load_site
+    from jobs.submit import submit as start
+    from pipeline.config import load
+
+    site = load_site(options.site)
+    job = Job.of(site, options.name)
+    return _submitted(start(load(job.run_dir / "config.yaml"), site, options.name), site.name)
+
+
+def status(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from jobs.runs import statuses
+    from jobs.site import load_site
+
+    site = load_site(options.site)
+    site.activate()
+    found = statuses(site)
+    if options.json:
+        _say(json.dumps([asdict(one) for one in found], indent=2))
+    elif not found:
+        _say(f"no runs in {site.shared_dir}; make submit CONF=... RUN=... starts one")
+    else:
+        _say(
+            *_table(
+                ("RUN", "STATE", "STEP", "LOSS", "IMAGES/S", "WAIT", "SAVED", "STARTS", "LAST STEP"), map(_row, found)
+            )
+        )
+    return 0
+
+
+def logs(options: argparse.Namespace) -> int:
+    from jobs import runs
+
+    job = _job(options)
+    if options.events:
+        _say(*(runs.sentence(event) for event in runs.history(job.run_dir)))
+        return 0
+    for failure in job.start.failures():
+        _say(f"{failure}", failure.trace)
+    runs.show(job, options.lines, options.follow, sys.stdout)
+    return 0
+
+
+def cancel(options: argparse.Namespace) -> int:
+    from jobs import runs
+
+    job = _job(options)
+    _say(runs.cancel(job, options.now))
+    return 0
+
+
+def checkpoints(options: argparse.Namespace) -> int:
+    from jobs.runs import stored_checkpoints
+
+    job = _job(options)
+    found = stored_checkpoints(job.store)
+    if options.json:
+        _say(json.dumps(found, indent=2))
+    else:
+        rows = (
+            [row["name"], f"{row['bytes'] / 1e6:.1f} MB", "whole" if row["committed"] else "not committed"]
+            for row in found
+        )
+        _say(*_table(("CHECKPOINT", "SIZE", "STATE"), rows))
+    return 0
+
+
+def supervise(options: argparse.Namespace) -> int:
+    """Around the ranks, in the job itself (jobs.supervise)."""
+    from data_shards.store import Store
+    from jobs import local, slurm, supervise
+    from jobs.start import Start
+
+    start = Start.here()
+    if options.when == "before":
+        _say(str(supervise.before(start)))
+        return 0
+    if options.when == "serve":
+        return local.serve(
+            options.store,
+            options.ranks,
+            options.gpus,
+            options.time_limit_min,
+            options.signal_delay_s,
+            options.max_cycles,
+        )
+    decision = supervise.after(start, options.exit, Store(options.store), options.max_cycles)
+    sys.stderr.write(f"farseer: {decision.action}: {decision.reason}\n")
+    if decision.action == "requeue":
+        slurm.requeue(start.job)
+    return 2 if decision.action == "stop" else 0
+
+
+def _supervise_options(options: argparse.ArgumentParser) -> None:
+    options.add_argument("when", choices=("before", "after", "serve"))
+    options.add_argument("--store", default="")
+    for name, default in (("exit", 0), ("ranks", 1), ("gpus", 0), ("time-limit-min", 60), ("signal-delay-s", 60)):
+        options.add_argument(f"--{name}", type=int, default=default)
+    options.add_argument("--max-cycles", type=int, default=3)
+
+
+def _verb(verbs: Any, name: str, function: Verb, text: str) -> argparse.ArgumentParser:
+    options: argparse.ArgumentParser = (
+        verbs.add_parser(name) if text == argparse.SUPPRESS else verbs.add_parser(name, help=text, description=text)
+    )
+    options.set_defaults(run_verb=function)
+    return options
+
+
+def _site_option(options: argparse.ArgumentParser) -> None:
+    options.add_argument(
+        "--site", default=os.environ.get("SITE") or "local", help="conf/sites/<name>.yaml, or its path"
+    )
+
+
+def _json_option(options: argparse.ArgumentParser) -> None:
+    options.add_argument("--json", action="store_true", help="for scripts")
+
+
+def _config(options: argparse.Namespace, more: str = "") -> "Config":
+    from pipeline.config import load
+
+    return load(options.config, options.set + more)
+
+
+def _job(options: argparse.Namespace) -> Any:
+    from jobs.runs import Job
+    from jobs.site import load_site
+
+    site = load_site(options.site)
+    site.activate()
+    return Job.of(site, options.name)
+
+
+def _submitted(job: Any, site: str) -> int:
+    where = "" if site == "local" else f" SITE={site}"
+    _say(
+        f"job {job.id} is submitted; logs in {job.run_dir / 'logs'}",
+        f"next: make logs RUN={job.run}{where} FOLLOW=1, make status{where}, make cancel RUN={job.run}{where}",
+    )
+    return 0
+
+
+def _row(one: "Status") -> list[str]:
+    def text(value: float | int | None, form: str = "{}") -> str:
+        return "-" if value is None else form.format(value)
+
+    step = text(one.step) + (f"/{one.steps}" if one.steps else "")
+    return [
+        one.run,
+        one.state,
+        step,
+        text(one.loss, "{:.4f}"),
+        text(one.images_s, "{:.1f}"),
+        text(one.wait, "{:.0%}"),
+        text(one.committed),
+        str(one.starts),
+        text(one.seconds_ago, "{:.0f} s ago"),
+    ]
+
+
+def _table(head: Sequence[str], rows: Any) -> list[str]:
+    lines = [list(head), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+
+
+def _say(*lines: str) -> None:
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""Handing a run to SLURM, or to this machine alone, through submitit.
+
+The job, and each of its requeues, runs from a snapshot of the code in the run's folder on the shared disk: an edit
+afterwards changes nothing. Nothing about where to resume is handed over: each start finds it in the store.
+"""
+
+import contextlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import submitit
+import yaml
+
+from data_shards.errors import UserError
+from jobs import daemons, rank
+from jobs.runs import Job
+from jobs.site import INHERITED, ROOT, Site, export_lines
+from jobs.start import cancel_marker, note
+
+PACKAGES = ("data_shards", "pipeline", "jobs")
+
+
+def launch(
+    site: Site, run: str, store: str, config: dict[str, Any], committed: int | None = None, code: Path = ROOT
+) -> Job:
+    """Snapshot the code, submit. Raises UserError, with no new folder left, when SLURM refuses the job.
+
+    store: the run's folder in the store. config: resolved. committed: the newest checkpoint's step, from where the
+    supervisor counts progress. code: the folder whose three packages the job will run.
+    """
+    run_dir = site.run_dir(run)
+    with _undone_on_error(run_dir):
+        _write(run_dir, config, code)
+        cancel_marker(run_dir).unlink(missing_ok=True)
+        job = (_on_this_machine if site.executor == "local" else _on_slurm)(site, run, store, config)
+        job.save()
+    note(run_dir, "submitted", job=job.id, committed=committed)
+    return job
+
+
+def batch_script(site: Site, run_dir: Path, store: str) -> tuple[list[str], list[str]]:
+    """The shell lines before and after the ranks. They hold paths and names, never a secret: others can read them."""
+    python = shlex.quote(site.python or sys.executable)
+    threads = {"OMP_NUM_THREADS": str(site.cpus_per_rank)}
+    network = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), site.interface) if site.interface else {}
+    fixed = {"PYTHONPATH": str(run_dir / "snapshot"), "FARSEER_RUN_DIR": str(run_dir)}
+    head = [*export_lines({**fixed, **threads, **network, **site.environment}), *site.setup]
+    supervise = f"{python} -m jobs.cli supervise"
+    if site.executor == "local":
+        told = f"--ranks {site.ranks} --gpus {site.gpus_per_node} --time-limit-min {site.time_limit_min}"
+        told += f" --signal-delay-s {site.signal_delay_s} --max-cycles {site.max_cycles} --store {shlex.quote(store)}"
+        return [*head, "export FARSEER_JOB=local-$$", f"exec {supervise} serve {told}"], []
+    slurm_head = [
+        "export SLURM_EXPORT_ENV=ALL",  # srun hands on what is set here, not only what sbatch was told to take along
+        *head,
+        "export FARSEER_JOB=$SLURM_JOB_ID FARSEER_START=${SLURM_RESTART_COUNT:-0}",
+        "export MASTER_ADDR=${MASTER_ADDR:-$SLURMD_NODENAME}",  # this script runs on the first node, as rank 0 does
+        f"MASTER_PORT=$({supervise} before) || exit 2",
+        "export MASTER_PORT",
+    ]
+    return slurm_head, [f"{supervise} after --exit $? --max-cycles {site.max_cycles} --store {shlex.quote(store)}"]
+
+
+def slurm_executor(site: Site, run: str, store: str) -> submitit.SlurmExecutor:
+    """submitit's executor, set so that a requeue, a preemption and a dead rank end as jobs.supervise says.
+
+    submitit's own cap on time-outs is out of the way: it would end a run that makes progress.
+    """
+    run_dir = site.run_dir(run)
+    executor = submitit.SlurmExecutor(run_dir / "logs", max_num_timeout=1_000_000, python=site.python)
+    before, after = batch_script(site, run_dir, store)
+    optional = {
+        "partition": site.partition,
+        "account": site.account,
+        "qos": site.qos,
+        "constraint": site.constraint,
+        "gpus_per_node": site.gpus_per_node or None,
+        "mem": None if site.memory_gb is None else f"{round(site.memory_gb * 1024)}MB",
+    }
+    executor.update_parameters(
+        job_name=f"farseer-{run}",
+        comment=store,
+        nodes=site.nodes,
+        ntasks_per_node=site.ranks_per_node,
+        cpus_per_task=site.cpus_per_rank,
+        time=site.time_limit_min,
+        signal_delay_s=site.signal_delay_s,
+        stderr_to_stdout=True,
+        setup=before,
+        teardown=after,
+        # srun takes neither the open mode nor, since SLURM 22.05, the CPUs from sbatch
+        srun_args=["--kill-on-bad-exit=1", "--open-mode=append", f"--cpus-per-task={site.cpus_per_rank}"],
+        additional_parameters={
+            "requeue": True,
+            "chdir": str(run_dir / "snapshot"),  # python -m looks there first
+            "export": ",".join(INHERITED),
+            **site.extra,
+        },
+        **{name: value for name, value in optional.items() if value is not None},
+    )
+    return executor
+
+
+def _on_slurm(site: Site, run: str, store: str, config: dict[str, Any]) -> Job:
+    executor = slurm_executor(site, run, store)
+    try:
+        submitted = executor.submit(rank.run, config, store, site.signal_delay_s)
+    except submitit.core.utils.FailedJobError as error:
+        raise UserError(f"SITE={site.name}: SLURM refused the job: {' '.join(str(error).split())}") from None
+    return Job(run, site.run_dir(run), store, submitted.job_id)
+
+
+def _on_this_machine(site: Site, run: str, store: str, config: dict[str, Any]) -> Job:
+    run_dir = site.run_dir(run)
+    lines, _ = batch_script(site, run_dir, store)
+    script = run_dir / "logs" / "local.sh"
+    script.write_text("\n".join([f"cd {shlex.quote(str(run_dir / 'snapshot'))}", *lines]) + "\n")
+    process = daemons.spawn(["/bin/sh", str(script)], os.environ, run_dir / "logs" / "local.log")
+    return Job(run, run_dir, store, f"local-{process.pid}", process)
+
+
+@contextlib.contextmanager
+def _undone_on_error(run_dir: Path) -> Iterator[None]:
+    """Leave no folder behind when the submission of a new run fails."""
+    existed = (run_dir / "job.json").exists()
+    try:
+        yield
+    except BaseException:
+        if not existed:
+            shutil.rmtree(run_dir, ignore_errors=True)
+        raise
+
+
+def _write(run_dir: Path, config: dict[str, Any], code: Path) -> None:
+    beside = run_dir / f"snapshot.{os.getpid()}"
+    for name in _code_files(code):
+        target = beside / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(code / name, target)
+    (beside / "VERSION").write_text(_version(code) + "\n")
+    shutil.rmtree(run_dir / "snapshot", ignore_errors=True)
+    beside.rename(run_dir / "snapshot")
+    (run_dir / "logs").mkdir(exist_ok=True)
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+
+
+def _code_files(code: Path) -> list[Path]:
+    """The files of the packages: those that git tracks or would, or all of them where git is not used."""
+    listed = _git(code, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *PACKAGES)
+    if listed is not None:
+        return [Path(name) for name in listed.split("\0") if name and (code / name).is_file()]
+    found = (path for package in PACKAGES for path in (code / package).rglob("*") if path.is_file())
+    return [path.relative_to(code) for path in found if "__pycache__" not in path.parts]
+
+
+def _version(code: Path) -> str:
+    described = _git(code, "describe", "--always", "--dirty", "--abbrev=40")
+    return described.strip() if described else "no git"
+
+
+def _git(code: Path, *arguments: str) -> str | None:
+    """git's answer; None where it is not installed or `code` is not the root of a working tree of its own."""
+    if not (code / ".git").exists() or (program := shutil.which("git")) is None:
+        return None
+    done = subprocess.run([program, "-C", str(code), *arguments], capture_output=True, text=True, check=False)
+    return done.stdout if done.returncode == 0 else None

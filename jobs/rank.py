@@ -1,0 +1,95 @@
+"""What each rank runs: the training, between the words that it leaves for the supervisor (jobs.start).
+
+submitit pickles `run` by its name, so it is imported from the run's snapshot, never from the code as it is by then.
+"""
+
+import os
+import signal
+import sys
+import traceback
+from types import FrameType
+from typing import Any, NoReturn
+
+import submitit
+
+from data_shards.errors import UserError
+from jobs import slurm
+from jobs.start import Start
+
+LEAVE_S = 15  # of the time between signal and end, for what follows the last save
+
+
+def run(config: dict[str, Any], store: str, signal_delay_s: int) -> str:
+    """Train as one rank of the job; returns pipeline.train's outcome.
+
+    config: a resolved config, as `Config.dump` gives it. store: the run's folder in the store.
+    An error ends the process at once: threads that still wait for other ranks must not keep a dead rank in its place.
+    """
+    start, here = Start.here(), submitit.JobEnvironment()
+    rank = here.global_rank
+    _handle_early_signals(start, rank)
+    start.begin(rank, str(here.paths.stdout))
+    try:
+        from pipeline.config import parse
+        from pipeline.train import Launch, run_rank
+
+        launch = Launch(
+            run_dir=str(start.run_dir),
+            store=store,
+            rank=rank,
+            local_rank=here.local_rank,
+            local_world_size=here.num_tasks // here.num_nodes,
+            world_size=here.num_tasks,
+            master_addr=os.environ["MASTER_ADDR"],
+            master_port=int(os.environ["MASTER_PORT"]),
+            stop_budget_s=max(1.0, signal_delay_s - LEAVE_S),
+            requeue=(lambda: requeue(start)) if rank == 0 else None,
+        )
+        outcome = run_rank(parse(config, f"{store}/config.yaml"), launch)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the supervisor has to know
+        start.fail(rank, error)
+        _leave(error)
+    if rank == 0 and start.outcome() is None:
+        start.end(outcome)
+    return outcome
+
+
+def requeue(start: Start) -> None:
+    """Have the job started again, after a preemption's save; called on rank 0.
+
+    SLURM ends the job at once, so this may not return. Outside SLURM the supervisor starts the ranks again.
+    """
+    start.end("preempted")
+    if start.job.startswith("local-"):
+        return
+    slurm.requeue(start.job)
+    start.end("preempted", requeued=True)
+
+
+def _handle_early_signals(start: Start, rank: int) -> None:
+    """Until the trainer takes the signals over there is nothing to save: leave, and start again if it was a preemption.
+
+    submitit's own handlers would count time-outs and give up; they are replaced here.
+    """
+
+    def preempted(number: int, frame: FrameType | None) -> None:
+        if rank == 0 and start.cancelled:
+            start.end("cancelled")
+        elif rank == 0:
+            start.note("requeued", reason="preempted before the first step")
+            requeue(start)
+        os._exit(0)
+
+    signal.signal(signal.SIGUSR2, preempted)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGCONT, signal.SIG_DFL)
+
+
+def _leave(error: Exception) -> NoReturn:
+    if isinstance(error, UserError):
+        sys.stderr.write(f"farseer: {error}\n")
+    else:
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(error.exit_code if isinstance(error, UserError) else 1)

@@ -1,0 +1,124 @@
+"""Where a job runs: one file a cluster, `conf/sites/<name>.yaml`, chosen by `SITE=`.
+
+`SITE=local` is what `make cluster-up` made on this machine (`var/cluster/site.yaml`). A site names files and profiles,
+never a secret: what it holds travels into the batch script, which others can read.
+"""
+
+import os
+import re
+import shlex
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import yaml
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, field_validator
+from pydantic_core import ErrorDetails
+
+from data_shards.errors import UserError
+from data_shards.section import Section
+
+ROOT = Path(__file__).resolve().parents[1]
+SITES = ROOT / "conf" / "sites"
+LOCAL = ROOT / "var" / "cluster" / "site.yaml"
+# What the job takes over from the environment of the one who submits; the rest, secrets among it, stays behind.
+INHERITED = ("HOME", "LANG", "LOGNAME", "PATH", "SHELL", "TERM", "USER")
+_SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|API_?KEY|ACCESS_KEY", re.IGNORECASE)
+
+
+class Site(Section):
+    """A cluster, or this machine alone (`executor: local`). Changes nothing that is learned."""
+
+    affects_results: ClassVar[bool] = False
+    name: str = ""  # taken from the file
+    executor: Literal["slurm", "local"] = "slurm"
+    shared_dir: str  # a folder that every node sees: snapshots, logs, a run's local files
+    nodes: PositiveInt = 1
+    ranks_per_node: PositiveInt = 1
+    cpus_per_rank: PositiveInt = 1
+    gpus_per_node: NonNegativeInt = 0
+    memory_gb: PositiveFloat | None = None  # a node's
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    time_limit_min: PositiveInt = 24 * 60
+    signal_delay_s: PositiveInt = 120  # from the signal to the end: twice what a save and its upload take
+    max_cycles: PositiveInt = 3  # failed starts without a new committed checkpoint, after which the job stops
+    interface: str | None = None  # network interface of the collectives
+    python: str | None = None  # by default the one that submits
+    setup: tuple[str, ...] = ()  # shell lines before the ranks start, such as `module load cuda`
+    environment: dict[str, str] = Field(default_factory=dict)  # here and in the job: AWS_PROFILE, SLURM_CONF, ...
+    extra: dict[str, str | int | bool] = Field(default_factory=dict)  # more sbatch options, without the dashes
+
+    @field_validator("environment")
+    @classmethod
+    def _holds_no_secret(cls, variables: dict[str, str]) -> dict[str, str]:
+        secret = [name for name in variables if _SECRET.search(name)]
+        if secret:
+            raise ValueError(
+                f"paths and names only, {', '.join(secret)} holds a secret; put it in a file and name that file, "
+                "such as AWS_SHARED_CREDENTIALS_FILE"
+            )
+        return variables
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+    def run_dir(self, run: str) -> Path:
+        """The run's folder on the shared disk. Raises UserError when the name could leave it."""
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", run):
+            raise UserError(f"RUN: found {run!r}; valid is up to 64 letters, digits, dots, dashes and underscores")
+        return Path(self.shared_dir) / run
+
+    def activate(self) -> None:
+        """Give this process the site's environment, so that what is checked here is what the job will meet."""
+        os.environ.update(self.environment)
+        carried = [name for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY") if name in os.environ]
+        if carried and self.executor == "slurm":
+            raise UserError(
+                f"{' and '.join(carried)} would not travel to the job (secrets stay out of it); unset them, put the "
+                f"key into a file, name it in SITE={self.name}: environment: {{AWS_SHARED_CREDENTIALS_FILE: ...}}"
+            )
+
+
+def load_site(name: str = "local") -> Site:
+    """Read a site by name (`conf/sites/<name>.yaml`, `local`) or by the path of its file.
+
+    Raises UserError with a line for each mistake.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else LOCAL if name == "local" else SITES / f"{name}.yaml"
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(_missing(name, path)) from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: found no settings; valid: {', '.join(Site.model_fields)}")
+    try:
+        return Site.model_validate({"name": path.stem if name != "local" else name, **values})
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(path, details) for details in error.errors())) from None
+
+
+def export_lines(variables: dict[str, str]) -> list[str]:
+    """Shell lines that set them, whatever is in their values."""
+    return [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
+
+
+def _missing(name: str, path: Path) -> str:
+    if name == "local":
+        return "SITE=local: no cluster on this machine yet; make cluster-up makes one"
+    known = ", ".join(["local", *sorted(file.stem for file in SITES.glob("*.yaml"))])
+    return f"SITE={name}: no such site ({path}); there are: {known}"
+
+
+def _explain(path: Path, error: ErrorDetails) -> str:
+    key = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        return f"{path}: {key}: unknown key; valid: {', '.join(Site.model_fields)}"
+    if error["type"] == "missing":
+        return f"{path}: {key}: missing; it has no default, so set it"
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    return f"{path}: {key}: found {error['input']!r}; valid is {message}"

@@ -1,0 +1,181 @@
+"""One start of a job: a folder on the shared disk in which ranks and supervisor leave word for each other.
+
+    <run>/job.json                       the run's newest job (jobs.runs)
+    <run>/jobs.jsonl                     submitted, requeued, failed, ...: what happened to the run's jobs
+    <run>/cancel                         there while a cancel is asked for: save, then end without a requeue
+    <run>/starts/<job>-<number>/         number counts the requeues of that job
+        rank-0001.json                   who runs it: host, process
+        failure-0001.json                why it left, written by a rank that still could
+        outcome.json                     finished, preempted, terminated or cancelled, written by rank 0
+
+Everything here is small, local and without secrets; what a run learned is in the store.
+"""
+
+import contextlib
+import json
+import os
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data_shards.errors import UserError
+from jobs.daemons import Process
+
+
+@dataclass(frozen=True)
+class RankRecord:
+    """A rank that was started: on which host, as which process (see jobs.daemons.Process), with which log."""
+
+    rank: int
+    host: str
+    pid: int
+    started: int
+    log: str
+
+    @property
+    def process(self) -> Process:
+        return Process(self.pid, self.started)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a rank left. `exit_code` is set for an error that the user can mend: trying again would not help."""
+
+    rank: int
+    host: str
+    time: float
+    message: str
+    trace: str
+    exit_code: int | None
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.host}: {self.message}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a start ended, when it ended well. `requeued`: SLURM has been asked to start it again."""
+
+    outcome: str
+    requeued: bool = False
+
+
+@dataclass(frozen=True)
+class Start:
+    """The `number`-th start of `job`."""
+
+    run_dir: Path
+    job: str
+    number: int
+
+    @classmethod
+    def here(cls) -> "Start":
+        """The start that this process belongs to, from what the job's script has set."""
+        return cls(
+            Path(os.environ["FARSEER_RUN_DIR"]), os.environ["FARSEER_JOB"], int(os.environ.get("FARSEER_START", "0"))
+        )
+
+    @property
+    def folder(self) -> Path:
+        return self.run_dir / "starts" / f"{self.job}-{self.number}"
+
+    @property
+    def cancelled(self) -> bool:
+        return cancel_marker(self.run_dir).exists()
+
+    def begin(self, rank: int, log: str) -> None:
+        """Leave word who runs this rank, and where it writes."""
+        process = Process.of(os.getpid())
+        record = RankRecord(rank, _host(), os.getpid(), process.started if process else -1, log)
+        write_json(self.folder / f"rank-{rank:04d}.json", asdict(record))
+
+    def fail(self, rank: int, error: BaseException) -> None:
+        """Leave word why this rank leaves."""
+        code = error.exit_code if isinstance(error, UserError) else None
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        trace = "" if isinstance(error, UserError) else "".join(traceback.format_exception(error))
+        failure = Failure(rank, _host(), time.time(), f"{kind}{error}", trace, code)
+        write_json(self.folder / f"failure-{rank:04d}.json", asdict(failure))
+
+    def end(self, outcome: str, requeued: bool = False) -> None:
+        """Leave word how the start ended."""
+        write_json(self.folder / "outcome.json", asdict(Outcome(outcome, requeued)))
+
+    def ranks(self) -> list[RankRecord]:
+        return [RankRecord(**values) for values in _read_all(self.folder, "rank-*.json")]
+
+    def failures(self) -> list[Failure]:
+        """What the ranks said when they failed, the first one first."""
+        return sorted(
+            (Failure(**v) for v in _read_all(self.folder, "failure-*.json")), key=lambda failure: failure.time
+        )
+
+    def outcome(self) -> Outcome | None:
+        found = _read_all(self.folder, "outcome.json")
+        return Outcome(**found[0]) if found else None
+
+    def note(self, event: str, **fields: Any) -> None:
+        """Append an event of this start to the run's jobs.jsonl."""
+        note(self.run_dir, event, job=self.job, start=self.number, **fields)
+
+
+def newest_start(run_dir: Path, job: str) -> Start:
+    """The last start of a job; number 0 when none has begun."""
+    numbers = [int(path.name.rpartition("-")[2]) for path in (run_dir / "starts").glob(f"{job}-*")]
+    return Start(run_dir, job, max(numbers, default=0))
+
+
+def note(run_dir: Path, event: str, **fields: Any) -> None:
+    """Append an event to the run's jobs.jsonl."""
+    line = {"time": time.time(), "attempt": newest_attempt(run_dir), "event": event, **fields}
+    with (run_dir / "jobs.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def events(run_dir: Path) -> list[dict[str, Any]]:
+    """The events of the run's jobs, oldest first."""
+    return read_lines(run_dir / "jobs.jsonl")
+
+
+def newest_attempt(run_dir: Path) -> int:
+    """The highest attempt that has left a folder `a<number>` here, 0 before the first."""
+    return max((int(path.name[1:]) for path in run_dir.glob("a[0-9]*") if path.name[1:].isdigit()), default=0)
+
+
+def cancel_marker(run_dir: Path) -> Path:
+    return run_dir / "cancel"
+
+
+def read_lines(path: Path, tail_bytes: int | None = None) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines, or of its end; a line that was cut is left out, a missing file has none."""
+    try:
+        with path.open("rb") as file:
+            if tail_bytes is not None:
+                file.seek(max(0, path.stat().st_size - tail_bytes))
+            lines = file.read().splitlines()
+    except FileNotFoundError:
+        return []
+    found = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return [value for value in found if isinstance(value, dict)]
+
+
+def _read_all(folder: Path, pattern: str) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob(pattern))]
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Whole or not at all: others read while we write."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps(values))
+    beside.replace(path)
+
+
+def _host() -> str:
+    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename

@@ -1,0 +1,123 @@
+"""What the end of a start means: the one place that decides whether a job is over or starts again.
+
+Runs in the batch script before and after the ranks (no daemon), under the local executor in the process that starts
+them (jobs.local). `decide` is pure; everything it needs was left on the shared disk and in the store.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from data_shards.errors import UserError
+from data_shards.store import Store
+from jobs import daemons
+from jobs.start import Failure, Outcome, Start, events
+
+
+@dataclass(frozen=True)
+class Decision:
+    """`end`: it is over, and well. `requeue`: start again. `stop`: trying again would not help; `reason` says why."""
+
+    action: Literal["end", "requeue", "stop"]
+    reason: str
+
+
+def decide(
+    exit_code: int,
+    outcome: Outcome | None,
+    failures: Sequence[Failure],
+    *,
+    cancelled: bool = False,
+    stalled: int = 0,
+    max_cycles: int = 3,
+) -> Decision:
+    """Judge a start that has ended.
+
+    exit_code: srun's, the highest of all ranks. outcome: what rank 0 left, None when it could not. failures: what ranks
+    said, the first one first. stalled: failed starts just before this one, and with it, without a new checkpoint.
+    """
+    if outcome is not None and (outcome.outcome in ("finished", "cancelled") or outcome.requeued):
+        return Decision("end", outcome.outcome)
+    if cancelled:
+        return Decision("end", "cancelled")
+    if outcome is not None:  # preempted or terminated, and nobody has asked SLURM yet
+        return Decision("requeue", outcome.outcome)
+    mendable = next((failure for failure in failures if failure.exit_code is not None), None)
+    if mendable is not None:
+        return Decision("stop", str(mendable))
+    cause = str(failures[0]) if failures else f"the ranks left without a word ({_in_words(exit_code)})"
+    if stalled >= max_cycles:
+        return Decision("stop", f"{stalled} starts without a new checkpoint; the last one: {cause}")
+    return Decision("requeue", cause)
+
+
+def before(start: Start) -> int:
+    """Make way for a start: a free port of this host, on which rank 0 will meet the others.
+
+    Removes what an earlier start of this job has pickled, which would pass for the result of this one.
+    Raises UserError when a cancel was asked for while the job waited.
+    """
+    if start.cancelled:
+        start.end("cancelled")
+        raise UserError(f"{start.run_dir}: a cancel was asked for; not started (make resume goes on)")
+    for stale in (start.run_dir / "logs").glob(f"{start.job}_*_result.pkl"):
+        stale.unlink(missing_ok=True)
+    return daemons.free_ports(1)[0]
+
+
+def after(start: Start, exit_code: int, store: Store, max_cycles: int) -> Decision:
+    """Decide about a start that has ended, and note it among the run's events, here and in the store."""
+    outcome, noted = start.outcome(), events(start.run_dir)
+    if outcome is not None or start.cancelled:
+        return decide(exit_code, outcome, [], cancelled=start.cancelled)
+    committed = _newest(store, noted)
+    stalled = stalled_starts(noted, committed)
+    decision = decide(exit_code, None, start.failures(), stalled=stalled, max_cycles=max_cycles)
+    event = "requeued" if decision.action == "requeue" else "failed"
+    start.note(event, reason=decision.reason, committed=committed)
+    _publish(start, store)
+    return decision
+
+
+def committed_step(store: Store) -> int | None:
+    """The step of the newest checkpoint that exists (its manifest does), None when there is none."""
+    pattern = re.compile(r"checkpoints/step-(\d+)-a\d+/MANIFEST\.json")
+    steps = [int(found[1]) for entry in store.list("checkpoints") if (found := pattern.fullmatch(entry.path))]
+    return max(steps, default=None)
+
+
+def stalled_starts(noted: Sequence[dict[str, Any]], committed: int | None) -> int:
+    """How many failed starts in a row, up to the one that ends now with `committed`, brought no newer checkpoint.
+
+    noted: the events of the run's jobs, oldest first; those before the last submission do not count.
+    """
+    submitted = max((i for i, event in enumerate(noted) if event["event"] == "submitted"), default=0)
+    known = [event["committed"] for event in noted[submitted:] if "committed" in event]
+    steps = [-1 if step is None else step for step in (*known, committed)]
+    count = 0
+    while count + 1 < len(steps) and steps[-1 - count] <= steps[-2 - count]:
+        count += 1
+    return count
+
+
+def _newest(store: Store, noted: Sequence[dict[str, Any]]) -> int | None:
+    """The newest checkpoint's step; the last one known when the store is away: no progress that anyone could see."""
+    try:
+        return committed_step(store)
+    except UserError:
+        return next((event["committed"] for event in reversed(noted) if "committed" in event), None)
+
+
+def _publish(start: Start, store: Store) -> None:
+    """Copy the run's jobs.jsonl to the store, beside the events that the training wrote."""
+    try:
+        store.put("events/jobs.jsonl", (start.run_dir / "jobs.jsonl").read_bytes())
+    except UserError as error:
+        start.note("upload failed", reason=str(error))
+
+
+def _in_words(exit_code: int) -> str:
+    if exit_code > 128:
+        return f"ended by signal {exit_code - 128}"
+    return f"exit code {exit_code}"
