@@ -76,8 +76,12 @@ class Folder:
             return Path("/", key).stat().st_size
 
     async def find(self, folder: str) -> list[Entry]:
-        files = [path for path in Path("/", folder).rglob("*") if path.is_file() and not path.name.startswith(_HIDDEN)]
-        return [Entry(path.as_posix()[1:], path.stat().st_size) for path in files]
+        found = []
+        for path in Path("/", folder).rglob("*"):
+            with contextlib.suppress(FileNotFoundError):  # gone meanwhile
+                if path.is_file() and not path.name.startswith(_HIDDEN):
+                    found.append(Entry(path.as_posix()[1:], path.stat().st_size))
+        return found
 
     async def delete(self, keys: list[str]) -> None:
         for key in keys:

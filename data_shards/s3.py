@@ -4,7 +4,10 @@ s3fs and botocore would try again too; theirs is off, so that one place decides 
 """
 
 import asyncio
+import base64
+import hashlib
 import random
+import secrets
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -15,6 +18,7 @@ import aiohttp
 import s3fs
 from aiobotocore.session import AioSession
 from botocore import exceptions as boto
+from botocore.parsers import ResponseParserError
 
 from data_shards.store import AlreadyExists, Counters, Denied, Entry, NotFound, StoreError, Truncated, Unavailable
 
@@ -22,7 +26,7 @@ T = TypeVar("T")
 
 PART_BYTES = 16 * 2**20  # AWS advises 8 to 16 MiB a request
 SLOWEST_BYTES_S = 2**20  # a connection slower than this is given up and made again
-ATTEMPT_S = 30.0  # for the answer's head, beside the time for its bytes
+ATTEMPT_S = 30.0  # for an answer to begin, beside the time for its bytes; at most a quarter of all the time there is
 CHECK_S = 5.0
 
 _DENIED = {
@@ -37,7 +41,14 @@ _DENIED = {
     "403",
 }
 _TRANSIENT_CODES = {"RequestTimeout", "SlowDown", "ConditionalRequestConflict", "OperationAborted", "BadDigest"}
-_TRANSIENT = (boto.HTTPClientError, boto.CredentialRetrievalError, aiohttp.ClientError, OSError, asyncio.TimeoutError)
+_TRANSIENT = (
+    boto.HTTPClientError,
+    boto.ConnectionError,
+    boto.CredentialRetrievalError,
+    ResponseParserError,  # a proxy's page in place of an answer
+    aiohttp.ClientError,
+    OSError,
+)
 
 
 class _Transient(Exception):  # noqa: N818
@@ -89,13 +100,14 @@ class S3:
             raise _Transient(f"sent {given} instead of the bytes {start} to {end or total}")
 
     async def put(self, key: str, data: bytes, create_only: bool) -> None:
-        condition = {"IfNoneMatch": "*"} if create_only else {}
-        before = self.counters.retries
+        mark = secrets.token_hex(8)
+        condition = {"IfNoneMatch": "*", "Metadata": {"writer": mark}} if create_only else {}
+        whole = {"Key": key, "Body": data, "ContentMD5": await asyncio.to_thread(_md5, data)}
         try:
-            await self._tried(partial(self._call, "put_object", Key=key, Body=data, **condition), key, len(data))
+            await self._tried(partial(self._call, "put_object", **whole, **condition), key, len(data))
         except AlreadyExists:
-            # When a first try got through and only its answer was lost, what lies there is ours.
-            if self.counters.retries == before or await self.read(key, None, None) != data:
+            # A first try may have got through and only its answer been lost (aiohttp, too, asks again by itself).
+            if (await self._head(key)).get("Metadata", {}).get("writer") != mark:
                 raise
         self.counters.bytes_written += len(data)
 
@@ -125,7 +137,8 @@ class S3:
     ) -> dict[str, Any]:
         async with gate:
             data = await asyncio.to_thread(_slice, local, start, size)
-            call = partial(self._call, "upload_part", **whole, PartNumber=number, Body=data)
+            md5 = await asyncio.to_thread(_md5, data)
+            call = partial(self._call, "upload_part", **whole, PartNumber=number, Body=data, ContentMD5=md5)
             answer = await self._tried(call, whole["Key"], len(data))
             self.counters.bytes_written += len(data)
             return {"PartNumber": number, "ETag": answer["ETag"]}
@@ -148,8 +161,10 @@ class S3:
             raise errors.exceptions[0] from errors
 
     async def size(self, key: str) -> int:
-        answer = await self._tried(partial(self._call, "head_object", Key=key), key, patient=True)
-        return int(answer["ContentLength"])
+        return int((await self._head(key))["ContentLength"])
+
+    async def _head(self, key: str) -> dict[str, Any]:
+        return await self._tried(partial(self._call, "head_object", Key=key), key, patient=True)
 
     async def find(self, folder: str) -> list[Entry]:
         prefix = f"{folder}/" if folder else ""
@@ -197,7 +212,7 @@ class S3:
         start = time.monotonic()
         for attempt in range(1_000_000):
             try:
-                answer = await self._once(call, min(ATTEMPT_S, max(limit_s, 1.0)) + size / SLOWEST_BYTES_S)
+                answer = await self._once(call, min(ATTEMPT_S, max(limit_s / 4, 1.0)) + size / SLOWEST_BYTES_S)
                 self._key_worked = True
                 return answer
             except Exception as error:
@@ -270,7 +285,7 @@ class S3:
         origin = error if isinstance(error, boto.ClientError) else error.__cause__
         if isinstance(origin, boto.ClientError):
             return await self._name_answer(origin, key)
-        if isinstance(error, TimeoutError | asyncio.TimeoutError):
+        if isinstance(error, TimeoutError):
             return _Transient("time-out")
         if isinstance(error, _TRANSIENT):
             return _Transient(_short(error))
@@ -314,7 +329,13 @@ class S3:
 
 
 def _short(error: BaseException) -> str:
+    error = getattr(error, "kwargs", {}).get("error", error)  # botocore's wrappers repeat the url, with its query
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _md5(data: bytes) -> str:
+    """Without it some servers (SeaweedFS 4.48) keep what a broken connection left of a put as the whole object."""
+    return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
 
 
 def _slice(local: Path, start: int, size: int) -> bytes:

@@ -1,0 +1,309 @@
+"""The store against a real S3 server: what it answers, and what a user is told when it does not."""
+
+import asyncio
+import contextlib
+import multiprocessing
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_shards.store import AlreadyExists, Denied, NotFound, Store, StoreError, Truncated, Unavailable
+
+
+@pytest.fixture
+def store(s3: Any) -> Store:
+    return Store(s3.bucket("shards"))
+
+
+def one_line(error: pytest.ExceptionInfo[StoreError]) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    assert text.startswith("s3://")
+    return text
+
+
+def test_what_was_put_is_what_is_read_whole_and_in_ranges(store: Store) -> None:
+    store.put("x/y.bin", bytes(range(256)))
+    assert store.get("x/y.bin") == bytes(range(256))
+    assert store.get("x/y.bin", 10, 20) == bytes(range(10, 20))
+    assert store.get("x/y.bin", 250) == bytes(range(250, 256))
+    assert store.get("x/y.bin", None, 3) == b"\x00\x01\x02"
+    assert store.size("x/y.bin") == 256
+    assert store.exists("x/y.bin")
+
+
+def test_opening_an_object_costs_one_request(store: Store) -> None:
+    store.put("x", b"1")
+    before = store.counters.requests
+    store.get("x")
+    assert store.counters.requests == before + 1
+
+
+def test_ranges_past_the_end_are_errors_and_never_short_answers(store: Store) -> None:
+    store.put("x", b"12345")
+    for start, end in ((3, 9), (5, 6), (7, None)):
+        with pytest.raises(Truncated, match="ends "):
+            store.get("x", start, end)
+
+
+def test_an_empty_object_is_read_as_empty(store: Store) -> None:
+    store.put("empty", b"")
+    assert store.get("empty") == b""
+
+
+def test_a_missing_object_is_not_found_at_once(store: Store) -> None:
+    start = time.monotonic()
+    for call in (store.get, store.size):
+        with pytest.raises(NotFound, match="none: no such object"):
+            call("none")
+    assert not store.exists("none")
+    assert store.counters.retries == 0
+    assert time.monotonic() - start < 5
+
+
+def test_the_second_writer_of_a_create_only_put_loses(store: Store) -> None:
+    store.put("claim", b"first", create_only=True)
+    with pytest.raises(AlreadyExists, match="claim: is there already"):
+        store.put("claim", b"second", create_only=True)
+    assert store.get("claim") == b"first"
+
+
+def test_a_listing_is_complete_sorted_and_never_old(store: Store) -> None:
+    paths = sorted(f"deep/{number % 3}/{number}" for number in range(30))
+    for path in paths:
+        store.put(path, b"12")
+    store.put("deeper/x", b"")
+    assert [entry.path for entry in store.list("deep")] == paths
+    Store(store.url).put("deep/9/new", b"")
+    assert [entry.path for entry in store.at("deep").list()][-1] == "9/new"
+    store.delete([*paths, "was never there"])
+    assert [entry.path for entry in store.list()] == ["deep/9/new", "deeper/x"]
+
+
+@pytest.mark.slow
+def test_forty_megabytes_go_up_in_parts_and_come_down_unchanged(store: Store, tmp_path: Path) -> None:
+    local = tmp_path / "local"
+    local.write_bytes(os.urandom(40 * 2**20 + 7))
+    store.upload(local, "large")
+    assert store.size("large") == 40 * 2**20 + 7
+    store.download("large", tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == local.read_bytes()
+    assert store.counters.bytes_written == 40 * 2**20 + 7
+
+
+def test_threads_and_coroutines_share_a_store(store: Store) -> None:
+    for number in range(8):
+        store.put(f"{number}", b"%d" % number)
+    got: list[bytes] = []
+    threads = [threading.Thread(target=lambda n=n: got.append(store.get(f"{n}"))) for n in range(8)]  # type: ignore[misc]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    async def all_at_once() -> list[bytes]:
+        return list(await asyncio.gather(*(store.read(f"{n}") for n in range(8))))
+
+    assert sorted(got) == store.submit(all_at_once()).result() == [b"%d" % n for n in range(8)]
+
+
+def read_in_child(store: Store) -> None:
+    os._exit(0 if store.get("x") == b"1" else 1)
+
+
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_a_child_reads_with_its_parents_store_and_the_parent_goes_on(store: Store, method: str) -> None:
+    store.put("x", b"1")
+    child = multiprocessing.get_context(method).Process(target=read_in_child, args=(store,))  # type: ignore[attr-defined]
+    child.start()
+    assert store.get("x") == b"1"
+    child.join(60)
+    assert child.exitcode == 0
+    assert store.get("x") == b"1"
+
+
+def test_check_accepts_what_works(store: Store) -> None:
+    store.check()
+
+
+def test_a_missing_bucket_is_named_with_those_that_there_are(s3: Any) -> None:
+    photos = Store("s3://photos/mine")
+    for call in (photos.check, lambda: photos.get("x"), lambda: photos.put("x", b""), photos.list):
+        with pytest.raises(StoreError) as error:
+            call()
+        assert one_line(error).startswith(f"s3://photos: no such bucket at {s3.server.url}; it has: ")
+        assert "runs" in str(error.value)
+        assert "shards" in str(error.value)
+
+
+@pytest.fixture
+def keys(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    def use(key_id: str, secret: str) -> None:
+        path = tmp_path / "credentials"
+        path.write_text(f"[{os.environ['AWS_PROFILE']}]\naws_access_key_id={key_id}\naws_secret_access_key={secret}\n")
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(path))
+
+    return use
+
+
+def own_key_id() -> str:
+    lines = Path(os.environ["AWS_SHARED_CREDENTIALS_FILE"]).read_text().splitlines()
+    return next(line.partition("=")[2].strip() for line in lines if line.startswith("aws_access_key_id"))
+
+
+@pytest.mark.parametrize("right_id", [True, False])
+def test_a_wrong_key_is_refused_at_once_without_showing_it(
+    s3: Any, keys: Callable[[str, str], None], right_id: bool
+) -> None:
+    key_id = own_key_id() if right_id else "AKIAWRONGWRONGWRONG"
+    keys(key_id, "not-the-secret-of-this-key")
+    store = Store("s3://shards/x")
+    for call in (store.check, lambda: store.get("x"), lambda: store.put("x", b""), store.list, lambda: store.size("x")):
+        with pytest.raises(Denied) as error:
+            call()
+        text = one_line(error)
+        assert f"access denied at {s3.server.url} for key id {key_id[:4]}.. from profile" in text
+        assert key_id not in text
+        assert "not-the-secret" not in text
+    assert store.counters.retries == 0
+
+
+def test_without_any_key_the_user_is_told_where_it_is_looked_for(
+    s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "credentials").write_text(f"[{os.environ['AWS_PROFILE']}]\n")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(Denied, match="AWS_PROFILE") as error:
+        Store("s3://shards/x").check()
+    one_line(error)
+
+
+def test_an_unknown_profile_is_named(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    with pytest.raises(Denied, match=r"nobody.*AWS_PROFILE") as error:
+        Store("s3://shards/x").get("x")
+    one_line(error)
+
+
+def test_where_nothing_listens_is_asked_until_the_time_is_over(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))  # bound, but nobody listens
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        store = Store("s3://shards/x", retry_seconds=1.5)
+        start = time.monotonic()
+        with pytest.raises(Unavailable, match=f"{url} has not answered for [12] s") as error:
+            store.get("x")
+        assert time.monotonic() - start < 10
+        assert store.counters.retries > 1
+        assert "endpoint_url" in one_line(error)
+
+
+class Wire:
+    """A TCP proxy before the server. `faults`: what happens to the next connections, one each; after that, nothing."""
+
+    def __init__(self, server_url: str) -> None:
+        host, _, port = server_url.removeprefix("http://").partition(":")
+        self.server = (host, int(port))
+        self.faults: list[str] = []
+        self.connections = 0
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                client, _ = self.listener.accept()
+                self.connections += 1
+                fault = self.faults.pop(0) if self.faults else ""
+                threading.Thread(target=self.serve, args=(client, fault), daemon=True).start()
+
+    def serve(self, client: socket.socket, fault: str) -> None:
+        with client, contextlib.suppress(OSError):
+            if fault == "reset":
+                return
+            if fault == "unwell":
+                client.recv(65536)
+                client.sendall(b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                return
+            if fault == "a page":
+                client.recv(65536)
+                client.sendall(b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 6\r\nConnection: close\r\n\r\n<html>")
+                return
+            if fault == "silence":
+                client.recv(65536)
+                client.settimeout(60)
+                client.recv(1)  # until the client gives up
+                return
+            with socket.create_connection(self.server) as server:
+                if fault == "half":  # a put's head without its body
+                    server.sendall(client.recv(65536))
+                    client.sendall(server.recv(65536))
+                    return
+                threading.Thread(target=self.pump, args=(client, server, None), daemon=True).start()
+                if fault == "lost":
+                    self.drop_answer(client, server)
+                else:
+                    self.pump(server, client, 50_000 if fault == "cut" else None)
+
+    @staticmethod
+    def drop_answer(client: socket.socket, server: socket.socket) -> None:
+        while b"HTTP/1.1 100" in (data := server.recv(65536)):  # the request's body is still to come
+            client.sendall(data)
+
+    @staticmethod
+    def pump(source: socket.socket, target: socket.socket, budget: int | None) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data[:budget])
+                if budget is not None and (budget := budget - len(data)) <= 0:
+                    break
+            target.shutdown(socket.SHUT_WR)
+
+
+@pytest.fixture
+def wire(s3: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wire]:
+    wire = Wire(s3.server.url)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", wire.url)
+    yield wire
+    wire.listener.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["reset", "unwell", "a page", "cut", "silence"])
+def test_a_read_survives_faults_on_the_wire(store: Store, wire: Wire, fault: str) -> None:
+    data = os.urandom(200_000)
+    store.put("x", data)
+    faulty = Store(store.url, retry_seconds=8)
+    wire.faults = [fault, fault]
+    assert faulty.get("x", 100, 190_000) == data[100:190_000]
+    assert faulty.counters.retries >= 1
+    with pytest.raises(NotFound):
+        faulty.get("none")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["reset", "unwell", "lost", "half"])
+def test_a_create_only_put_survives_faults_on_the_wire_and_knows_its_own(store: Store, wire: Wire, fault: str) -> None:
+    faulty = Store(store.url, retry_seconds=8)
+    wire.faults = [fault, fault]
+    faulty.put("y", b"mine", create_only=True)
+    assert Store(store.url).get("y") == b"mine"
+    with pytest.raises(AlreadyExists):
+        faulty.put("y", b"mine", create_only=True)
+
+
+@pytest.mark.slow
+def test_a_store_that_stays_unwell_is_given_up_with_its_reason(store: Store, wire: Wire) -> None:
+    wire.faults = ["unwell"] * 100
+    with pytest.raises(Unavailable, match="503") as error:
+        Store(store.url, retry_seconds=1).list()
+    assert wire.url in one_line(error)
