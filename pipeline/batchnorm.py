@@ -105,14 +105,15 @@ class GroupBatchNorm(nn.Module):
         self.num_batches_tracked += len(self.pending)
 
     def _within_rank(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.parts == 1:  # not split and joined, which would copy rows and gradients
+            mean, variance = self._blank()
+            return self._native(x, mean, variance), mean, variance
         if len(x) % self.parts:
             raise ValueError(f"{len(x)} rows do not make {self.parts} equal batch-norm groups")
-        normalised = []
-        statistics = self._blank(self.parts)
-        for part, mean, variance in zip(x.chunk(self.parts), *statistics, strict=True):
-            normalised.append(self._native(part, mean, variance))
-        joined = normalised[0] if self.parts == 1 else torch.cat(normalised)
-        return joined, statistics[0].mean(0), statistics[1].mean(0)
+        blanks = [self._blank() for _ in range(self.parts)]
+        normalised = [self._native(part, *blank) for part, blank in zip(x.chunk(self.parts), blanks, strict=True)]
+        means, variances = zip(*blanks, strict=True)
+        return torch.cat(normalised), torch.stack(means).mean(0), torch.stack(variances).mean(0)
 
     def _native(self, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         """torch's own batch norm; a moving average of momentum 1 writes the batch's statistics to mean and variance."""
@@ -123,16 +124,15 @@ class GroupBatchNorm(nn.Module):
     def _across_ranks(self, x: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
         if not x.is_cuda:
             return _across_cpus(x, self.weight, self.bias, self.eps, group)
-        mean, variance = self._blank(1)
+        mean, variance = self._blank()
+        running = (mean, variance, self.eps, 1.0)
         ranks = dist.get_world_size(group)
-        running = (mean[0], variance[0], self.eps, 1.0)
         normalised = AcrossGPUs.apply(x, self.weight, self.bias, *running, group, ranks)  # type: ignore[no-untyped-call]
-        return normalised, mean[0], variance[0]
+        return normalised, mean, variance
 
-    def _blank(self, parts: int) -> tuple[Tensor, Tensor]:
-        """Two (parts, C) tensors for batch statistics; zeros, since a momentum of 1 multiplies what is there by 0."""
-        zeros = self.running_mean.new_zeros(2, parts, self.running_mean.numel())
-        return zeros[0], zeros[1]
+    def _blank(self) -> tuple[Tensor, Tensor]:
+        """Where batch statistics go, (C,) each; zeros, since a momentum of 1 multiplies what is there by 0."""
+        return torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
 
     def extra_repr(self) -> str:
         """What print() shows of it."""
