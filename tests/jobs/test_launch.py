@@ -1,0 +1,185 @@
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from data_shards.errors import UserError
+from jobs import launch as launching
+from jobs.launch import batch_script, launch, slurm_executor
+from jobs.site import Site
+
+SCRIPT = """\
+#!/bin/bash
+
+# Parameters
+#SBATCH --account=vision
+#SBATCH --chdir=/shared/first/snapshot
+#SBATCH --comment=s3://runs/first
+#SBATCH --constraint=h200
+#SBATCH --cpus-per-task=12
+#SBATCH --exclusive
+#SBATCH --export=HOME,LANG,LOGNAME,PATH,SHELL,TERM,USER
+#SBATCH --gpus-per-node=8
+#SBATCH --job-name=farseer-first
+#SBATCH --mem=1024000MB
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --open-mode=append
+#SBATCH --output=/shared/first/logs/%j_0_log.out
+#SBATCH --partition=gpu
+#SBATCH --qos=high
+#SBATCH --requeue
+#SBATCH --signal=USR2@300
+#SBATCH --time=1440
+#SBATCH --wckey=submitit
+
+# setup
+export SLURM_EXPORT_ENV=ALL
+export PYTHONPATH=/shared/first/snapshot
+export FARSEER_RUN_DIR=/shared/first
+export OMP_NUM_THREADS=12
+export GLOO_SOCKET_IFNAME=ib0
+export NCCL_SOCKET_IFNAME=ib0
+export AWS_PROFILE=farseer
+module load cuda/13
+export FARSEER_JOB=$SLURM_JOB_ID FARSEER_START=${SLURM_RESTART_COUNT:-0}
+export MASTER_ADDR=${MASTER_ADDR:-$SLURMD_NODENAME}
+MASTER_PORT=$(/env/bin/python -m jobs.cli supervise before) || exit 2
+export MASTER_PORT
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output /shared/first/logs/%j_%t_log.out --kill-on-bad-exit=1 --open-mode=append --cpus-per-task=12 \
+/env/bin/python -u -m submitit.core._submit /shared/first/logs
+
+
+# teardown
+/env/bin/python -m jobs.cli supervise after --exit $? --max-cycles 3 --store s3://runs/first"""
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch) -> Site:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "srun").touch(mode=0o755)  # submitit asks only whether it is there
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    return Site(
+        name="mine",
+        shared_dir="/shared",
+        nodes=2,
+        ranks_per_node=8,
+        cpus_per_rank=12,
+        gpus_per_node=8,
+        memory_gb=1000,
+        partition="gpu",
+        account="vision",
+        qos="high",
+        constraint="h200",
+        signal_delay_s=300,
+        interface="ib0",
+        python="/env/bin/python",
+        setup=("module load cuda/13",),
+        environment={"AWS_PROFILE": "farseer"},
+        extra={"exclusive": True},
+    )
+
+
+def test_the_batch_script_is_this_one(site):
+    executor = slurm_executor(site, "first", "s3://runs/first")
+    assert executor._make_submission_file_text(executor._submitit_command_str, "0") == SCRIPT
+
+
+def test_the_batch_script_is_valid_shell(site):
+    executor = slurm_executor(site, "first", "s3://runs/first")
+    text = executor._make_submission_file_text(executor._submitit_command_str, "0")
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)  # noqa: S607
+
+
+def test_only_named_variables_of_the_submitter_travel_and_no_secret_stands_in_the_script(site, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "planted-secret")
+    executor = slurm_executor(site, "first", "s3://runs/first")
+    text = executor._make_submission_file_text(executor._submitit_command_str, "0")
+    assert "planted-secret" not in text
+    assert "#SBATCH --export=HOME,LANG,LOGNAME,PATH,SHELL,TERM,USER\n" in text
+
+
+def test_a_local_job_is_served_by_the_snapshot_too():
+    site = Site(name="local", executor="local", shared_dir="/shared", ranks_per_node=2, python="/env/bin/python")
+    lines, after = batch_script(site, Path("/shared/first"), "s3://runs/first")
+    assert lines == [
+        "export PYTHONPATH=/shared/first/snapshot",
+        "export FARSEER_RUN_DIR=/shared/first",
+        "export OMP_NUM_THREADS=1",
+        "export FARSEER_JOB=local-$$",
+        "exec /env/bin/python -m jobs.cli supervise serve --ranks 2 --gpus 0 --time-limit-min 1440 --signal-delay-s 120 "
+        "--max-cycles 3 --store s3://runs/first",
+    ]
+    assert after == []
+
+
+def write(folder: Path, names: list[str]) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    return folder
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+CODE = ["jobs/a.py", "pipeline/b.py", "pipeline/deep/c.py", "data_shards/d.py"]
+
+
+def test_a_snapshot_outside_git_is_the_three_packages(tmp_path, monkeypatch):
+    code = write(tmp_path / "code", [*CODE, "jobs/__pycache__/a.pyc", "tests/t.py", "var/big"])
+    monkeypatch.setattr(launching, "_on_slurm", lambda site, run, store, config: FakeJob(site, run))
+    launch(Site(shared_dir=str(tmp_path / "shared")), "first", "s3://runs/first", {"a": 1}, code=code)
+    assert files(tmp_path / "shared/first/snapshot") == sorted([*CODE, "VERSION"])
+    assert (tmp_path / "shared/first/snapshot/VERSION").read_text() == "no git\n"
+    assert yaml.safe_load((tmp_path / "shared/first/config.yaml").read_text()) == {"a": 1}
+
+
+def test_a_snapshot_in_git_takes_new_files_along_and_leaves_ignored_ones(tmp_path, monkeypatch):
+    code = write(tmp_path / "code", [*CODE, "tests/t.py"])
+    (code / ".gitignore").write_text("*.log\n")
+    git = ["git", "-C", str(code), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *command], check=True)
+    write(code, ["jobs/new.py", "jobs/ignored.log"])
+    (code / "jobs/a.py").unlink()
+    monkeypatch.setattr(launching, "_on_slurm", lambda site, run, store, config: FakeJob(site, run))
+    launch(Site(shared_dir=str(tmp_path / "shared")), "first", "s3://runs/first", {}, code=code)
+    expected = sorted({*CODE, "jobs/new.py", "VERSION"} - {"jobs/a.py"})
+    assert files(tmp_path / "shared/first/snapshot") == expected
+    assert (tmp_path / "shared/first/snapshot/VERSION").read_text().endswith("-dirty\n")
+
+
+def test_a_second_submission_of_a_run_replaces_its_snapshot_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(launching, "_on_slurm", lambda site, run, store, config: FakeJob(site, run))
+    site = Site(shared_dir=str(tmp_path / "shared"))
+    launch(site, "first", "s3://runs/first", {}, code=write(tmp_path / "old", ["jobs/old.py"]))
+    launch(site, "first", "s3://runs/first", {}, code=write(tmp_path / "new", ["jobs/new.py"]))
+    assert files(tmp_path / "shared/first/snapshot") == ["VERSION", "jobs/new.py"]
+
+
+def test_a_refused_submission_of_a_new_run_leaves_nothing_behind(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise UserError("SLURM refused the job")
+
+    monkeypatch.setattr(launching, "_on_slurm", refuse)
+    with pytest.raises(UserError, match="refused"):
+        launch(Site(shared_dir=str(tmp_path / "shared")), "first", "s3://runs/first", {}, code=write(tmp_path / "c", CODE))
+    assert files(tmp_path / "shared") == []
+
+
+class FakeJob:
+    """Stands for a submitted job where only what is written before is looked at."""
+
+    def __init__(self, site: Site, run: str) -> None:
+        self.id, self._folder = "1", site.run_dir(run)
+
+    def save(self) -> None:
+        (self._folder / "job.json").write_text("{}")

@@ -1,0 +1,73 @@
+from pathlib import Path
+
+import pytest
+
+from data_shards.errors import UserError
+from jobs.site import SITES, Site, export_lines, load_site
+
+
+def write(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_site_is_read_with_its_name_and_defaults(tmp_path):
+    site = load_site(write(tmp_path, "shared_dir: /shared\nnodes: 4\nranks_per_node: 8"))
+    assert (site.name, site.executor, site.ranks) == ("mine", "slurm", 32)
+    assert site.run_dir("first") == Path("/shared/first")
+
+
+def test_every_example_site_is_valid():
+    for path in SITES.glob("*.yaml"):
+        assert load_site(path.stem).name == path.stem
+
+
+def test_each_mistake_of_a_site_is_a_line_with_file_key_and_what_is_valid(tmp_path):
+    path = write(tmp_path, "nodes: 0\npartitoin: gpu\nexecutor: pbs")
+    with pytest.raises(UserError) as refused:
+        load_site(path)
+    lines = str(refused.value).splitlines()
+    assert len(lines) == 4
+    assert all(line.startswith(f"{path}: ") for line in lines)
+    assert "shared_dir: missing" in str(refused.value)
+    assert "partitoin: unknown key; valid: " in str(refused.value)
+    assert "nodes: found 0; valid is greater than 0" in str(refused.value)
+    assert "executor: found 'pbs'; valid is 'slurm' or 'local'" in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["", "- a", "a: b: c", "\tx"])
+def test_a_site_file_that_holds_no_settings_is_refused_in_a_line(tmp_path, text):
+    path = write(tmp_path, text)
+    with pytest.raises(UserError, match="mine.yaml") as refused:
+        load_site(path)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_unknown_site_is_refused_with_those_that_there_are():
+    with pytest.raises(UserError, match=r"SITE=nope: .*there are: local, .*slurm_example"):
+        load_site("nope")
+
+
+@pytest.mark.parametrize("name", ["AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "WANDB_API_KEY", "HF_TOKEN", "db_password"])
+def test_a_secret_in_a_site_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} holds a secret"):
+        Site(shared_dir="/x", environment={name: "abc"})
+
+
+def test_a_key_in_the_environment_is_refused_for_slurm_because_it_would_not_travel(monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "abc")
+    with pytest.raises(UserError, match="AWS_SECRET_ACCESS_KEY would not travel") as refused:
+        Site(shared_dir="/x").activate()
+    assert "abc" not in str(refused.value)
+    Site(shared_dir="/x", executor="local").activate()
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "a" * 65, "a b", "-x", "a\n"])
+def test_a_run_name_that_could_leave_its_folder_is_refused(name):
+    with pytest.raises(UserError, match="RUN: found"):
+        Site(shared_dir="/shared").run_dir(name)
+
+
+def test_values_with_quotes_and_spaces_survive_the_shell():
+    assert export_lines({"A": "it's $HOME"}) == ["export A='it'\"'\"'s $HOME'"]

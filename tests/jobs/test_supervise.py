@@ -1,0 +1,158 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from data_shards.errors import UserError
+from data_shards.store import Store
+from jobs import supervise
+from jobs.start import Failure, Outcome, Start, cancel_marker, events, note
+from jobs.supervise import Decision, after, before, committed_step, decide, stalled_starts
+
+CRASH = Failure(1, "node2", 2.0, "RuntimeError: gloo", "Traceback ...", None)
+MENDABLE = Failure(0, "node1", 1.0, "conf/x.yaml: data.lanes: 3", "", 2)
+SUPERSEDED = Failure(0, "node1", 1.0, "attempt 4 owns the run now", "", 3)
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "outcome", "failures", "cancelled", "stalled", "action"),
+    [
+        (0, Outcome("finished"), [], False, 0, "end"),
+        (139, Outcome("finished"), [], False, 0, "end"),  # crashed on its way out, with everything saved
+        (143, Outcome("preempted", requeued=True), [], False, 0, "end"),  # SLURM knows
+        (0, Outcome("preempted"), [], False, 0, "requeue"),
+        (0, Outcome("preempted"), [], False, 9, "requeue"),  # preemptions are no failures
+        (1, Outcome("preempted"), [CRASH], False, 0, "requeue"),
+        (0, Outcome("terminated"), [], False, 0, "requeue"),
+        (0, Outcome("cancelled"), [], True, 0, "end"),
+        (137, None, [], True, 0, "end"),  # a cancel was asked for, and it died
+        (137, None, [], False, 0, "requeue"),
+        (137, None, [], False, 2, "requeue"),
+        (137, None, [], False, 3, "stop"),
+        (143, None, [CRASH], False, 1, "requeue"),
+        (143, None, [CRASH], False, 3, "stop"),
+        (143, None, [MENDABLE, CRASH], False, 0, "stop"),
+        (143, None, [CRASH, MENDABLE], False, 0, "stop"),
+        (3, None, [SUPERSEDED], False, 0, "stop"),
+    ],
+)
+def test_each_end_of_a_start_means_one_thing(exit_code, outcome, failures, cancelled, stalled, action):
+    assert decide(exit_code, outcome, failures, cancelled=cancelled, stalled=stalled).action == action
+
+
+def test_the_reason_names_what_failed_first_or_how_the_ranks_ended():
+    assert decide(143, None, [CRASH]).reason == "rank 1 on node2: RuntimeError: gloo"
+    assert decide(143, None, [CRASH, MENDABLE]).reason == "rank 0 on node1: conf/x.yaml: data.lanes: 3"
+    assert decide(137, None, []).reason == "the ranks left without a word (ended by signal 9)"
+    assert decide(1, None, []).reason == "the ranks left without a word (exit code 1)"
+    assert decide(1, None, [CRASH], stalled=3).reason.startswith("3 starts without a new checkpoint; the last one: rank 1")
+
+
+def said(*steps: int | None) -> list[dict[str, object]]:
+    """A submission with its step, then the starts that failed with theirs."""
+    return [{"event": "submitted" if i == 0 else "requeued", "committed": step} for i, step in enumerate(steps)]
+
+
+@pytest.mark.parametrize(
+    ("noted", "committed", "stalled"),
+    [
+        (said(None), None, 1),
+        (said(None, None), None, 2),
+        (said(None, None, None), None, 3),
+        (said(None), 100, 0),
+        (said(None, 100), 100, 1),
+        (said(None, None, None), 100, 0),  # progress at last
+        (said(300, 300), 200, 2),  # the newest was damaged: no progress either
+        (said(None, None, None) + said(None), None, 1),  # submitted again by hand: counted from there
+        (said(0) + [{"event": "requeued", "reason": "preempted"}], 0, 1),
+        ([], None, 0),
+    ],
+)
+def test_starts_count_as_stalled_until_a_newer_checkpoint_is_committed(noted, committed, stalled):
+    assert stalled_starts(noted, committed) == stalled
+
+
+def test_only_a_checkpoint_with_its_manifest_counts_as_committed(tmp_path):
+    store = Store(f"file://{tmp_path}/run")
+    assert committed_step(store) is None
+    for path in (
+        "checkpoints/step-000000040-a01/MANIFEST.json",
+        "checkpoints/step-000000100-a02/MANIFEST.json",
+        "checkpoints/step-000000120-a02/rank-0.json",
+        "checkpoints/step-000000999-a02/old/MANIFEST.json",
+    ):
+        store.put(path, b"{}")
+    assert committed_step(store) == 100
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Start:
+    (tmp_path / "shared" / "run" / "logs").mkdir(parents=True)
+    note(tmp_path / "shared" / "run", "submitted", job="7", committed=None)
+    return Start(tmp_path / "shared" / "run", "7", 0)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(f"file://{tmp_path}/store")
+
+
+def test_a_crash_is_noted_with_its_cause_here_and_in_the_store(start, store):
+    start.fail(1, RuntimeError("gloo"))
+    assert after(start, 143, store, max_cycles=3).action == "requeue"
+    last = events(start.run_dir)[-1]
+    assert (last["event"], last["job"], last["start"], last["committed"]) == ("requeued", "7", 0, None)
+    assert "RuntimeError: gloo" in last["reason"]
+    assert [json.loads(line) for line in store.get("events/jobs.jsonl").splitlines()] == events(start.run_dir)
+
+
+def test_the_third_crash_without_a_new_checkpoint_stops_the_run_and_a_new_one_in_between_does_not(start, store):
+    actions = [after(Start(start.run_dir, "7", number), 137, store, max_cycles=3).action for number in (0, 1)]
+    store.put("checkpoints/step-000000100-a02/MANIFEST.json", b"{}")
+    actions += [after(Start(start.run_dir, "7", number), 137, store, max_cycles=3).action for number in (2, 3, 4, 5)]
+    assert actions == ["requeue", "requeue", "requeue", "requeue", "requeue", "stop"]
+    assert events(start.run_dir)[-1]["event"] == "failed"
+
+
+def test_a_store_that_is_away_is_no_progress_and_no_traceback(start, tmp_path):
+    away = Store("s3://runs/x", retry_seconds=0.1)
+    supervise_events = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+        patch.setenv("AWS_ACCESS_KEY_ID", "a")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+        supervise_events = [after(start, 137, away, max_cycles=2).action for _ in range(2)]
+    assert supervise_events == ["requeue", "stop"]
+
+
+def test_a_user_error_of_a_rank_stops_the_run_at_once(start, store):
+    start.fail(0, UserError("s3://photos: no such bucket"))
+    decision = after(start, 2, store, max_cycles=3)
+    assert decision.action == "stop"
+    assert decision.reason.endswith("s3://photos: no such bucket")
+
+
+@pytest.mark.parametrize("outcome", ["finished", "cancelled", "preempted"])
+def test_a_good_end_asks_nothing_of_the_store(start, outcome):
+    start.end(outcome)
+    nowhere = Store("s3://nowhere/at/all", retry_seconds=0.1)
+    expected = Decision("requeue" if outcome == "preempted" else "end", outcome)
+    assert after(start, 0, nowhere, max_cycles=3) == expected
+
+
+def test_a_start_removes_the_results_that_an_earlier_start_pickled_and_nothing_else(start):
+    logs = start.run_dir / "logs"
+    for name in ("7_0_result.pkl", "7_1_result.pkl", "8_0_result.pkl", "7_submitted.pkl", "7_0_log.out"):
+        (logs / name).touch()
+    assert 1024 < before(start) < 32768
+    assert sorted(path.name for path in logs.iterdir()) == ["7_0_log.out", "7_submitted.pkl", "8_0_result.pkl"]
+
+
+def test_a_job_that_was_cancelled_while_it_waited_does_not_start(start):
+    cancel_marker(start.run_dir).touch()
+    with pytest.raises(UserError, match="cancel was asked for"):
+        before(start)
+    outcome = start.outcome()
+    assert outcome is not None
+    assert outcome.outcome == "cancelled"
+    assert supervise.after(start, 2, Store("s3://nowhere"), max_cycles=3).action == "end"
