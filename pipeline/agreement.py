@@ -66,7 +66,9 @@ def batch_hash(ids: np.ndarray, lanes: range, step: int) -> int:
     ids: (B,) of this rank, lane by lane. Mixed with splitmix64's finalizer.
     """
     per_lane = len(ids) // len(lanes)
-    place = (np.uint64(step) << np.uint64(32)) + np.arange(lanes.start * per_lane, lanes.stop * per_lane, dtype=np.uint64)
+    place = (np.uint64(step) << np.uint64(32)) + np.arange(
+        lanes.start * per_lane, lanes.stop * per_lane, dtype=np.uint64
+    )
     mixed = _mix(_mix(ids.astype(np.uint64)) ^ _mix(place))
     return int(mixed.sum(dtype=np.uint64).astype(np.int64))
 

@@ -50,7 +50,7 @@ class TrainSettings(Section):
         if self.steps is not None:
             return self.steps
         if self.images is not None:
-            return -(-self.images // order.batch_size)
+            return -(-self.images // order.batch_samples)
         assert self.epochs is not None
         return round(self.epochs * order.steps_per_epoch)
 
@@ -208,9 +208,7 @@ def _merge(base: _Source, over: _Source) -> _Source:
             return {**left, **{key: join(left.get(key), value) for key, value in right.items()}}
         return right
 
-    return _Source(
-        join(base.values, over.values), {**base.places, **over.places}, [*base.errors, *over.errors]
-    )
+    return _Source(join(base.values, over.values), {**base.places, **over.places}, [*base.errors, *over.errors])
 
 
 def _override(source: _Source, text: str) -> None:
@@ -234,7 +232,9 @@ def _override(source: _Source, text: str) -> None:
 def _explain(source: _Source, name: str, error: Any) -> str:
     keys = [str(part) for part in error["loc"]]
     dotted = ".".join(keys)
-    place = next((source.places[k] for n in range(len(keys), 0, -1) if (k := ".".join(keys[:n])) in source.places), name)
+    place = next(
+        (source.places[k] for n in range(len(keys), 0, -1) if (k := ".".join(keys[:n])) in source.places), name
+    )
     if error["type"] == "extra_forbidden":
         return f"{place}: {dotted}: unknown key (found {error['input']!r}); {_valid_keys(error['loc'])}"
     if error["type"] == "missing":

@@ -15,7 +15,7 @@ from pipeline.config import Config
 from pipeline.loader import Batch
 from pipeline.optim import build_optimizer, lr_at, optimizer_tensors
 from pipeline.regnet import RegNet
-from pipeline.swav import Head, Prototypes, Queue, prototype_usage, sinkhorn, swav_loss
+from pipeline.swav import ASSIGNING, Head, Prototypes, Queue, prototype_usage, sinkhorn, swav_loss
 
 
 @dataclass(frozen=True)
@@ -67,17 +67,18 @@ class SwAV(pl.LightningModule):
         embeddings: Tensor = self.net["head"](views.flatten(0, 1)).unflatten(0, views.shape[:2])
         return embeddings
 
-    def loss(self, crops: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """The loss (section 3.1), the two assigning views' embeddings (B, 2, D) and their codes, (B, K) each."""
+    def loss(self, crops: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss (section 3.1), the assigning views' embeddings (B, 2, D) and their codes (2, B, K)."""
         settings, prototypes = self.config.swav, self.net["prototypes"]
         embeddings = self.embed(crops)
         scores = prototypes(embeddings)
-        assigning = embeddings[:, :2].detach().float()
-        codes = []
-        for view in range(2):
-            joined = torch.cat([scores[:, view].detach().float(), prototypes(self.queue.samples(view, self.step)).detach()])
-            codes.append(sinkhorn(joined, settings.epsilon, settings.iterations)[: len(scores)])
-        return swav_loss(scores, codes, settings.temperature), assigning, codes
+        assigning = embeddings[:, :ASSIGNING].detach()
+        with torch.no_grad():
+            views = range(ASSIGNING)
+            earlier = [prototypes(self.queue.samples(view, self.step)) for view in views]
+            joined = torch.stack([torch.cat([scores[:, view], earlier[view]]) for view in views])
+            codes = sinkhorn(joined, settings.epsilon, settings.iterations)[:, : len(scores)]
+        return swav_loss(scores, list(codes), settings.temperature), assigning, codes
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One step; a step whose gradients are not finite leaves everything as it was before."""
@@ -100,7 +101,7 @@ class SwAV(pl.LightningModule):
         commit_statistics(self.net, keep=finite)
         self.step += 1
         measured = self.step % self.config.monitor.log_every == 0
-        used, entropy = prototype_usage(codes) if measured else (None, None)
+        used, entropy = prototype_usage(list(codes)) if measured else (None, None)
         self.result = StepResult(self.step, loss_value, lr, norm_value, finite, used, entropy)
 
     def state(self) -> dict[str, Tensor]:
@@ -110,4 +111,3 @@ class SwAV(pl.LightningModule):
         assert isinstance(optimizer, torch.optim.Optimizer)
         weights = {f"model.{name}": tensor for name, tensor in self.net.state_dict().items()}
         return weights | optimizer_tensors(self.net, optimizer) | self.queue.state()
-

@@ -39,7 +39,13 @@ class Monitor:
     """
 
     def __init__(
-        self, run: Any, settings: MonitorSettings, config: dict[str, Any], wandb_id: str, prototypes: int, quiet_until: int
+        self,
+        run: Any,
+        settings: MonitorSettings,
+        config: dict[str, Any],
+        wandb_id: str,
+        prototypes: int,
+        quiet_until: int,
     ) -> None:
         self.run, self.settings = run, settings
         self._ln_k = math.log(prototypes)
@@ -49,14 +55,18 @@ class Monitor:
         self._uploads = ThreadPoolExecutor(1, thread_name_prefix="metrics upload")
         self._upload: Future[None] | None = None
         self._uploaded = time.monotonic()
-        self._wandb = WandbRows(run.local.parent / "wandb", settings, config, wandb_id, run.store.url.rsplit("/", 1)[-1])
+        self._wandb = WandbRows(
+            run.local.parent / "wandb", settings, config, wandb_id, run.store.url.rsplit("/", 1)[-1]
+        )
 
     def row(self, result: dict[str, Any], run_part: dict[str, Any]) -> None:
         """Take one step's values."""
         self.run.metrics.append({"result": result, "run": {**run_part, "attempt": self.run.attempt}})
         self._wandb.row(result, run_part)
         self._watch(result)
-        if time.monotonic() - self._uploaded > self.settings.upload_seconds and (not self._upload or self._upload.done()):
+        if time.monotonic() - self._uploaded > self.settings.upload_seconds and (
+            not self._upload or self._upload.done()
+        ):
             self._uploaded = time.monotonic()
             self._upload = self._uploads.submit(self._try_upload)
 
@@ -78,7 +88,11 @@ class Monitor:
             return
         near = abs(sum(self._losses) / len(self._losses) / self._ln_k - 1) < self.settings.collapse_band
         if near and not self._alarmed:
-            self.run.event("alarm", step=result["step"], reason=f"collapse: mean loss within {self.settings.collapse_band:.1%} of ln K")
+            self.run.event(
+                "alarm",
+                step=result["step"],
+                reason=f"collapse: mean loss within {self.settings.collapse_band:.1%} of ln K",
+            )
         self._alarmed = near
 
 
@@ -88,7 +102,9 @@ class WandbRows:
     folder: on the shared disk; keeps W&B's files and `sent.json`.
     """
 
-    def __init__(self, folder: Path, settings: MonitorSettings, config: dict[str, Any], wandb_id: str, name: str) -> None:
+    def __init__(
+        self, folder: Path, settings: MonitorSettings, config: dict[str, Any], wandb_id: str, name: str
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._state = folder / "sent.json"
         self.sent = json.loads(self._state.read_text())["step"] if self._state.exists() else 0
@@ -97,7 +113,9 @@ class WandbRows:
         if mode != "off":
             import wandb
 
-            quiet = wandb.Settings(silent=True, console="off", disable_git=True, x_disable_meta=True, x_disable_stats=True)
+            quiet = wandb.Settings(
+                silent=True, console="off", disable_git=True, x_disable_meta=True, x_disable_stats=True
+            )
             self._run = wandb.init(
                 mode=mode, id=wandb_id, name=name, dir=str(folder), project=settings.project, entity=settings.entity,
                 resume="allow", config=config, settings=quiet,
@@ -108,7 +126,9 @@ class WandbRows:
         """Send a row unless an earlier attempt sent its step."""
         if self._run is None or result["step"] <= self.sent:
             return
-        named = {f"result/{k}": v for k, v in result.items() if k != "step"} | {f"run/{k}": v for k, v in run_part.items()}
+        named = {f"result/{k}": v for k, v in result.items() if k != "step"} | {
+            f"run/{k}": v for k, v in run_part.items()
+        }
         self._run.log({"step": result["step"], **named})
         self.sent = result["step"]
         self._state.write_text(json.dumps({"step": self.sent}))

@@ -1,14 +1,14 @@
 """A run's folder in the store: its record, its attempts, its journals.
 
-    runs/<name>/
-      run.json                     fingerprint, layout of the data, W&B id; written once, by the first start
-      config.yaml                  the resolved config
-      attempts/0001.json           one for each start; the highest number owns the run, all others must stop
-      environment/a01.json         packages and hardware of each start
-      metrics/a01-000001.jsonl     a row a step; segments, since object stores cannot append
-      events/a01-000001.jsonl      started, resumed, preempted, saved, ... with time, attempt and step
-      checkpoints/step-000001000-a01/
-      eval/
+runs/<name>/
+  run.json                     fingerprint, layout of the data, W&B id; written once, by the first start
+  config.yaml                  the resolved config
+  attempts/0001.json           one for each start; the highest number owns the run, all others must stop
+  environment/a01.json         packages and hardware of each start
+  metrics/a01-000001.jsonl     a row a step; segments, since object stores cannot append
+  events/a01-000001.jsonl      started, resumed, preempted, saved, ... with time, attempt and step
+  checkpoints/step-000001000-a01/
+  eval/
 """
 
 import json
@@ -130,7 +130,9 @@ class Run:
     def fence(self) -> None:
         """Raise Superseded when a newer attempt has claimed the run."""
         if self.store.exists(_attempt_path(self.attempt + 1)):
-            raise Superseded(f"{self.store.url}: attempt {self.attempt + 1} owns the run now; attempt {self.attempt} stops")
+            raise Superseded(
+                f"{self.store.url}: attempt {self.attempt + 1} owns the run now; attempt {self.attempt} stops"
+            )
 
     def event(self, name: str, **fields: Any) -> None:
         """Note what happened; it reaches the store with the next upload."""
@@ -217,7 +219,11 @@ def _claim(store: Store) -> int:
     number = max(taken, default=0) + 1
     while True:
         try:
-            store.put(_attempt_path(number), json.dumps({"host": platform.node(), "time": time.time()}).encode(), create_only=True)
+            store.put(
+                _attempt_path(number),
+                json.dumps({"host": platform.node(), "time": time.time()}).encode(),
+                create_only=True,
+            )
             return number
         except AlreadyExists:
             number += 1

@@ -49,7 +49,9 @@ def _replace(owner: object, name: str, function: object) -> None:
 class RankEnvironment(ClusterEnvironment):
     """Ranks as the launch gave them, whoever launched."""
 
-    def __init__(self, rank: int, local_rank: int, local_world_size: int, world_size: int, address: str, port: int) -> None:
+    def __init__(
+        self, rank: int, local_rank: int, local_world_size: int, world_size: int, address: str, port: int
+    ) -> None:
         super().__init__()
         self._rank, self._local_rank, self._local_world_size = rank, local_rank, local_world_size
         self._world_size, self._address, self._port = world_size, address, port

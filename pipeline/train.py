@@ -5,7 +5,6 @@ Nothing about where to resume comes from the launcher: it is found in the store.
 
 import datetime
 import json
-import os
 import resource
 import time
 from collections.abc import Callable
@@ -68,9 +67,6 @@ def run_rank(config: Config, launch: Launch) -> Outcome:
 
 
 def _join(config: Config, launch: Launch) -> None:
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if launch.master_addr.startswith(("127.", "localhost")) else "")
-    if not os.environ["GLOO_SOCKET_IFNAME"]:
-        del os.environ["GLOO_SOCKET_IFNAME"]
     dist.init_process_group(
         "nccl" if torch.cuda.is_available() else "gloo",
         init_method=f"tcp://{launch.master_addr}:{launch.master_port}",
@@ -124,8 +120,16 @@ class Session:
         module = SwAV(self.config, self.lanes, self.launch.rank, self.launch.world_size, self.steps)
         quarantine = {int(sample) for sample, *_ in found.extra["quarantine"]} if found else set()
         reader = Reader(self.shards, self.order, self.lanes, start, self.config.reader, quarantine)
-        loader = Loader(reader, self.config.augment, self.config.data.seed, start, self.steps, self.config.loader)
-        watch = Watch(self, module, loader, found)
+        loader = Loader(
+            reader,
+            self.config.augment,
+            self.config.loader,
+            seed=self.config.data.seed,
+            batch=self.order.lane_batch * len(self.lanes),
+            start_step=start,
+            end_step=self.steps,
+        )
+        watch = Watch(self, module, reader, found)
         trainer = self._trainer(watch)
         try:
             trainer.fit(module, loader)
@@ -133,6 +137,7 @@ class Session:
         finally:
             watch.close()
             loader.close()
+            reader.close()
 
     def _claim(self) -> Run:
         """Rank 0 opens the run for all; its error is everyone's."""
@@ -156,7 +161,12 @@ class Session:
     def _trainer(self, watch: "Watch") -> pl.Trainer:
         launch = self.launch
         environment = RankEnvironment(
-            launch.rank, launch.local_rank, launch.local_world_size, launch.world_size, launch.master_addr, launch.master_port
+            launch.rank,
+            launch.local_rank,
+            launch.local_world_size,
+            launch.world_size,
+            launch.master_addr,
+            launch.master_port,
         )
         strategy = DDPStrategy(
             cluster_environment=environment,
@@ -210,8 +220,8 @@ class Session:
 class Watch(pl.Callback):
     """Between the steps: agrees with the other ranks, writes the rows, saves when it is time."""
 
-    def __init__(self, session: Session, module: SwAV, loader: Loader, found: Found | None) -> None:
-        self.session, self.module, self.loader = session, module, loader
+    def __init__(self, session: Session, module: SwAV, reader: Reader, found: Found | None) -> None:
+        self.session, self.module, self.reader = session, module, reader
         self.agreement = Agreement(session.control)
         self.outcome: Outcome | None = None
         self._found = found
@@ -227,7 +237,9 @@ class Watch(pl.Callback):
             self.session.checkpoints.load(self._found, self.module.state())
             self.module.step = self._found.step
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         self._finish_step()
         self.module.stop = self.outcome is not None
 
@@ -247,7 +259,7 @@ class Watch(pl.Callback):
     def save(self, module: SwAV) -> None:
         """A checkpoint, with the rows up to its step written before."""
         self._finish_step()
-        bad = [[b.id, b.step, b.reason] for b in self.loader.bad]
+        bad = [[b.id, b.step, b.reason] for b in self.reader.bad]
         self.session.save(module, [*self._quarantine, *bad])
 
     def close(self) -> None:
@@ -257,7 +269,7 @@ class Watch(pl.Callback):
             self._monitor = None
 
     def _begin(self, result: StepResult, batch: Batch) -> None:
-        session, counters = self.session, self.loader.counters
+        session, counters = self.session, self.reader.counters
         grown = {key: value - self._counters.get(key, 0.0) for key, value in counters.items()}
         self._counters = dict(counters)
         now = time.perf_counter()
@@ -291,7 +303,9 @@ class Watch(pl.Callback):
         if self._monitor is not None:
             self._monitor.row(*self._row(result, run_part, sums))
 
-    def _row(self, result: StepResult, run_part: dict[str, Any], sums: StepSums) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _row(
+        self, result: StepResult, run_part: dict[str, Any], sums: StepSums
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         batch = self.session.config.data.batch
         row = {
             "step": result.step,

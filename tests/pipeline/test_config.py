@@ -72,7 +72,9 @@ def test_every_mistake_of_a_file_is_reported_at_once_with_file_line_key_and_what
 
 
 def test_an_unknown_key_is_answered_with_the_valid_ones_and_the_nearest(good: Path) -> None:
-    with pytest.raises(ConfigError, match=r"SET: optim\.lerning_rate: unknown key \(found 0\.1\); valid: .*warmup_steps") as caught:
+    with pytest.raises(
+        ConfigError, match=r"SET: optim\.lerning_rate: unknown key \(found 0\.1\); valid: .*warmup_steps"
+    ) as caught:
         load(good, "optim.lerning_rate=0.1")
     assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="did you mean warmup_steps"):

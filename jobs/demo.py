@@ -1,0 +1,158 @@
+"""`make demo`: the whole product on this machine, each part real, in about six minutes.
+
+Photographs -> shards in S3 -> SwAV on SLURM, preempted half way and resumed -> evaluation -> report.html and demo.json.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_shards.errors import UserError
+from data_shards.index import Manifest, ShardSet
+from data_shards.pack import PackReport, PackSettings, pack
+from data_shards.store import Store
+from jobs import cluster, photos
+from jobs.progress import Progress
+from jobs.runs import Job, history, preempt, sentence, state
+from jobs.site import ROOT, load_site
+from jobs.submit import submit
+from pipeline.config import Config, load
+from pipeline.evaluate.run import evaluate_run
+from pipeline.evaluate.table import Evaluation
+from pipeline.report.run import report_run
+from pipeline.run import read_events, read_metrics
+
+VAR = ROOT / "var"
+STAGES = 6
+POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What demo.json holds. trained, untrained and histogram: linear probe on distorted held-out tiles, 0 to 1."""
+
+    seconds: float
+    steps: int
+    loss: float
+    ln_k: float
+    trained: float
+    untrained: float
+    histogram: float
+    preempted: bool
+    resumed_step: int | None
+    planted_corrupt: int
+    refused: int
+
+
+def demo(conf: Path = ROOT / "conf" / "demo.yaml", src: Path | None = None, overrides: str = "") -> Figures:
+    """Run it all; prints what it does. Raises UserError where a user can mend what is wrong."""
+    began = time.monotonic()
+    _stage(1, "A real S3 server and a real SLURM, on loopback")
+    _say(*cluster.up(VAR / "cluster"))
+    site = load_site("local")
+    site.activate()
+
+    _stage(2, "Real photographs")
+    pictures = photos.prepare(VAR / "photos", src)
+    _say(pictures.summary())
+
+    _stage(3, "Packing them into shards in the store")
+    bank, held_out = f"s3://shards/{pictures.name}/train", f"s3://shards/{pictures.name}/test"
+    planted = photos.plant_corrupt(pictures.train, seed=0)
+    packed = _pack(pictures.train, bank)
+    _pack(pictures.test, held_out)
+    _say(*(f"refused: {line}" for line in packed.refused_lines()))
+
+    config = load(conf, f"data.url={bank} {overrides}")
+    run = time.strftime("demo-%Y%m%d-%H%M%S")
+    _stage(4, f"Pretraining: SwAV on a RegNetY, {site.nodes} nodes, preempted half way")
+    job = submit(config, site, run)
+    _say(f"job {job.id} is submitted as run {run}; make logs RUN={run} shows what its ranks say")
+    _follow(job, config)
+
+    _stage(5, "What the trunk has learned")
+    store = Store(job.store)
+    evaluation = evaluate_run(store, bank, held_out)
+    _say(*evaluation.text())
+
+    _stage(6, "The report")
+    report = report_run(store, bank, held_out, evaluation, VAR / "report.html", authors=pictures.authors, site=site.name)
+    figures = _figures(store, config, evaluation, len(planted), packed, time.monotonic() - began)
+    (VAR / "demo.json").write_text(json.dumps(asdict(figures), indent=2) + "\n")
+    _say(f"report: {report}", f"figures: {VAR / 'demo.json'}", "", _last_line(figures))
+    return figures
+
+
+def _pack(folder: Path, url: str) -> PackReport:
+    report = pack(folder, Store(url), PackSettings())
+    _say(f"{url}: {report.summary()}")
+    return report
+
+
+def _follow(job: Job, config: Config) -> None:
+    """Show the run's progress to its end; preempt it once, half way."""
+    steps = config.train.steps or 0
+    progress = Progress(job.run_dir, steps, config.swav.prototypes)
+    told, preempted = 0, False
+    while True:
+        over = state(job) is None
+        events = history(job.run_dir)
+        for event in events[told:]:
+            _say(f"  {sentence(event)}")
+        told = len(events)
+        progress.show()
+        if not preempted and progress.step >= steps // 2:
+            preempted = True
+            _say(f"  preempting job {job.id} at step {progress.step}, as SLURM would: USR2 to its ranks")
+            preempt(job)
+        if over:
+            break
+        time.sleep(POLL_S)
+    if not any(event["event"] == "finished" for event in history(job.run_dir)):
+        raise UserError(f"RUN={job.run}: the job is over, the run is not finished; make logs RUN={job.run} shows why")
+
+
+def _figures(
+    store: Store, config: Config, evaluation: Evaluation, planted: int, packed: PackReport, seconds: float
+) -> Figures:
+    events, rows = read_events(store), read_metrics(store)
+    resumed = next((event["step"] for event in events if event["event"] == "resumed"), None)
+    probe = evaluation.row("distorted_probe").scores
+    return Figures(
+        seconds=round(seconds, 1),
+        steps=len(rows),
+        loss=sum(row["result"]["loss"] for row in rows[-20:]) / len(rows[-20:]),
+        ln_k=math.log(config.swav.prototypes),
+        trained=probe["trained"],
+        untrained=probe["untrained"],
+        histogram=probe["histogram"],
+        preempted=any(event["event"] == "preempted" for event in events),
+        resumed_step=resumed,
+        planted_corrupt=planted,
+        refused=packed.refused,
+    )
+
+
+def _last_line(figures: Figures) -> str:
+    return (
+        f"Shown in {figures.seconds / 60:.1f} minutes: {figures.steps} steps of SwAV, preempted and resumed from the store at "
+        f"step {figures.resumed_step}; loss {figures.loss:.2f} (ln K {figures.ln_k:.2f}); linear probe on distorted held-out "
+        f"tiles {figures.trained:.1%} trained, {figures.untrained:.1%} untrained, {figures.histogram:.1%} by colour histogram."
+    )
+
+
+def _stage(number: int, title: str) -> None:
+    bold, plain = ("\x1b[1m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
+    _say("", f"{bold}[{number}/{STAGES}] {title}{plain}")
+
+
+def _say(*lines: str) -> None:
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    sys.stdout.flush()

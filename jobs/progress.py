@@ -1,0 +1,63 @@
+"""A run's progress, followed on the shared disk: the newest row, and a line of it for a terminal."""
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jobs.start import read_lines
+
+RECENT = 20  # rows over which rates are taken
+TAIL_BYTES = 16 * 1024
+
+
+@dataclass
+class Progress:
+    """Follows a run's rows over all its attempts. `steps`: of the whole run; `prototypes`: K."""
+
+    run_dir: Path
+    steps: int
+    prototypes: int
+    _shown: int = field(default=0, init=False)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The newest rows of the newest attempt that has some, oldest first."""
+        files = sorted(self.run_dir.glob("a[0-9]*/metrics.jsonl"), reverse=True)
+        found: Iterator[list[dict[str, Any]]] = (read_lines(file, TAIL_BYTES)[-RECENT:] for file in files)
+        return next((rows for rows in found if rows), [])
+
+    @property
+    def step(self) -> int:
+        """The last step done, 0 before the first."""
+        rows = self.rows()
+        return int(rows[-1]["result"]["step"]) if rows else 0
+
+    def line(self) -> str:
+        """Step, loss against ln K, images/s, data wait, time left; without the trained step, an empty string."""
+        rows = self.rows()
+        if not rows:
+            return ""
+        result = rows[-1]["result"]
+        seconds = sum(row["run"]["step_s"] for row in rows)
+        waited = sum(row["run"]["wait_s"] for row in rows) / seconds
+        images = len(rows) * rows[-1]["run"]["images_s"] * rows[-1]["run"]["step_s"] / seconds
+        left = (self.steps - result["step"]) * seconds / len(rows)
+        loss = "not finite" if result["loss"] is None else f"{result['loss']:.3f}"
+        return (
+            f"step {result['step']}/{self.steps}  loss {loss} (ln K {math.log(self.prototypes):.3f})  "
+            f"{images:.0f} images/s  data wait {waited:.0%}  {int(left) // 60}:{int(left) % 60:02d} left"
+        )
+
+    def show(self, every: int = 50) -> None:
+        """One line that is written over on a terminal; elsewhere a new one every `every` steps."""
+        step = self.step
+        if sys.stdout.isatty():
+            sys.stdout.write(f"\r\x1b[2K  {self.line()}")
+        elif step // every > self._shown // every:
+            sys.stdout.write(f"  {self.line()}\n")
+        else:
+            return
+        self._shown = step
+        sys.stdout.flush()
