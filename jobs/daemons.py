@@ -48,7 +48,7 @@ class Process:
 
 
 def spawn(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Process:
-    """Start `command` in a session of its own (a Ctrl-C in our terminal does not reach it); its output goes to `log`."""
+    """Start `command` in a session of its own, out of reach of our terminal's Ctrl-C; its output goes to `log`."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     null = os.open(os.devnull, os.O_RDONLY)
     streams = [
