@@ -51,7 +51,7 @@ SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 AuthInfo=socket={place.sockets}/munge.sock,cred_expire={settings.cred_expire_s}
-CommunicationParameters={",".join(listening(place.hostnames))}
+{listening(place.hostnames)}
 StateSaveLocation="{place.directory}/state"
 SlurmdSpoolDir={place.sockets}/spool/%n
 SlurmctldPidFile="{place.directory}/run/slurmctld.pid"
