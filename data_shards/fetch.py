@@ -1,0 +1,181 @@
+"""Brings samples out of shards: ranged reads, each sample proven by the length and CRC32C of the index.
+
+A store that does not answer is asked again; bytes that are wrong are asked for again, three times in all, and then the
+sample is damaged. Nothing here knows of steps, lanes or batches. Everything runs on the store's event loop.
+"""
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from data_shards.index import RECORD, ShardSet, Span, shard_path
+from data_shards.store import NotFound, Truncated, Unavailable
+
+TRIES = 3
+BLOCK_RECORDS = (
+    2048  # of the index are read at once (48 KiB): a small set's whole shard, under 1 % of a large set's bytes
+)
+BLOCKS = 64  # are kept
+
+
+class Payload(NamedTuple):
+    """A sample's bytes, proven, and its size in pixels as it is to be seen (after EXIF orientation)."""
+
+    data: bytes
+    width: int
+    height: int
+
+
+class Damage(NamedTuple):
+    """Why a sample cannot be had."""
+
+    reason: str
+
+
+Fetched = Payload | Damage
+
+
+class Fetcher:
+    """Fetches samples by id. Counts what it asked the store for; the store's counters have what went over the wire."""
+
+    def __init__(self, shards: ShardSet, range_bytes: int, retry_seconds: float) -> None:
+        self.requests = 0
+        self.bytes_read = 0
+        self.retries = 0
+        self._shards = shards
+        self._range_bytes = range_bytes
+        self._retry_seconds = retry_seconds
+        self._blocks: OrderedDict[tuple[int, int], asyncio.Task[bytes]] = OrderedDict()
+
+    async def samples(self, first_id: int, count: int) -> list[Fetched]:
+        """`count` samples with consecutive ids, which may pass from one shard to the next and from the last id to 0.
+
+        Raises Unavailable when the store has not answered for `retry_seconds`, Denied and the like at once.
+        """
+        spans = [await self._span(span) for span in self._shards.spans(first_id, count)]
+        return [sample for span in spans for sample in span]
+
+    async def one(self, sample: int) -> Fetched:
+        return (await self.samples(sample, 1))[0]
+
+    def close(self) -> None:
+        for task in self._blocks.values():
+            task.cancel()
+        self._blocks.clear()
+
+    async def _span(self, span: Span) -> list[Fetched]:
+        try:
+            records = await self._records(span.shard, span.first, span.count)
+        except (NotFound, Truncated) as error:
+            return [Damage(f"no index of its shard ({error})")] * span.count
+        found: list[Fetched] = []
+        for start, end in self._ranges(records):
+            found += await self._range(span.shard, span.first + start, records[start:end])
+        return found
+
+    def _ranges(self, records: NDArray[np.void]) -> Iterator[tuple[int, int]]:
+        """Consecutive samples that are read at once, as (first, end): up to `range_bytes`, but at least one sample."""
+        ends = records["offset"] + records["size"]
+        start = 0
+        for i in range(1, len(records) + 1):
+            if i == len(records) or int(ends[i]) - int(records["offset"][start]) > self._range_bytes:
+                yield start, i
+                start = i
+
+    async def _range(self, shard: int, first: int, records: NDArray[np.void]) -> list[Fetched]:
+        """The samples `first` and following of a shard by one read; those that are wrong again, each alone."""
+        start, end = int(records[0]["offset"]), int(records[-1]["offset"] + records[-1]["size"])
+        try:
+            data = await self._read(shard_path(shard), start, self._inside(shard, start, end))
+        except NotFound as error:
+            return [Damage(f"its shard is missing ({error})")] * len(records)
+        except Truncated:
+            data = b""
+        found: list[Fetched] = []
+        for i, record in enumerate(records):
+            sample = _proven(data, start, record)
+            found.append(sample if isinstance(sample, Payload) else await self._again(shard, first + i, sample))
+        return found
+
+    async def _again(self, shard: int, place: int, wrong: Damage) -> Fetched:
+        """A sample whose bytes were wrong once, by itself; its index record too may have been what was wrong."""
+        for _ in range(TRIES - 1):
+            self.retries += 1
+            self._blocks.pop((shard, place // BLOCK_RECORDS), None)
+            try:
+                record = (await self._records(shard, place, 1))[0]
+                start = int(record["offset"])
+                data = await self._read(
+                    shard_path(shard), start, self._inside(shard, start, start + int(record["size"]))
+                )
+            except NotFound as error:
+                return Damage(f"its shard is missing ({error})")
+            except Truncated as error:
+                wrong = Damage(f"its shard is cut short ({error})")
+                continue
+            sample = _proven(data, start, record)
+            if isinstance(sample, Payload):
+                return sample
+            wrong = sample
+        return wrong
+
+    def _inside(self, shard: int, start: int, end: int) -> int:
+        """`end`, unless a damaged index makes it so wrong that nothing should be read at all."""
+        return end if start <= end <= int(self._shards.manifest.shard_bytes[shard]) else start
+
+    async def _records(self, shard: int, first: int, count: int) -> NDArray[np.void]:
+        blocks = range(first // BLOCK_RECORDS, (first + count - 1) // BLOCK_RECORDS + 1)
+        data = b"".join([await self._block(shard, block) for block in blocks])
+        skipped = first - blocks[0] * BLOCK_RECORDS
+        return np.frombuffer(data, dtype=RECORD)[skipped : skipped + count]
+
+    async def _block(self, shard: int, block: int) -> bytes:
+        """A part of a shard's index. Who comes second waits for the read of the first."""
+        key = (shard, block)
+        task = self._blocks.get(key)
+        if task is None or (task.done() and (task.cancelled() or task.exception())):
+            first = block * BLOCK_RECORDS
+            end = min(first + BLOCK_RECORDS, int(self._shards.manifest.shard_samples[shard]))
+            path = str(PurePosixPath(shard_path(shard)).with_suffix(".idx"))
+            read = self._read(path, first * RECORD.itemsize, end * RECORD.itemsize)
+            task = self._blocks[key] = asyncio.get_running_loop().create_task(read)
+        self._blocks.move_to_end(key)
+        while len(self._blocks) > BLOCKS:
+            self._blocks.popitem(last=False)
+        data: bytes = await asyncio.shield(task)
+        return data
+
+    async def _read(self, path: str, start: int, end: int) -> bytes:
+        """A range, asked for until `retry_seconds` are over; the store itself asks again within its own limit."""
+        begun = time.monotonic()
+        while True:
+            self.requests += 1
+            try:
+                data: bytes = await self._shards.store.read(path, start, end)
+            except Unavailable:
+                if time.monotonic() - begun >= self._retry_seconds:
+                    raise
+                self.retries += 1
+                await asyncio.sleep(min(1.0, self._retry_seconds / 10))
+            else:
+                self.bytes_read += len(data)
+                return data
+
+
+def _proven(data: bytes, start: int, record: np.void) -> Fetched:
+    """The sample that the record describes, out of the bytes from `start` on."""
+    offset, size = int(record["offset"]) - start, int(record["size"])
+    if not 0 <= offset <= offset + size <= len(data):
+        return Damage("its index record points outside its shard" if data else "its shard is cut short")
+    sample = data[offset : offset + size]
+    found, right = google_crc32c.value(sample), int(record["crc32c"])
+    if found != right:
+        return Damage(f"its bytes have CRC32C {found:08x}, the index says {right:08x}")
+    return Payload(sample, int(record["width"]), int(record["height"]))

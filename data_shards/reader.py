@@ -1,0 +1,360 @@
+"""Gives a rank the samples of its lanes, batch by batch, and fetches them ahead of time in the order of need.
+
+What comes out depends only on the order, the bytes in the store and the ids given as bad; never on timing or on which
+rank reads. A lane holds what is left of its current window and, as far as `prefetch_bytes` allows, the next one.
+
+A sample that cannot be had, or that the caller hands back as undecodable, is replaced by another of its window (see
+`Order.replacement`), recorded, and not tried again. All state lives on the store's event loop.
+"""
+
+import asyncio
+import heapq
+import time
+from collections import Counter
+from collections.abc import Coroutine, Iterable
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import numpy as np
+from pydantic import Field, NonNegativeFloat, PositiveInt
+
+from data_shards.errors import UserError
+from data_shards.fetch import Fetched, Fetcher, Payload
+from data_shards.index import ShardSet, shard_path
+from data_shards.order import REPLACEMENTS, Order, Window, replacement_place
+from data_shards.permutation import Ints
+from data_shards.section import Section
+
+T = TypeVar("T")
+
+LIMIT_FROM_SAMPLES = 1000  # max_bad_fraction is of at least so many: one bad sample in the first batch stops nothing
+
+
+class ReaderSettings(Section):
+    """How samples are fetched; nothing here changes what is learned."""
+
+    affects_results: ClassVar[bool] = False
+    prefetch_bytes: PositiveInt = 4 * 2**30  # of a rank's memory: one window a lane must fit, two are of use
+    range_bytes: PositiveInt = 8 * 2**20  # of one request at most
+    connections: PositiveInt = 16  # requests at the same time
+    retry_seconds: NonNegativeFloat = 600.0  # how long a store that does not answer is asked again
+    max_bad_fraction: float = Field(0.01, ge=0, le=1)  # of the samples served (counted as 1,000 at first); 0: none
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One image of a batch, undecoded. `index` counts the samples of its lane from step 0 on.
+
+    `width` and `height` are pixels, after EXIF orientation. `replaced` are the ids that could not be had in its place.
+    """
+
+    id: int
+    lane: int
+    index: int
+    data: bytes
+    width: int
+    height: int
+    replaced: tuple[int, ...]
+
+
+class BadSample(NamedTuple):
+    """A sample that was replaced, the step at which it was wanted, and where it lies."""
+
+    id: int
+    step: int
+    reason: str
+    shard: str
+    place: int
+
+
+@dataclass
+class _Chunk:
+    """A chunk of a window: being waited for, or here. Samples leave it as they are served."""
+
+    first_id: int
+    ready: "asyncio.Future[list[Fetched | None]]"
+    held_bytes: int = 0
+
+
+@dataclass
+class _Held:
+    """A window of a lane: of each place, which chunk and which sample of it; and the chunks that are wanted of it."""
+
+    window: Window
+    slots: Ints
+    offsets: Ints
+    chunks: dict[int, _Chunk] = field(default_factory=dict)
+
+    @property
+    def end(self) -> int:
+        return self.window.first_index + self.window.size
+
+
+class Reader:
+    """The samples of `lanes` from `start_step` on; `bad` are ids to replace without trying them.
+
+    Raises UserError when `prefetch_bytes` is too small for one window a lane, and from `batch` and `replace` when the
+    store is gone, too many samples are bad, or a sample has no replacement left.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        order: Order,
+        lanes: range,
+        start_step: int,
+        settings: ReaderSettings,
+        bad: Iterable[int] = (),
+    ) -> None:
+        self._shards, self._order, self._lanes, self._settings = shards, order, lanes, settings
+        self._sample_bytes = sum(map(int, shards.manifest.shard_bytes)) / order.samples
+        _refuse(order, lanes, settings, self._sample_bytes)
+        self.bad: list[BadSample] = []
+        self._skip = set(bad)
+        self._step = start_step
+        self._served = self._replaced = 0
+        self._wait_s = 0.0
+        self._held_bytes = 0
+        self._windows: dict[int, list[_Held]] = {lane: [] for lane in lanes}
+        self._wanted: list[tuple[int, int, int, _Held]] = []  # a heap: index of need, lane, slot
+        self._changed = asyncio.Condition()
+        self._error: BaseException | None = None
+        self._workers: list[asyncio.Task[None]] = []
+        self._calls: set[Future[Any]] = set()
+        self._fetcher = Fetcher(shards, settings.range_bytes, settings.retry_seconds)
+        self._store_retries = shards.store.counters.retries
+        self._wait(self._start())
+
+    def batch(self, step: int) -> list[Sample]:
+        """This rank's samples of a step, by lane, then by index. Steps are asked for one after the other.
+
+        Blocks until they are there. Raises the error of a fetch as soon as there is one, also of a later step's.
+        """
+        if step != self._step:
+            raise ValueError(f"step {step} was asked for, step {self._step} is next")
+        begun = time.monotonic()
+        samples = self._wait(self._batch(step))
+        self._wait_s += time.monotonic() - begun
+        return samples
+
+    def replace(self, sample: Sample, reason: str) -> Sample:
+        """The next replacement of a sample that cannot be decoded; records it. May be called for any past batch."""
+        return self._wait(self._replace(sample, reason))
+
+    @property
+    def counters(self) -> dict[str, float]:
+        """Since the start: seconds that `batch` waited, requests, bytes, retries, samples; and what is held now."""
+        return {
+            "bytes_read": self._fetcher.bytes_read,
+            "requests": self._fetcher.requests,
+            "retries": self._fetcher.retries + self._shards.store.counters.retries - self._store_retries,
+            "wait_s": self._wait_s,
+            "served": self._served,
+            "replaced": self._replaced,
+            "bad": len(self.bad),
+            "windows": sum(map(len, self._windows.values())),
+            "held_bytes": self._held_bytes,
+        }
+
+    def close(self) -> None:
+        """Stop fetching and forget what is held; `batch` and `replace` raise from then on, also where they wait."""
+        if self._error is None or self._workers:
+            self._shards.store.submit(self._stop()).result()
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        future = self._shards.store.submit(coroutine)
+        self._calls.add(future)
+        try:
+            result: T = future.result()
+        except CancelledError:
+            raise RuntimeError("the reader is closed") from None
+        except BaseException:
+            future.cancel()  # Ctrl-C: nobody waits for it any longer
+            raise
+        finally:
+            self._calls.discard(future)
+        return result
+
+    # From here on: on the store's event loop.
+
+    async def _start(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._workers = [loop.create_task(self._work()) for _ in range(self._settings.connections)]
+        for _ in range(2):
+            for lane in self._lanes:
+                await self._open(lane)
+                await asyncio.sleep(0)  # the first lanes' requests are on their way while the others are laid out
+
+    async def _stop(self) -> None:
+        self._fail(RuntimeError("the reader is closed"))
+        for call in list(self._calls):
+            call.cancel()
+        for worker in self._workers:
+            worker.cancel()
+        await asyncio.gather(*self._workers, return_exceptions=True)
+        self._workers.clear()
+        self._fetcher.close()
+        self._windows = {lane: [] for lane in self._lanes}
+        self._wanted.clear()
+        self._held_bytes = 0
+
+    def _fail(self, error: BaseException) -> None:
+        """Nobody waits for a fetch that will not come."""
+        self._error = self._error or error
+        for held in (held for windows in self._windows.values() for held in windows):
+            for chunk in held.chunks.values():
+                if not chunk.ready.done():
+                    chunk.ready.set_exception(self._error)
+                    chunk.ready.exception()  # seen: asyncio need not warn of it
+
+    async def _open(self, lane: int) -> None:
+        """Lay out the lane's next window (at the start the one that the first step needs) and want its chunks."""
+        index = self._windows[lane][-1].end if self._windows[lane] else self._step * self._order.lane_batch
+        held = self._laid_out(lane, index)
+        loop = asyncio.get_running_loop()
+        used, first = np.unique(held.slots[index - held.window.first_index :], return_index=True)
+        for slot, need in zip(used.tolist(), (first + index).tolist(), strict=True):
+            held.chunks[slot] = _Chunk(held.window.chunks[slot], loop.create_future())
+            heapq.heappush(self._wanted, (need, lane, slot, held))
+        self._windows[lane].append(held)
+        await self._notify()
+
+    def _laid_out(self, lane: int, index: int) -> _Held:
+        """The window of an index, with nothing in it."""
+        number, _, size = (int(value) for value in self._order.place(lane, index))
+        return _Held(self._order.window(lane, number), *self._order.slots(lane, number, np.arange(size)))
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _work(self) -> None:
+        """Fetch what is needed soonest, again and again; several of these run at the same time."""
+        while self._error is None:
+            async with self._changed:
+                await self._changed.wait_for(self._may_fetch)
+                _, _, slot, held = heapq.heappop(self._wanted)
+            try:
+                await self._fetch(held.chunks[slot])
+            except Exception as error:  # noqa: BLE001  whatever it is, batch() raises it
+                self._fail(error)
+
+    def _may_fetch(self) -> bool:
+        """A window that a lane has entered is fetched whatever it takes, a later one while there is memory for it."""
+        if not self._wanted:
+            return False
+        entered = self._wanted[0][3].window.first_index < (self._step + 1) * self._order.lane_batch
+        return entered or self._held_bytes + self._chunk_bytes() <= self._settings.prefetch_bytes
+
+    def _chunk_bytes(self) -> int:
+        """What a chunk takes, before its index is known."""
+        return int(self._order.chunk_samples * self._sample_bytes)
+
+    async def _fetch(self, chunk: _Chunk) -> None:
+        reserved = self._chunk_bytes()
+        self._held_bytes += reserved
+        try:
+            samples = await self._fetcher.samples(chunk.first_id, self._order.chunk_samples)
+        finally:
+            self._held_bytes -= reserved
+        chunk.held_bytes = sum(len(sample.data) for sample in samples if isinstance(sample, Payload))
+        self._held_bytes += chunk.held_bytes
+        if not chunk.ready.done():
+            chunk.ready.set_result(list(samples))
+
+    async def _batch(self, step: int) -> list[Sample]:
+        count = self._order.lane_batch
+        indices = range(step * count, (step + 1) * count)
+        await self._notify()  # windows that this step enters
+        samples = [await self._sample(lane, index, ()) for lane in self._lanes for index in indices]
+        self._step = step + 1
+        self._served += len(samples)
+        self._replaced += sum(1 for sample in samples if sample.replaced)
+        for lane in self._lanes:
+            while self._windows[lane][0].end <= indices.stop:
+                self._forget(self._windows[lane].pop(0))
+                await self._open(lane)
+        await self._notify()  # memory that has become free
+        return samples
+
+    def _forget(self, held: _Held) -> None:
+        self._held_bytes -= sum(chunk.held_bytes for chunk in held.chunks.values())
+
+    async def _replace(self, sample: Sample, reason: str) -> Sample:
+        self._record(sample.id, sample.index // self._order.lane_batch, reason)
+        self._replaced += not sample.replaced
+        return await self._sample(sample.lane, sample.index, (*sample.replaced, sample.id))
+
+    async def _sample(self, lane: int, index: int, replaced: tuple[int, ...]) -> Sample:
+        """The sample of a place of the order, or the first replacement after those in `replaced` that can be had."""
+        windows = self._windows[lane]
+        held = next((held for held in windows if held.window.first_index <= index < held.end), None)
+        held = held or self._laid_out(lane, index)
+        place, size = index - held.window.first_index, held.window.size
+        for k in range(len(replaced), REPLACEMENTS + 1):
+            there = replacement_place(place, size, k) if k else place
+            slot, offset = int(held.slots[there]), int(held.offsets[there])
+            sample = (held.window.chunks[slot] + offset) % self._order.samples
+            if sample not in self._skip:
+                found = await self._payload(held.chunks.get(slot), offset, sample, own=not k)
+                if isinstance(found, Payload):
+                    return Sample(sample, lane, index, *found, replaced)
+                self._record(sample, index // self._order.lane_batch, found.reason)
+            replaced = (*replaced, sample)
+        raise UserError(
+            f"{self._shards.store.url}: sample {replaced[0]} and its {REPLACEMENTS} replacements are all bad, the last "
+            f"in {self._where(replaced[-1])[0]}; the set needs repair, or a window more chunks (data.window_chunks)"
+        )
+
+    async def _payload(self, chunk: _Chunk | None, offset: int, sample: int, own: bool) -> Fetched:
+        """A sample of a chunk; by itself when the chunk is not wanted for more, or has given the sample away."""
+        if self._error is not None:
+            raise self._error
+        if chunk is not None:
+            samples = chunk.ready.result() if chunk.ready.done() else await asyncio.shield(chunk.ready)
+            found = samples[offset]
+            if own and isinstance(found, Payload):
+                samples[offset] = None  # only a replacement would need it again
+                chunk.held_bytes -= len(found.data)
+                self._held_bytes -= len(found.data)
+            if found is not None:
+                return found
+        return await self._fetcher.one(sample)
+
+    def _record(self, sample: int, step: int, reason: str) -> None:
+        """Note a bad sample. Raises UserError when there are too many of them."""
+        if sample not in self._skip:
+            self._skip.add(sample)
+            self.bad.append(BadSample(sample, step, reason, *self._where(sample)))
+        allowed = self._settings.max_bad_fraction * max(self._served, LIMIT_FROM_SAMPLES)
+        if len(self.bad) > allowed:
+            worst = Counter(bad.shard for bad in self.bad).most_common(3)
+            raise UserError(
+                f"{self._shards.store.url}: {len(self.bad)} bad samples among the first {self._served} of this rank, "
+                f"more than reader.max_bad_fraction ({self._settings.max_bad_fraction:g}) allows; most in "
+                f"{', '.join(f'{shard} ({count})' for shard, count in worst)}; the last: {reason}"
+            )
+
+    def _where(self, sample: int) -> tuple[str, int]:
+        shard, place = self._shards.locate(sample)
+        return shard_path(shard), place
+
+
+def _refuse(order: Order, lanes: range, settings: ReaderSettings, sample_bytes: float) -> None:
+    """Raise UserError when one window a lane does not fit in memory, or no lane is read."""
+    if not lanes or lanes[-1] >= order.lanes:
+        raise ValueError(f"lanes {lanes} of {order.lanes}")
+    needed = int(len(lanes) * order.window_samples * sample_bytes)
+    if needed > settings.prefetch_bytes:
+        raise UserError(
+            f"reader.prefetch_bytes: {settings.prefetch_bytes:,} bytes are too few for one window of each of "
+            f"{len(lanes)} lanes ({order.window_chunks} chunks of {order.chunk_samples} samples of "
+            f"{sample_bytes:,.0f} bytes); {needed} would do, {2 * needed} is of use, or more ranks"
+        )

@@ -1,0 +1,498 @@
+"""The reader: it gives what the order says, whatever the store does, and says what it could not give."""
+
+import asyncio
+import io
+import itertools
+import random
+import tarfile
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+
+import google_crc32c
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_shards.errors import UserError
+from data_shards.index import RECORD, Manifest, ShardSet, shard_path
+from data_shards.order import Order
+from data_shards.reader import Reader, ReaderSettings, Sample
+from data_shards.store import Denied, Store, Unavailable
+
+SHARDS = (37, 41, 40, 3, 39)
+ORDER = Order(sum(SHARDS), 5, 4, 4, 16, 7, "layout")
+SETTINGS = ReaderSettings(prefetch_bytes=2**20, retry_seconds=5.0, max_bad_fraction=1.0)
+names = itertools.count()
+
+Read = Callable[[str, int | None, int | None], Awaitable[bytes]]
+
+
+class Wire(Store):
+    """A store with something between it and its reader: `answer` gets each read and how to make it."""
+
+    reads: list[tuple[str, int, int]]
+    answer: Callable[[Read, str, int | None, int | None], Awaitable[bytes]] | None = None
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url, retry_seconds=0.2)
+        self.reads = []
+
+    async def read(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
+        self.reads.append((path, start or 0, end or 0))
+        if self.answer is None:
+            return await super().read(path, start, end)
+        return await self.answer(super().read, path, start, end)
+
+
+@dataclass
+class Photos:
+    """A shard set of samples of random bytes, and what they are."""
+
+    store: Wire
+    shards: ShardSet
+    samples: list[tuple[bytes, int, int]]
+
+    def where(self, sample: int) -> tuple[str, int]:
+        """Path of the shard, and the byte in it at which the sample begins."""
+        shard, place = self.shards.locate(sample)
+        index = np.frombuffer(self.store.get(shard_path(shard).replace(".tar", ".idx")), dtype=RECORD)
+        return shard_path(shard), int(index[place]["offset"])
+
+    def damage(self, *samples: int) -> None:
+        """Flip a bit of their bytes, in the store."""
+        for sample in samples:
+            path, offset = self.where(sample)
+            data = bytearray(self.store.get(path))
+            data[offset + 3] ^= 1
+            self.store.put(path, bytes(data))
+
+    def truth(self, sample: int) -> tuple[bytes, int, int]:
+        return self.samples[sample]
+
+
+@pytest.fixture
+def photos() -> Photos:
+    return photos_in(Wire(f"memory://reader-{next(names)}"))
+
+
+def photos_in(store: Wire) -> Photos:
+    rng = random.Random(1)
+    samples = [(rng.randbytes(rng.randint(40, 900)), rng.randint(1, 9999), rng.randint(1, 9999)) for _ in range(160)]
+    rest = iter(samples)
+    sizes = []
+    for number, count in enumerate(SHARDS):
+        tar, index = shard_of(list(itertools.islice(rest, count)), number)
+        sizes.append(len(tar))
+        store.put(shard_path(number), tar)
+        store.put(shard_path(number).replace(".tar", ".idx"), index)
+    manifest = Manifest("layout", sum(SHARDS), SHARDS, tuple(sizes), {}, {})
+    return Photos(store, ShardSet(store, manifest), samples)
+
+
+def shard_of(samples: list[tuple[bytes, int, int]], number: int) -> tuple[bytes, bytes]:
+    buffer, index = io.BytesIO(), np.zeros(len(samples), dtype=RECORD)
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for i, (data, width, height) in enumerate(samples):
+            info = tarfile.TarInfo(f"{number:06d}{i:04d}.jpg")
+            info.size = len(data)
+            index[i] = (buffer.tell() + 512, len(data), google_crc32c.value(data), width, height)
+            tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue(), index.tobytes()
+
+
+@dataclass
+class Opened:
+    """Readers of a test, closed at its end."""
+
+    photos: Photos
+
+    def __post_init__(self) -> None:
+        self.readers: list[Reader] = []
+
+    def __call__(
+        self,
+        order: Order = ORDER,
+        lanes: range | None = None,
+        start: int = 0,
+        bad: tuple[int, ...] = (),
+        **changes: float,
+    ) -> Reader:
+        settings = SETTINGS.model_copy(update=changes)
+        reader = Reader(self.photos.shards, order, lanes or range(order.lanes), start, settings, bad)
+        self.readers.append(reader)
+        return reader
+
+
+@pytest.fixture
+def opened(photos: Photos) -> Iterator[Opened]:
+    made = Opened(photos)
+    yield made
+    for reader in made.readers:
+        reader.close()
+
+
+def expected(photos: Photos, order: Order, step: int, lanes: range | None = None) -> list[Sample]:
+    """The samples of a step as the order has them, none of them bad."""
+    found = []
+    for lane in lanes or range(order.lanes):
+        for i, sample in enumerate(order.batch(step)[lane].tolist()):
+            found.append(Sample(sample, lane, step * order.lane_batch + i, *photos.truth(sample), ()))
+    return found
+
+
+def wanted_at(order: Order, step: int, lane: int, i: int) -> list[int]:
+    """The sample of a place, and its replacements."""
+    index = step * order.lane_batch + i
+    return [int(order.batch(step)[lane, i]), *(order.replacement(lane, index, k) for k in range(1, 9))]
+
+
+def drain(reader: Reader, steps: range) -> list[list[Sample]]:
+    return [reader.batch(step) for step in steps]
+
+
+def test_batches_are_those_of_the_order_over_several_epochs(photos: Photos, opened: Opened) -> None:
+    reader = opened()
+    for step in range(40):
+        assert reader.batch(step) == expected(photos, ORDER, step)
+    assert reader.bad == []
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(st.integers(1, 8), st.integers(1, 5), st.sampled_from([1, 2, 4]), st.integers(0, 10**6), st.data())
+def test_any_order_is_read_from_any_step(chunk: int, window: int, lanes: int, start: int, data: st.DataObject) -> None:
+    photos = shared_photos()
+    batch = lanes * data.draw(st.integers(1, chunk * window))
+    order = Order(160, chunk, window, lanes, batch, 3, "layout")
+    one_window = -(-lanes * order.window_samples * sum(photos.shards.manifest.shard_bytes) // 160)
+    changes = {"prefetch_bytes": one_window, "connections": data.draw(st.integers(1, 4)), "range_bytes": 2000}
+    with Reader(photos.shards, order, range(lanes), start, SETTINGS.model_copy(update=changes)) as reader:
+        for step in range(start, start + 3 * order.window_samples // order.lane_batch + 2):
+            assert reader.batch(step) == expected(photos, order, step)
+
+
+def shared_photos(made: list[Photos] = []) -> Photos:  # noqa: B006
+    """One set for all examples of a property."""
+    if not made:
+        made.append(photos_in(Wire("memory://reader-shared")))
+    return made[0]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_together_read_the_same_batch(photos: Photos, opened: Opened, world_size: int) -> None:
+    readers = [opened(lanes=ORDER.lanes_of(rank, world_size)) for rank in range(world_size)]
+    for step in range(12):
+        assert [sample for reader in readers for sample in reader.batch(step)] == expected(photos, ORDER, step)
+
+
+def test_a_start_far_into_a_run_reads_the_current_windows_and_no_more_than_the_next(photos: Photos) -> None:
+    step = 100_003
+    one_window = 4 * ORDER.window_samples * sum(photos.shards.manifest.shard_bytes) // 160
+    with Reader(photos.shards, ORDER, range(4), step, SETTINGS) as reader:
+        assert reader.batch(step) == expected(photos, ORDER, step)
+        assert reader.counters["windows"] <= 8
+        assert reader.counters["bytes_read"] < 2.2 * one_window
+
+
+def test_what_the_first_batch_needs_is_asked_for_first(photos: Photos) -> None:
+    """In the middle of a window, with one request at a time, and only the first chunks let through."""
+    step = 10_002
+    first = {int(sample) for sample in ORDER.batch(step).reshape(-1)}
+
+    async def slow(read: Read, path: str, start: int | None, end: int | None) -> bytes:
+        await asyncio.sleep(0 if path.endswith(".idx") else 0.005)
+        return await read(path, start, end)
+
+    photos.store.answer = slow
+    with Reader(photos.shards, ORDER, range(4), step, SETTINGS.model_copy(update={"connections": 1})) as reader:
+        reader.batch(step)
+        chunks = {chunk_of(ORDER, step, sample) for sample in first}
+        tars = [read for read in photos.store.reads if read[0].endswith(".tar")]
+        assert len(tars) <= 2 * len(chunks) + 1  # a chunk may lie in two shards
+
+
+def chunk_of(order: Order, step: int, sample: int) -> int:
+    """The first id of the chunk that a sample of that step comes from."""
+    for lane, index in itertools.product(range(order.lanes), range(order.lane_batch)):
+        number, place, _ = (int(value) for value in order.place(lane, step * order.lane_batch + index))
+        if int(order.sample(lane, number, place)) == sample:
+            slot, _ = order.slots(lane, number, place)
+            return order.window(lane, number).chunks[int(slot)]
+    raise AssertionError(sample)
+
+
+def test_a_chunk_is_one_request_as_long_as_it_is_not_over_range_bytes(photos: Photos, opened: Opened) -> None:
+    order = Order(160, 8, 5, 4, 16, 7, "layout")
+    reader = opened(order)
+    drain(reader, range(10))
+    whole = [end - start for path, start, end in photos.store.reads if path.endswith(".tar")]
+    photos.store.reads.clear()
+    small = opened(order, range_bytes=2500)
+    drain(small, range(10))
+    parts = [end - start for path, start, end in photos.store.reads if path.endswith(".tar")]
+    assert max(whole) > 2 * 2500
+    assert max(parts) <= 2500
+    assert len(parts) > 2 * len(whole)
+
+
+def test_memory_stays_inside_the_budget_and_samples_leave_as_they_are_served(photos: Photos, opened: Opened) -> None:
+    one_window = 4 * ORDER.window_samples * sum(photos.shards.manifest.shard_bytes) // 160
+    for budget in (one_window + 2000, 3 * one_window):
+        reader = opened(prefetch_bytes=budget)
+        for step in range(25):
+            reader.batch(step)
+            assert 0 <= reader.counters["held_bytes"] <= budget
+            assert reader.counters["windows"] == 8
+
+
+def test_a_budget_below_one_window_a_lane_is_refused_in_words(photos: Photos) -> None:
+    with pytest.raises(UserError, match=r"reader.prefetch_bytes: 5,000 bytes are too few for one window of each of 4 "):
+        Reader(photos.shards, ORDER, range(4), 0, SETTINGS.model_copy(update={"prefetch_bytes": 5000}))
+
+
+def test_a_flipped_bit_is_tried_three_times_and_then_replaced(photos: Photos, opened: Opened) -> None:
+    wrong, other = wanted_at(ORDER, 3, 1, 2)[:2]
+    photos.damage(wrong)
+    shard, place = photos.shards.locate(wrong)
+    path, offset = photos.where(wrong)
+    photos.store.reads.clear()
+    reader = opened()
+    batches = drain(reader, range(4))
+    found = batches[3][1 * 4 + 2]
+    assert found == Sample(other, 1, 3 * 4 + 2, *photos.truth(other), (wrong,))
+    good = [sample for sample in expected(photos, ORDER, 3) if sample.id != wrong]
+    assert [sample for sample in batches[3] if not sample.replaced] == good
+    (bad,) = reader.bad
+    assert (bad.id, bad.step, bad.shard, bad.place) == (wrong, 3, shard_path(shard), place)
+    assert "CRC32C" in bad.reason
+    tries = [read for read in photos.store.reads if read[0] == path and read[1] <= offset < read[2]]
+    assert len(tries) == 3
+
+
+def test_bytes_that_are_wrong_twice_and_then_right_replace_nothing(photos: Photos, opened: Opened) -> None:
+    sample = wanted_at(ORDER, 0, 0, 0)[0]
+    path, offset = photos.where(sample)
+    times = itertools.count()
+
+    async def flip(read: Read, name: str, start: int | None, end: int | None) -> bytes:
+        data = await read(name, start, end)
+        if name == path and (start or 0) <= offset < (end or 0) and next(times) < 2:
+            data = data[: offset - (start or 0)] + b"?" + data[offset - (start or 0) + 1 :]
+        return data
+
+    photos.store.answer = flip
+    reader = opened()
+    assert reader.batch(0) == expected(photos, ORDER, 0)
+    assert reader.bad == []
+    assert reader.counters["retries"] >= 2
+
+
+def test_a_wrong_index_record_that_comes_right_replaces_nothing(photos: Photos, opened: Opened) -> None:
+    times = itertools.count()
+
+    async def flip(read: Read, name: str, start: int | None, end: int | None) -> bytes:
+        data = await read(name, start, end)
+        return bytes(len(data)) if name.endswith(".idx") and next(times) < 1 else data
+
+    photos.store.answer = flip
+    reader = opened()
+    for step in range(10):
+        assert [sample.id for sample in reader.batch(step)] == [sample.id for sample in expected(photos, ORDER, step)]
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".idx"])
+def test_the_samples_of_a_missing_object_are_replaced(photos: Photos, opened: Opened, suffix: str) -> None:
+    photos.store.delete([shard_path(1).replace(".tar", suffix)])
+    missing = set(range(37, 37 + 41))
+    reader = opened()
+    for step in range(10):
+        for found, wanted in zip(reader.batch(step), expected(photos, ORDER, step), strict=True):
+            assert (found.id != wanted.id) == (wanted.id in missing)
+            assert found.id not in missing
+            assert (found.data, found.width, found.height) == photos.truth(found.id)
+    assert {bad.id for bad in reader.bad} <= missing
+    assert {bad.shard for bad in reader.bad} == {shard_path(1)}
+
+
+def test_only_the_samples_behind_the_cut_of_a_shard_are_replaced(photos: Photos, opened: Opened) -> None:
+    path, offset = photos.where(37 + 20)
+    photos.store.put(path, photos.store.get(path)[: offset + 5])
+    reader = opened()
+    for step in range(10):
+        for found, wanted in zip(reader.batch(step), expected(photos, ORDER, step), strict=True):
+            assert (found.id != wanted.id) == (57 <= wanted.id < 78)
+    assert all("cut short" in bad.reason for bad in reader.bad)
+
+
+def test_a_replacement_that_is_bad_too_gives_way_to_the_next(photos: Photos, opened: Opened) -> None:
+    chain = wanted_at(ORDER, 2, 3, 1)
+    photos.damage(*chain[:3])
+    reader = opened()
+    found = drain(reader, range(3))[2][3 * 4 + 1]
+    assert found.id == chain[3]
+    assert found.replaced == tuple(chain[:3])
+    assert {bad.id for bad in reader.bad} >= set(chain[:3])
+
+
+def test_a_sample_without_a_good_replacement_stops_the_run_in_words(photos: Photos, opened: Opened) -> None:
+    chain = wanted_at(ORDER, 0, 0, 0)
+    reader = opened(bad=tuple(chain))
+    with pytest.raises(UserError, match=f"sample {chain[0]} and its 8 replacements are all bad"):
+        reader.batch(0)
+
+
+def test_listed_samples_are_replaced_without_a_try_and_as_if_found_bad(photos: Photos, opened: Opened) -> None:
+    listed = [wanted_at(ORDER, step, lane, 1)[0] for step, lane in ((0, 0), (2, 1), (5, 3))]
+    known = opened(bad=tuple(listed))
+    batches = drain(known, range(8))
+    assert known.bad == []
+    photos.damage(*listed)
+    finding = opened()
+    assert drain(finding, range(8)) == batches
+    assert {bad.id for bad in finding.bad} == set(listed)
+    assert known.counters["replaced"] == finding.counters["replaced"] >= 3
+
+
+def test_a_sample_that_cannot_be_decoded_is_replaced_on_request(photos: Photos, opened: Opened) -> None:
+    chain = wanted_at(ORDER, 1, 2, 3)
+    reader = opened()
+    sample = drain(reader, range(2))[1][2 * 4 + 3]
+    first = reader.replace(sample, "cannot be decoded: no JPEG")
+    assert first == Sample(chain[1], 2, 7, *photos.truth(chain[1]), (chain[0],))
+    second = reader.replace(first, "cannot be decoded: no PNG")
+    assert second == Sample(chain[2], 2, 7, *photos.truth(chain[2]), tuple(chain[:2]))
+    assert [(bad.id, bad.step, bad.reason) for bad in reader.bad] == [
+        (chain[0], 1, "cannot be decoded: no JPEG"),
+        (chain[1], 1, "cannot be decoded: no PNG"),
+    ]
+
+
+def test_a_sample_is_replaced_the_same_way_when_its_window_is_long_gone(photos: Photos, opened: Opened) -> None:
+    reader = opened()
+    early = reader.batch(0)[5]
+    drain(reader, range(1, 30))
+    late = reader.replace(early, "cannot be decoded")
+    again = opened()
+    assert late == again.replace(again.batch(0)[5], "cannot be decoded")
+
+
+def test_what_was_bad_once_is_not_tried_again(photos: Photos, opened: Opened) -> None:
+    wrong = wanted_at(ORDER, 0, 0, 0)[0]
+    reader = opened()
+    reader.replace(reader.batch(0)[0], "cannot be decoded")
+    served = [sample.id for step in range(1, 40) for sample in reader.batch(step)]
+    assert wrong not in served
+    assert [bad.id for bad in reader.bad] == [wrong]
+
+
+def test_too_many_bad_samples_stop_the_run_and_name_the_shard(photos: Photos, opened: Opened) -> None:
+    photos.damage(*range(40, 70))
+    reader = opened(max_bad_fraction=0.01)
+    with pytest.raises(
+        UserError, match=r"11 bad samples .* reader.max_bad_fraction \(0.01\) .* most in shards/.*\(11\)"
+    ):
+        drain(reader, range(40))
+
+
+def test_the_first_bad_sample_stops_a_run_that_allows_none(photos: Photos, opened: Opened) -> None:
+    photos.damage(wanted_at(ORDER, 1, 0, 0)[0])
+    reader = opened(max_bad_fraction=0.0)
+    reader.batch(0)
+    with pytest.raises(UserError, match="1 bad samples among the first 16"):
+        reader.batch(1)
+
+
+def test_a_store_that_does_not_answer_for_a_while_replaces_nothing(photos: Photos, opened: Opened) -> None:
+    until = time.monotonic() + 1.0
+
+    async def away(read: Read, path: str, start: int | None, end: int | None) -> bytes:
+        if time.monotonic() < until:
+            raise Unavailable("memory://: no answer")
+        return await read(path, start, end)
+
+    photos.store.answer = away
+    reader = opened()
+    assert reader.batch(0) == expected(photos, ORDER, 0)
+    assert reader.bad == []
+    assert reader.counters["retries"] > 0
+    assert reader.counters["wait_s"] > 0.3
+
+
+@pytest.mark.parametrize("error", [Unavailable("memory://: no answer for 1 s"), Denied("memory://: key refused")])
+def test_a_store_that_stays_away_stops_the_batch_with_its_error(
+    photos: Photos, opened: Opened, error: Exception
+) -> None:
+    async def away(read: Read, path: str, start: int | None, end: int | None) -> bytes:
+        raise error
+
+    reader = opened(retry_seconds=0.3)
+    drain(reader, range(3))
+    photos.store.answer = away
+    with pytest.raises(type(error), match=str(error)):
+        drain(reader, range(3, 60))
+    assert reader.bad == []
+
+
+def test_batches_do_not_depend_on_when_answers_come(photos: Photos, opened: Opened) -> None:
+    rng = random.Random(2)
+
+    async def late(read: Read, path: str, start: int | None, end: int | None) -> bytes:
+        await asyncio.sleep(rng.choice((0.0, 0.0, 0.004)))
+        return await read(path, start, end)
+
+    photos.damage(*range(0, 160, 9))
+    still = opened(connections=1)
+    batches = drain(still, range(15))
+    photos.store.answer = late
+    shaken = opened(connections=7, range_bytes=1500)
+    assert drain(shaken, range(15)) == batches
+    assert shaken.bad == still.bad
+
+
+def test_steps_are_asked_for_one_after_the_other(opened: Opened) -> None:
+    reader = opened(start=5)
+    with pytest.raises(ValueError, match="step 6 was asked for, step 5 is next"):
+        reader.batch(6)
+    reader.batch(5)
+
+
+def test_closing_wakes_a_batch_that_waits(photos: Photos) -> None:
+    asked = threading.Event()
+
+    async def never(read: Read, path: str, start: int | None, end: int | None) -> bytes:
+        asked.set()
+        await asyncio.sleep(3600)
+        raise AssertionError
+
+    photos.store.answer = never
+    reader = Reader(photos.shards, ORDER, range(4), 0, SETTINGS)
+    errors: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            reader.batch(0)
+        except RuntimeError as error:
+            errors.append(error)
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    assert asked.wait(10)
+    reader.close()
+    waiting.join(10)
+    assert not waiting.is_alive()
+    assert "closed" in str(errors[0])
+    with pytest.raises(RuntimeError, match="closed"):
+        reader.batch(0)
+    reader.close()
+
+
+def test_counters_say_what_was_read(photos: Photos, opened: Opened) -> None:
+    reader = opened()
+    drain(reader, range(10))
+    counters = reader.counters
+    assert counters["served"] == 160
+    assert counters["requests"] == len(photos.store.reads)
+    assert counters["bytes_read"] == sum(end - start for _, start, end in photos.store.reads)
+    assert ORDER.lanes * 2 == counters["windows"]
