@@ -50,6 +50,10 @@ class Job:
         return cls(values["run"], run_dir, values["store"], values["id"], process)
 
     @property
+    def local(self) -> bool:
+        return self.process is not None
+
+    @property
     def start(self) -> Start:
         return newest_start(self.run_dir, self.id)
 
@@ -66,8 +70,6 @@ def state(job: Job, queue: Sequence[slurm.Queued] | None = None) -> str | None:
     """
     if job.process is not None:
         return "RUNNING" if not daemons.gone(job.process) else None
-    if job.id.startswith("local-"):
-        return None
     return next((entry.state for entry in (slurm.queue() if queue is None else queue) if entry.job == job.id), None)
 
 
@@ -120,7 +122,7 @@ class Status:
 def statuses(site: Site) -> list[Status]:
     """All runs of a site."""
     jobs = [Job.of(site, folder.name) for folder in folders(site)]
-    queue = slurm.queue() if any(job.process is None for job in jobs) else []
+    queue = slurm.queue() if any(not job.local for job in jobs) else []
     return [status(job, queue) for job in jobs]
 
 
@@ -180,6 +182,8 @@ def _in_words(job: Job, word: str | None) -> str:
     outcome, last = job.start.outcome(), _latest(events(job.run_dir), "event")
     if outcome is not None and outcome.outcome in ("finished", "cancelled"):
         return outcome.outcome
+    if cancel_marker(job.run_dir).exists():
+        return "cancelled"
     if last == "failed":
         return f"failed ({_latest(events(job.run_dir), 'reason')})"
     return f"ended without a word (make resume RUN={job.run} goes on)"

@@ -71,10 +71,8 @@ def _call(command: Sequence[str]) -> str:
     except subprocess.TimeoutExpired:
         raise SlurmError(f"SLURM does not answer ({command[0]}, {TIMEOUT_S:.0f} s): {_HINT}") from None
     if done.returncode:
-        said = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
-        away = any(
-            sign in said for sign in ("Unable to contact", "Could not establish", "Connection refused", "resolve")
-        )
+        said = ((done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        away = any(sign in said for sign in ("Unable to contact", "Could not establish", "Unable to process config"))
         raise SlurmError(f"SLURM does not answer ({said}): {_HINT}" if away else f"SLURM refused {command[0]}: {said}")
     return done.stdout
 

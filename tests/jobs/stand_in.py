@@ -11,10 +11,10 @@ from pathlib import Path
 
 import jobs.site
 
-CONFIG = '''
+CONFIG = """
 def parse(values, name):
     return values
-'''
+"""
 TRAIN = '''
 import json, os, re, signal, socket, sys, time
 from collections.abc import Callable
@@ -51,7 +51,8 @@ def run_rank(config, launch):
     while step < config["steps"] and not stop:
         time.sleep(0.1)
         step += 1
-        if (step, launch.rank) == (config.get("die_at"), config.get("die_rank")) and config.get("die_from", first) == first:
+        mine = (step, launch.rank) == (config.get("die_at"), config.get("die_rank"))
+        if mine and config.get("die_from", first) == first:
             die(config["die_how"])
         if step % config["save_every"] == 0:
             save(store, launch, step)

@@ -94,7 +94,7 @@ def test_the_batch_script_is_this_one(site):
 def test_the_batch_script_is_valid_shell(site):
     executor = slurm_executor(site, "first", "s3://runs/first")
     text = executor._make_submission_file_text(executor._submitit_command_str, "0")
-    subprocess.run(["bash", "-n"], input=text, text=True, check=True)  # noqa: S607
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
 
 
 def test_only_named_variables_of_the_submitter_travel_and_no_secret_stands_in_the_script(site, monkeypatch):
@@ -113,8 +113,8 @@ def test_a_local_job_is_served_by_the_snapshot_too():
         "export FARSEER_RUN_DIR=/shared/first",
         "export OMP_NUM_THREADS=1",
         "export FARSEER_JOB=local-$$",
-        "exec /env/bin/python -m jobs.cli supervise serve --ranks 2 --gpus 0 --time-limit-min 1440 --signal-delay-s 120 "
-        "--max-cycles 3 --store s3://runs/first",
+        "exec /env/bin/python -m jobs.cli supervise serve --ranks 2 --gpus 0 --time-limit-min 1440 "
+        "--signal-delay-s 120 --max-cycles 3 --store s3://runs/first",
     ]
     assert after == []
 
@@ -171,7 +171,9 @@ def test_a_refused_submission_of_a_new_run_leaves_nothing_behind(tmp_path, monke
 
     monkeypatch.setattr(launching, "_on_slurm", refuse)
     with pytest.raises(UserError, match="refused"):
-        launch(Site(shared_dir=str(tmp_path / "shared")), "first", "s3://runs/first", {}, code=write(tmp_path / "c", CODE))
+        launch(
+            Site(shared_dir=str(tmp_path / "shared")), "first", "s3://runs/first", {}, code=write(tmp_path / "c", CODE)
+        )
     assert files(tmp_path / "shared") == []
 
 

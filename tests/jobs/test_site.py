@@ -39,7 +39,7 @@ def test_each_mistake_of_a_site_is_a_line_with_file_key_and_what_is_valid(tmp_pa
 @pytest.mark.parametrize("text", ["", "- a", "a: b: c", "\tx"])
 def test_a_site_file_that_holds_no_settings_is_refused_in_a_line(tmp_path, text):
     path = write(tmp_path, text)
-    with pytest.raises(UserError, match="mine.yaml") as refused:
+    with pytest.raises(UserError, match=r"mine\.yaml") as refused:
         load_site(path)
     assert "\n" not in str(refused.value)
 
@@ -49,7 +49,9 @@ def test_an_unknown_site_is_refused_with_those_that_there_are():
         load_site("nope")
 
 
-@pytest.mark.parametrize("name", ["AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "WANDB_API_KEY", "HF_TOKEN", "db_password"])
+@pytest.mark.parametrize(
+    "name", ["AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "WANDB_API_KEY", "HF_TOKEN", "db_password"]
+)
 def test_a_secret_in_a_site_is_refused(name):
     with pytest.raises(ValueError, match=f"{name} holds a secret"):
         Site(shared_dir="/x", environment={name: "abc"})

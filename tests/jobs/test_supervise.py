@@ -45,7 +45,9 @@ def test_the_reason_names_what_failed_first_or_how_the_ranks_ended():
     assert decide(143, None, [CRASH, MENDABLE]).reason == "rank 0 on node1: conf/x.yaml: data.lanes: 3"
     assert decide(137, None, []).reason == "the ranks left without a word (ended by signal 9)"
     assert decide(1, None, []).reason == "the ranks left without a word (exit code 1)"
-    assert decide(1, None, [CRASH], stalled=3).reason.startswith("3 starts without a new checkpoint; the last one: rank 1")
+    assert decide(1, None, [CRASH], stalled=3).reason.startswith(
+        "3 starts without a new checkpoint; the last one: rank 1"
+    )
 
 
 def said(*steps: int | None) -> list[dict[str, object]]:
@@ -64,7 +66,7 @@ def said(*steps: int | None) -> list[dict[str, object]]:
         (said(None, None, None), 100, 0),  # progress at last
         (said(300, 300), 200, 2),  # the newest was damaged: no progress either
         (said(None, None, None) + said(None), None, 1),  # submitted again by hand: counted from there
-        (said(0) + [{"event": "requeued", "reason": "preempted"}], 0, 1),
+        ([*said(0), {"event": "requeued", "reason": "preempted"}], 0, 1),
         ([], None, 0),
     ],
 )

@@ -1,0 +1,68 @@
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jobs.cli import main
+from jobs.daemons import Process
+from jobs.runs import Job
+from jobs.site import ROOT
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> str:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"shared_dir: {tmp_path / 'shared'}\nexecutor: local\n")
+    return str(path)
+
+
+def refused(capsys) -> str:
+    """The one line that a refusal wrote."""
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("farseer: ")
+    assert said.err.count("\n") == 1, said.err
+    return str(said.err)
+
+
+def test_help_names_the_verbs_and_does_not_import_torch():
+    code = "import sys; from jobs.cli import parser; parser().format_help(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.cli", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert time.monotonic() - began < 5  # 0.05 s here; with torch it would be more
+    for verb in ("plan", "submit", "resume", "status", "logs", "cancel", "checkpoints"):
+        assert f"\n    {verb} " in done.stdout or f"\n    {verb}\n" in done.stdout
+    assert "supervise" not in done.stdout.split("verbs:")[1]
+
+
+@pytest.mark.parametrize("verb", ["logs", "cancel", "resume", "checkpoints"])
+def test_a_run_that_does_not_exist_is_one_line_and_exit_code_2(verb, site, capsys):
+    assert main([verb, "--run", "nope", "--site", site]) == 2
+    assert "RUN=nope: no such run" in refused(capsys)
+
+
+def test_a_site_that_does_not_exist_is_one_line_and_exit_code_2(capsys):
+    assert main(["status", "--site", "nope"]) == 2
+    assert "SITE=nope: no such site" in refused(capsys)
+
+
+def test_status_without_runs_says_how_to_start_one(site, capsys):
+    assert main(["status", "--site", site]) == 0
+    assert "make submit CONF=... RUN=..." in capsys.readouterr().out
+
+
+def test_status_is_a_table_for_people_and_json_for_scripts(site, tmp_path, capsys):
+    (tmp_path / "shared" / "first").mkdir(parents=True)
+    Job("first", tmp_path / "shared" / "first", "s3://runs/first", "local-1", Process(1, -1)).save()
+    assert main(["status", "--site", site]) == 0
+    head, row = capsys.readouterr().out.splitlines()
+    assert head.split() == ["RUN", "STATE", "STEP", "LOSS", "IMAGES/S", "WAIT", "SAVED", "STARTS", "LAST", "STEP"]
+    assert row.startswith("first  ended without a word")
+    assert main(["status", "--site", site, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["run"] == "first"
