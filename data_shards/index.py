@@ -1,0 +1,141 @@
+"""What a shard set consists of: its manifest, and for each shard the place and the checksum of every sample.
+
+    DST/MANIFEST.json             put last: with it, the set exists
+    DST/shards/3f/000012.tar      the samples; 3f is a hash of the number, which spreads requests over prefixes
+    DST/shards/3f/000012.idx      RECORDs, one a sample in the order of the tar: a small range finds any chunk
+    DST/shards/3f/000012.parquet  one row a sample, for people and DuckDB
+    DST/refused.jsonl             sources that were not taken, and why
+
+A sample's id is its rank over all shards in their order.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+
+from data_shards.errors import UserError
+from data_shards.store import NotFound, Store
+
+FORMAT = 1
+MANIFEST = "MANIFEST.json"
+REFUSED = "refused.jsonl"
+
+# Bytes of the image itself within the tar, their CRC32C, and pixels as seen (after EXIF orientation).
+RECORD = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc32c", "<u4"), ("width", "<u4"), ("height", "<u4")])
+
+
+def shard_path(number: int) -> str:
+    """Where a shard's tar lies within its set; index and table lie beside it, with .idx and .parquet."""
+    prefix = blake2b(b"%d" % number, digest_size=1).hexdigest()
+    return f"shards/{prefix}/{number:06d}.tar"
+
+
+def sample_key(shard: int, place: int) -> str:
+    """A sample's name within its set: unique, without a dot, and it says where the sample lies."""
+    return f"{shard:06d}-{place:06d}"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a set holds.
+
+    layout_id: of the packing plan (which sources at which places), so it stays when contents are removed or repaired.
+    contents_id: hash of the samples' sha256 in the order of their ids.
+    refused: how many sources were not taken, by reason.
+    """
+
+    layout_id: str
+    contents_id: str
+    samples: int
+    shard_samples: tuple[int, ...]
+    shard_bytes: tuple[int, ...]
+    settings: dict[str, Any]
+    refused: dict[str, int]
+
+    @property
+    def mean_bytes(self) -> float:
+        """Bytes that are read for a sample, on average."""
+        return sum(self.shard_bytes) / self.samples
+
+    @classmethod
+    def load(cls, store: Store) -> "Manifest":
+        """One request. Raises UserError when there is no set, or none that can be read."""
+        try:
+            found = json.loads(store.get(MANIFEST))
+            if found.pop("format") != FORMAT:
+                raise UserError(f"{store.url}: {MANIFEST} is of another version of this program; pack the set again")
+            for name in ("shard_samples", "shard_bytes"):
+                found[name] = tuple(map(int, found[name]))
+            manifest = cls(**found)
+        except NotFound:
+            raise UserError(
+                f"{store.url}: no {MANIFEST}, so no shard set; make shards SRC=... DST={store.url}"
+            ) from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{store.url}: {MANIFEST} is damaged ({error}); pack the set again") from error
+        manifest._check(store.url)
+        return manifest
+
+    def save(self, store: Store, *, create_only: bool = True) -> None:
+        data = json.dumps({"format": FORMAT, **asdict(self)}, separators=(",", ":")).encode()
+        store.put(MANIFEST, data, create_only=create_only)
+
+    def _check(self, url: str) -> None:
+        if self.samples == 0:
+            raise UserError(f"{url}: the shard set is empty; make shards SRC=... DST={url}")
+        if sum(self.shard_samples) != self.samples or len(self.shard_samples) != len(self.shard_bytes):
+            raise UserError(
+                f"{url}: {MANIFEST} is damaged: {self.samples} samples, {sum(self.shard_samples)} in its shards; "
+                f"pack the set again"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Samples that lie one after another in a shard: `count` from the place `first` on."""
+
+    shard: int
+    first: int
+    count: int
+
+
+class ShardSet:
+    """A set in a store, addressed by sample ids 0..N-1. Costs no request and no memory beyond the manifest's."""
+
+    def __init__(self, store: Store, manifest: Manifest) -> None:
+        self.store = store
+        self.manifest = manifest
+        self._starts = np.concatenate([[0], np.cumsum(manifest.shard_samples, dtype=np.int64)])
+
+    def locate(self, sample: int) -> tuple[int, int]:
+        """Shard and place in it of a sample id."""
+        if not 0 <= sample < self.manifest.samples:
+            raise ValueError(f"sample {sample} of a set of {self.manifest.samples}")
+        shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
+        return shard, int(sample - self._starts[shard])
+
+    def spans(self, first_id: int, count: int) -> list[Span]:
+        """Where `count` ids from `first_id` on lie, in their order; after the last id comes the first."""
+        found = []
+        sample = first_id % self.manifest.samples
+        while count > 0:
+            shard, place = self.locate(sample)
+            taken = min(count, self.manifest.shard_samples[shard] - place)
+            found.append(Span(shard, place, taken))
+            count -= taken
+            sample = (sample + taken) % self.manifest.samples
+        return found
+
+    def shard_path(self, number: int) -> str:
+        return shard_path(number)
+
+    def table(self) -> Any:
+        """The Parquet rows of all samples in the order of their ids, as a pyarrow Table. For small sets."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        paths = [shard_path(number).replace(".tar", ".parquet") for number in range(len(self.manifest.shard_samples))]
+        return pa.concat_tables([pq.read_table(pa.BufferReader(self.store.get(path))) for path in paths])
