@@ -1,5 +1,145 @@
-"""The local S3 server and the local SLURM, for the demo and the tests, on one machine and in one folder."""
+"""The local site: an S3 server and a SLURM of several nodes on this machine, for the demo, the tests and first tries.
 
-from jobs.local_s3 import OVERRIDES, S3, activate, environment, running_s3, start_s3, stop_s3
+    python -m jobs.cluster up|down|status [--directory var/cluster] [--nodes 2]
 
-__all__ = ["OVERRIDES", "S3", "activate", "environment", "running_s3", "start_s3", "stop_s3"]
+    DIR/s3, DIR/slurm  the two servers, each with its logs (jobs/local_s3.py, jobs/local_slurm.py)
+    DIR/site.yaml      how to submit here: what SITE=local means; there while it is up
+    DIR/env.sh         for a shell: `. DIR/env.sh`, then aws, sinfo, squeue and farseer find both
+
+Where SLURM is not installed or does not start, the site is S3 and submitit's local executor.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_shards.errors import UserError
+from jobs import daemons
+from jobs.local_s3 import BUCKETS, OVERRIDES, S3, activate, environment, running_s3, start_s3, stop_s3
+from jobs.local_slurm import Slurm, call, missing_programs, running_slurm, start_slurm, stop_slurm
+from jobs.slurm_conf import Settings
+
+__all__ = [
+    "BUCKETS",
+    "DIRECTORY",
+    "OVERRIDES",
+    "S3",
+    "Local",
+    "Settings",
+    "Slurm",
+    "activate",
+    "down",
+    "environment",
+    "missing_programs",
+    "running",
+    "running_s3",
+    "running_slurm",
+    "start_s3",
+    "start_slurm",
+    "stop_s3",
+    "stop_slurm",
+    "up",
+]
+
+DIRECTORY = Path("var/cluster")
+
+
+@dataclass(frozen=True)
+class Local:
+    """What runs here; `slurm` is None where jobs go through the local executor."""
+
+    directory: Path
+    s3: S3
+    slurm: Slurm | None
+    nodes: int
+
+    def environment(self) -> dict[str, str]:
+        """Paths and names by which programs find both; no secret. `activate` sets it for this process."""
+        return self.s3.environment() | (self.slurm.environment() if self.slurm else {})
+
+    def site(self) -> dict[str, Any]:
+        """The site, as jobs are submitted to it."""
+        return {
+            "name": "local",
+            "executor": "slurm" if self.slurm else "local",
+            "partition": "main",
+            "nodes": self.nodes,
+            "shared_dir": str(self.directory.parent / "jobs"),
+            "environment": self.environment(),
+        }
+
+
+def up(directory: Path = DIRECTORY, settings: Settings | None = None) -> list[str]:
+    """Start both, or go on with what runs; returns lines that say what is there.
+
+    Raises UserError when S3 cannot be started; SLURM can be done without.
+    """
+    directory, settings = directory.resolve(), settings or Settings()
+    s3 = start_s3(directory / "s3")
+    try:
+        slurm: Slurm | None = start_slurm(directory / "slurm", settings)
+        said = f"SLURM: {settings.nodes} nodes, logs in {directory / 'slurm' / 'log'}"
+    except UserError as error:
+        slurm, said = None, f"{error}; going on without it: jobs run through submitit's local executor"
+    local = Local(directory, s3, slurm, settings.nodes)
+    daemons.write_private(directory / "site.yaml", yaml.safe_dump(local.site(), sort_keys=False))
+    parts = [f". '{part}/env.sh'" for part in (s3.directory, *([slurm.directory] if slurm else []))]
+    daemons.write_private(directory / "env.sh", "\n".join(parts) + "\n")
+    return [f"S3: {s3.url}, buckets {' and '.join(s3.buckets)}", said, f"for your shell: . {directory / 'env.sh'}"]
+
+
+def down(directory: Path = DIRECTORY) -> None:
+    """Stop both and all jobs; what is stored in S3 stays."""
+    for name in ("site.yaml", "env.sh"):
+        (directory / name).unlink(missing_ok=True)
+    if (directory / "slurm").is_dir():
+        stop_slurm(directory / "slurm")
+    if (directory / "s3").is_dir():
+        stop_s3(directory / "s3")
+
+
+def running(directory: Path = DIRECTORY) -> Local | None:
+    """What runs here, S3 at least; starts nothing."""
+    directory = directory.resolve()
+    s3, slurm = running_s3(directory / "s3"), running_slurm(directory / "slurm")
+    return Local(directory, s3, slurm, slurm.nodes if slurm else 1) if s3 else None
+
+
+def status(directory: Path = DIRECTORY) -> list[str]:
+    """What runs, a line each; with SLURM also its nodes and its queue."""
+    directory = directory.resolve()
+    s3, slurm = running_s3(directory / "s3"), running_slurm(directory / "slurm")
+    lines = [f"S3     {s3.url}, buckets {', '.join(s3.buckets)}" if s3 else "S3     does not run (make cluster-up)"]
+    if slurm is None:
+        return [*lines, "SLURM  does not run" + (" and is not installed" if missing_programs() else "")]
+    lines.append(f"SLURM  {slurm.nodes} nodes; shell: . {directory / 'env.sh'}")
+    return lines + [f"  {line}" for tool in ("sinfo", "squeue") for line in call(slurm.directory, tool).splitlines()]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m jobs.cluster", description="S3 and SLURM on this machine.")
+    parser.add_argument("action", choices=("up", "down", "status"))
+    parser.add_argument("--directory", type=Path, default=DIRECTORY)
+    parser.add_argument("--nodes", type=int, default=Settings.nodes)
+    given = parser.parse_args(arguments)
+    try:
+        if given.action == "up":
+            print("\n".join([*up(given.directory, Settings(nodes=given.nodes)), "up; make cluster-down ends it"]))
+        elif given.action == "down":
+            down(given.directory)
+            print("down; what is stored stays until make clean")
+        else:
+            print("\n".join(status(given.directory)))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -95,7 +95,7 @@ def start_slurm(directory: Path, settings: Settings | None = None, timeout_s: fl
     with daemons.exclusively(directory / "lock"):
         record = Record.load(directory)
         if record and record.alive() and record.settings != settings:
-            raise UserError(f"{directory}: SLURM runs with {record.settings}, not {settings}; stop it first")
+            raise UserError(f"{directory}: {_difference(record.settings, settings)}; make cluster-down first")
         for _ in range(2):  # a port may be taken by another process between the look and its use
             if not (record and record.alive()):
                 record = _prepare(directory, settings, record)
@@ -130,6 +130,11 @@ def call(directory: Path, *command: str, timeout_s: float = 15.0) -> str:
     except (subprocess.TimeoutExpired, FileNotFoundError):
         return ""
     return done.stdout if done.returncode == 0 else ""
+
+
+def _difference(running: Settings, wanted: Settings) -> str:
+    pairs = ((name, value, asdict(wanted)[name]) for name, value in asdict(running).items())
+    return "SLURM runs with " + ", ".join(f"{name} {now}, not {then}" for name, now, then in pairs if now != then)
 
 
 def _prepare(directory: Path, settings: Settings, before: Record | None) -> Record:

@@ -17,6 +17,7 @@ import pytest
 
 from jobs import cluster
 from jobs.daemons import Process, exclusively
+from jobs.local_slurm import PACKAGES
 
 RUN = "PYTEST_XDIST_TESTRUNUID"
 T = TypeVar("T")
@@ -47,6 +48,26 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedS3]:
     with service as server, kept_environment():
         cluster.activate(server.environment())
         yield SharedS3(server, server.environment())
+
+
+@dataclass(frozen=True)
+class SharedSlurm:
+    """The SLURM of this test run: nodes `node1` to `node4`, partitions `main` and `low` (preempted by `main`)."""
+
+    cluster: cluster.Slurm
+    environment: dict[str, str]
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedSlurm]:
+    """A real SLURM of four nodes; its variables are already set in this process."""
+    if missing := cluster.missing_programs():
+        pytest.skip(f"SLURM is not installed ({', '.join(missing)}): apt install {' '.join(PACKAGES)}")
+    folder, settings = run_folder(tmp_path_factory) / "slurm", cluster.Settings(nodes=4)
+    service = shared(folder, lambda: cluster.start_slurm(folder, settings), lambda: cluster.stop_slurm(folder))
+    with service as running, kept_environment():
+        os.environ.update(running.environment())
+        yield SharedSlurm(running, running.environment())
 
 
 def run_folder(factory: pytest.TempPathFactory) -> Path:
