@@ -1,10 +1,10 @@
 """How each crop of each sample is cut and coloured: a pure function of (seed, lane, index in the lane, crop).
 
 In: the sizes of the images and the places of their samples in the data. Out: boxes, flips, colour factors and blur
-widths, which pipeline.loader hands to DALI as per-sample arguments. The random numbers are Philox4x32-10 and the
-distributions are inverse formulas, both written out here, because numpy's and torch's may change between versions:
-the same place draws the same numbers on any number of ranks, after any restart. Boxes follow torchvision's rule for
-RandomResizedCrop; the rest follows SwAV (arXiv 2006.09882).
+widths, and the matrices and kernels that they stand for, which pipeline.pixels applies. The random numbers are
+Philox4x32-10 and the distributions are inverse formulas, both written out here, because numpy's and torch's may change
+between versions: the same place draws the same numbers on any number of ranks, after any restart. Boxes follow
+torchvision's rule for RandomResizedCrop; the rest follows SwAV (arXiv 2006.09882).
 """
 
 from dataclasses import dataclass
@@ -25,6 +25,8 @@ _TRIES = 10  # torchvision's; then the fallback
 # A crop's numbers come in blocks of four: one block a try (area, aspect, top, left), then these.
 _CHOICES, _FACTORS, _SIGMA = _TRIES, _TRIES + 1, _TRIES + 2
 _BLOCKS = _TRIES + 3
+# RGB to luma and two axes of chroma, as NTSC defined them
+_YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
 
 
 class CropSettings(Section):
@@ -117,6 +119,34 @@ def draw(
     crops = [crop for crop in settings.crops for _ in range(crop.count)]
     numbers = _uniforms(seed, np.asarray(lane), np.asarray(index), len(crops))
     return [_draw_crop(settings, crop, numbers[k], height, width) for k, crop in enumerate(crops)]
+
+
+def colour(draws: Draws) -> tuple[Float64, Float64]:
+    """The colour change of each crop as one linear step, y = matrix @ x + offset, on RGB values from 0 to 255.
+
+    Returns matrices (n, 3, 3) and offsets (n, 3); y is to be clipped to 0..255 once, after the step. In this order:
+    brightness b scales x, contrast c stretches it about the middle grey, and saturation s and hue h scale and turn its
+    chroma in YIQ while its luma stays, y = c b K(s, h) x + (1 - c) 127.5. torchvision's ColorJitter differs in that it
+    does the four in random order and clips after each, that its contrast stretches about the crop's own mean luma, and
+    that its hue turns in HSV. Grey (s = 0) is the same in both.
+    """
+    turn, s = np.radians(draws.hue_degrees, dtype=np.float64), draws.saturation.astype(np.float64)
+    chroma = np.zeros((len(s), 3, 3))
+    chroma[:, 0, 0] = 1
+    chroma[:, 1, 1] = chroma[:, 2, 2] = s * np.cos(turn)
+    chroma[:, 1, 2], chroma[:, 2, 1] = -s * np.sin(turn), s * np.sin(turn)
+    contrast = draws.contrast.astype(np.float64)
+    gain = contrast * draws.brightness
+    matrix = gain[:, None, None] * (np.linalg.inv(_YIQ) @ chroma @ _YIQ)
+    return matrix, np.repeat(127.5 * (1 - contrast)[:, None], 3, axis=1)
+
+
+def blur_kernels(sigma: NDArray[np.floating], radius: int) -> NDArray[np.float32]:
+    """Sampled Gaussians, (n, 2 radius + 1), each of sum 1; where sigma is 0, the one that changes nothing."""
+    offsets = np.arange(-radius, radius + 1, dtype=np.float64)
+    weights = np.exp(-0.5 * (offsets / np.maximum(sigma.astype(np.float64), 1e-3)[:, None]) ** 2)
+    kernels: NDArray[np.float32] = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    return kernels
 
 
 def philox(counter: Uint64, key: tuple[int, int]) -> Uint64:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from scipy import stats
 
-from pipeline.augment import AugmentSettings, CropSettings, Draws, draw, philox
+from pipeline.augment import AugmentSettings, CropSettings, Draws, blur_kernels, colour, draw, philox
 
 SEED = 20
 SAMPLES = 10_000
@@ -188,6 +188,34 @@ def test_the_choices_of_a_replaced_sample_stay_those_of_its_place() -> None:
     for ours, theirs in zip(before, after, strict=True):
         for name in ("flip", "brightness", "contrast", "saturation", "hue_degrees", "sigma"):
             assert np.array_equal(getattr(ours, name), getattr(theirs, name))
+
+
+def test_no_jitter_leaves_a_colour_and_no_saturation_leaves_its_luma() -> None:
+    drawn = draw_many(one_crop(jitter=0.0, grey=0.5), 100, 375, 500)[0]
+    matrix, offset = colour(drawn)
+    rgb = np.random.default_rng(SEED).uniform(0, 255, (100, 3))
+    luma = np.repeat((rgb @ [0.299, 0.587, 0.114])[:, None], 3, axis=1)
+    expected = np.where((drawn.saturation == 0)[:, None], luma, rgb)
+    assert np.abs((matrix @ rgb[:, :, None])[:, :, 0] + offset - expected).max() < 1e-9
+
+
+def test_saturation_and_hue_keep_the_luma_and_contrast_keeps_the_middle_grey() -> None:
+    drawn = draw_many(one_crop(brightness=0.0, contrast=0.0, grey=0.0), 100, 375, 500)[0]
+    matrix, _ = colour(drawn)
+    rgb = np.random.default_rng(SEED).uniform(0, 255, (100, 3))
+    assert np.abs(((matrix @ rgb[:, :, None])[:, :, 0] - rgb) @ [0.299, 0.587, 0.114]).max() < 1e-9
+    matrix, offset = colour(draw_many(one_crop(brightness=0.0), 100, 375, 500)[0])
+    assert np.abs(matrix @ np.full(3, 127.5) + offset - 127.5).max() < 1e-9
+
+
+def test_blur_kernels_are_gaussians_and_no_blur_is_the_identity() -> None:
+    kernels = blur_kernels(np.array([0.0, 0.1, 1.0, 2.0], np.float32), 6)
+    x = np.arange(-6, 7)
+    for sigma, kernel in ((1.0, kernels[2]), (2.0, kernels[3])):
+        density = stats.norm.pdf(x, scale=sigma)
+        assert kernel == pytest.approx(density / density.sum(), abs=1e-7)
+    assert kernels[0].tolist() == (x == 0).tolist()
+    assert kernels.sum(axis=1) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(

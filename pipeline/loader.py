@@ -1,0 +1,258 @@
+"""Batches of crops for the training step, made ahead of it.
+
+Bytes come from the reader, numbers from pipeline.augment, pixels from pipeline.pixels. An image that does not decode
+takes its whole batch's run with it, not those before and behind. That batch alone is run again in a second instance of
+the graph, after its bad samples have been found one by one and replaced by the reader; the others keep their place.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field, PositiveInt
+from torch import Tensor
+
+from data_shards.reader import BadSample, Reader, Sample
+from data_shards.section import Section
+from pipeline.augment import AugmentSettings, Draws, draw, philox
+from pipeline.pixels import Graph, UndecodableError, digests, finish, graph_inputs
+
+
+class LoaderSettings(Section):
+    """How the loader runs; nothing here changes a crop on the same kind of device."""
+
+    affects_results: ClassVar[bool] = False
+
+    threads: PositiveInt = 1  # DALI's
+    queue: PositiveInt = 2  # batches that DALI works on ahead of the training step
+    device: Literal["cpu", "cuda", "auto"] = "auto"
+    # Share of JPEGs that the GPU's decoding engine takes. It writes out of stream order, which has corrupted images in
+    # other projects: measure hashes of crops against 0 before raising it.
+    hardware_jpeg: float = Field(default=0.0, ge=0, le=1)
+
+
+@dataclass(slots=True)
+class Batch:
+    """The crops of one step on this rank.
+
+    crops: one tensor a crop size, (B, count, 3, s, s) float32, normalised; in memory HWC, so that flatten(0, 1) is
+    channels_last without a copy. ids, lanes, indices: (B,), the samples and their places, in lane order.
+    digests: (B,) int64, 32 bits on each sample's crops. wait_s: how long the training step waited for the batch.
+    replaced: how many of its samples stand in for others.
+    """
+
+    step: int
+    crops: list[Tensor]
+    ids: NDArray[np.int64]
+    lanes: NDArray[np.int64]
+    indices: NDArray[np.int64]
+    digests: Tensor
+    wait_s: float
+    replaced: int
+
+    @property
+    def crop_hash(self) -> int:
+        """Sum over samples of a hash of (lane, index, crops), as a signed 64-bit number; on a GPU, waits for it.
+
+        The sums of all ranks add up, modulo 2^64, to the same however lanes are dealt to them.
+        """
+        digest, lane, index = (np.asarray(x).astype(np.uint64) for x in (self.digests.cpu(), self.lanes, self.indices))
+        words = philox(np.stack([digest, index & np.uint64(0xFFFFFFFF), index >> np.uint64(32), lane]), (0, 0))
+        return int((words[0] << np.uint64(32) | words[1]).sum(dtype=np.uint64).astype(np.int64))
+
+
+class Loader:
+    """Iterates over the batches of steps `start_step` to `end_step` - 1, made ahead of time.
+
+    Errors of the reader (a store that does not answer, too many bad samples) end the iteration as they are.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        augment: AugmentSettings,
+        seed: int,
+        start_step: int,
+        end_step: int,
+        settings: LoaderSettings,
+    ) -> None:
+        self._reader, self._augment, self._seed, self._settings = reader, augment, seed, settings
+        self._next_step, self._end_step = start_step, end_step
+        self._sizes = [crop.size for crop in augment.crops for _ in range(crop.count)]
+        self._device = _device(settings.device)
+        self._pending: deque[_Work] = deque()  # scheduled, not yet asked for
+        self._replay: deque[_Work] = deque()  # of these, what the graph is yet to be handed
+        self._failures = 0  # in a row
+        self._batch = 0  # samples, known when the first batch is
+        self._graph: Graph | None = None
+        self._spare: Graph | None = None
+        self._counters: dict[str, float] = {"batches_repaired": 0, "samples_undecodable": 0, "graphs_rebuilt": 0}
+
+    @property
+    def bad(self) -> list[BadSample]:
+        """The bad samples that the reader found or was told of, those of batches still ahead included."""
+        return list(self._reader.bad)
+
+    @property
+    def counters(self) -> dict[str, float]:
+        """The reader's, and how often a decode failed."""
+        return {**self._reader.counters, **self._counters}
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        started = time.perf_counter()
+        if self._next_step == self._end_step and not self._pending:
+            raise StopIteration
+        graph = self._graph or self._open()
+        work = self._pending.popleft()
+        pixels = self._collect(graph, work)
+        if pixels is None:
+            work, pixels = self._repair(work)
+        crops = finish(pixels, work.draws, self._augment)
+        return Batch(
+            step=work.step,
+            crops=crops,
+            ids=np.array([sample.id for sample in work.samples], np.int64),
+            lanes=work.lanes,
+            indices=work.indices,
+            digests=digests(crops),
+            wait_s=time.perf_counter() - started,
+            replaced=sum(bool(sample.replaced) for sample in work.samples),
+        )
+
+    def close(self) -> None:
+        """Let go of DALI's threads and buffers; the reader is its owner's to close."""
+        self._graph = self._spare = None
+        self._pending.clear()
+        self._replay.clear()
+
+    def _open(self) -> Graph:
+        """Start the graph on the first batch, or again on all that are pending."""
+        if not self._pending:
+            self._pending.append(self._fetch())
+        self._batch = len(self._pending[0].samples)
+        self._replay = deque(self._pending)
+        self._graph = self._build(self._settings.queue, self._feed)
+        self._graph.schedule()
+        return self._graph
+
+    def _build(self, depth: int, feed: Callable[[], list[Any]] | None = None) -> Graph:
+        threads, hardware_jpeg = self._settings.threads, self._settings.hardware_jpeg
+        return Graph(
+            self._sizes, self._batch, self._device, threads=threads, hardware_jpeg=hardware_jpeg, depth=depth, feed=feed
+        )
+
+    def _feed(self) -> list[Any]:
+        """The graph's next input. DALI calls it whenever a batch is scheduled."""
+        if self._replay:
+            return self._replay.popleft().inputs
+        if self._next_step == self._end_step:
+            raise StopIteration
+        self._pending.append(self._fetch())
+        return self._pending[-1].inputs
+
+    def _fetch(self) -> "_Work":
+        work = self._work(self._next_step, self._reader.batch(self._next_step))
+        self._next_step += 1
+        return work
+
+    def _work(self, step: int, samples: Sequence[Sample]) -> "_Work":
+        lanes, indices, height, width = np.array([(s.lane, s.index, s.height, s.width) for s in samples], np.int64).T
+        draws = draw(self._augment, self._seed, lanes, indices, height, width)
+        inputs = graph_inputs([sample.data for sample in samples], draws, self._augment)
+        return _Work(step, samples, lanes, indices, np.stack([height, width], axis=1), draws, inputs)
+
+    def _collect(self, graph: Graph, work: "_Work") -> list[Tensor] | None:
+        """The crops of the oldest batch in the graph, or None when its run failed; schedules another."""
+        pixels: list[Tensor] | None = None
+        try:
+            pixels = graph.collect(work.sizes)
+            self._failures = 0
+        except UndecodableError:
+            self._failures += 1
+        if self._failures > 1 and self._device.type == "cuda":
+            self._graph = None  # to be opened again: it is not known whether a graph on a GPU outlives failed runs
+            self._failures = 0
+            self._counters["graphs_rebuilt"] += 1
+        else:
+            graph.schedule()
+        return pixels
+
+    def _repair(self, work: "_Work") -> tuple["_Work", list[Tensor]]:
+        """Replace what does not decode and run the batch again; raises RuntimeError when that fails as well."""
+        samples = list(work.samples)
+        for i in range(len(samples)):
+            while (reason := self._fault(samples[i])) is not None:
+                samples[i] = self._reader.replace(samples[i], reason)
+                self._counters["samples_undecodable"] += 1
+        self._counters["batches_repaired"] += 1
+        mended = self._work(work.step, samples)
+        return mended, self._alone(mended)
+
+    def _fault(self, sample: Sample) -> str | None:
+        """Why this sample cannot be used, or None."""
+        work = self._work(0, [sample])
+        reason = None
+        for _ in range(2 if self._device.type == "cuda" else 1):
+            try:
+                self._alone(work)
+            except UndecodableError as error:
+                reason = str(error)
+                self._spare = self._spare if self._device.type == "cpu" else None  # that may be what broke
+            else:
+                return None
+        return reason
+
+    def _alone(self, work: "_Work") -> list[Tensor]:
+        """Run a batch, or a part of one, with nothing ahead of it or behind."""
+        if self._spare is None:
+            self._spare = self._build(1)
+        return self._spare.run(work.inputs, work.sizes)
+
+
+def render(
+    images: Sequence[Any],
+    sizes: NDArray[np.integer],
+    augment: AugmentSettings,
+    draws: list[Draws],
+    settings: LoaderSettings,
+    device: str = "cpu",
+) -> list[Tensor]:
+    """Crops of n images by given draws, in one go through the same graph.
+
+    images: encoded bytes. sizes: (n, 2), heights and widths. draws: one for each crop, equal sizes side by side; of
+    `augment` only mean, std and the largest sigma count. Returns one (n, count, 3, s, s) tensor a size, as in Batch.
+    Raises ValueError when an image does not decode or is of another size than said.
+    """
+    graph = Graph([d.size for d in draws], len(images), _device(device), threads=settings.threads)
+    try:
+        pixels = graph.run(graph_inputs(images, draws, augment), np.asarray(sizes, np.int64))
+    except UndecodableError as error:
+        raise ValueError(str(error)) from error
+    return finish(pixels, draws, augment)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """A batch on its way: its samples, what was drawn for them, and both as the graph's inputs."""
+
+    step: int
+    samples: Sequence[Sample]
+    lanes: NDArray[np.int64]
+    indices: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    draws: list[Draws]
+    inputs: list[Any]
+
+
+def _device(name: str) -> torch.device:
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())

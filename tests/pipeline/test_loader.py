@@ -1,0 +1,296 @@
+"""pipeline.loader and pipeline.pixels on real JPEGs, against PIL and float64, with every kind of damage planted."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from scipy import ndimage
+from skimage import data as photographs
+
+from data_shards.reader import Sample
+from pipeline.augment import AugmentSettings, CropSettings, Draws, draw
+from pipeline.loader import Batch, Loader, LoaderSettings, render
+from pipeline.pixels import digests
+
+SEED, BATCH, LANES, STEPS = 3, 8, 4, 5
+AUGMENT = AugmentSettings(
+    crops=(CropSettings(size=64, count=2, scale=(0.3, 1.0)), CropSettings(size=32, count=3, scale=(0.1, 0.35)))
+)
+CPU = LoaderSettings(device="cpu")
+
+
+def encode(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **({"quality": 90} if kind == "JPEG" else {}), **options)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def tiles() -> list[bytes]:
+    """40 JPEGs of different content and size."""
+    photos = [Image.fromarray(photo()) for photo in (photographs.astronaut, photographs.coffee, photographs.cat)]
+    rng = np.random.default_rng(SEED)
+    made = []
+    for k in range(40):
+        photo = photos[k % 3]
+        width, height = (int(side) for side in rng.integers(90, 200, 2))
+        left, top = (int(rng.integers(0, side - 200)) for side in photo.size)
+        made.append(encode(photo.crop((left, top, left + width, top + height))))
+    return made
+
+
+@dataclass
+class MemoryReader:
+    """Data in memory, read in order by all lanes in turn; the third kind of sample lives behind `sizes`, the index."""
+
+    images: Sequence[bytes]
+    sizes: Sequence[tuple[int, int]]
+    lanes: range = range(LANES)
+    known_bad: set[int] = field(default_factory=set)
+    asked: list[int] = field(default_factory=list)
+    bad: list[tuple[int, str]] = field(default_factory=list)
+    counters: dict[str, float] = field(default_factory=lambda: {"bytes_read": 7.0})
+
+    def batch(self, step: int) -> list[Sample]:
+        self.asked.append(step)
+        a_lane = BATCH // LANES
+        places = [(lane, step * a_lane + i) for lane in self.lanes for i in range(a_lane)]
+        return [self._choose(lane, index) for lane, index in places]
+
+    def replace(self, sample: Sample, reason: str) -> Sample:
+        self.known_bad.add(sample.id)
+        self.bad.append((sample.id, reason))
+        return self._choose(sample.lane, sample.index)
+
+    def _choose(self, lane: int, index: int) -> Sample:
+        chain = [(lane + LANES * index + 11 * k) % len(self.images) for k in range(9)]
+        k = next(k for k, candidate in enumerate(chain) if candidate not in self.known_bad)
+        height, width = self.sizes[chain[k]]
+        return Sample(chain[k], lane, index, self.images[chain[k]], width, height, tuple(chain[:k]))
+
+
+def sizes_of(images: Sequence[bytes]) -> list[tuple[int, int]]:
+    return [Image.open(io.BytesIO(image)).size[::-1] for image in images]
+
+
+def load(reader: MemoryReader, start: int = 0, settings: LoaderSettings = CPU) -> list[Batch]:
+    return list(Loader(reader, AUGMENT, SEED, start, STEPS, settings))
+
+
+def same(ours: Batch, theirs: Batch) -> bool:
+    return ours.crop_hash == theirs.crop_hash and all(map(torch.equal, ours.crops, theirs.crops))
+
+
+@pytest.fixture(scope="module")
+def straight(tiles: list[bytes]) -> list[Batch]:
+    return load(MemoryReader(tiles, sizes_of(tiles)))
+
+
+def reference(image: bytes, crop: Draws, i: int) -> np.ndarray:
+    """One crop step by step in float64: PIL's antialiased resize of the box, a true Gaussian, then each colour step."""
+    top, left, height, width = (int(v) for v in crop.box[i])
+    opened = Image.open(io.BytesIO(image)).convert("RGB")
+    box = (left, top, left + width, top + height)
+    x = np.asarray(opened.resize((crop.size, crop.size), Image.Resampling.BILINEAR, box=box), np.float64)
+    if crop.flip[i]:
+        x = x[:, ::-1]
+    if crop.sigma[i] > 0:
+        x = ndimage.gaussian_filter(x, (float(crop.sigma[i]),) * 2 + (0,), truncate=6, mode="nearest")
+    x = x * crop.brightness[i]
+    x = crop.contrast[i] * x + (1 - crop.contrast[i]) * 127.5
+    luma = (x @ [0.299, 0.587, 0.114])[..., None]
+    x = crop.saturation[i] * x + (1 - crop.saturation[i]) * luma
+    turn = np.exp(1j * np.radians(float(crop.hue_degrees[i])))
+    chroma = (x @ [0.5959, -0.2746, -0.3213] + 1j * (x @ [0.2115, -0.5227, 0.3112])) * turn
+    to_rgb = np.linalg.inv([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+    yiq = np.stack([luma[..., 0], chroma.real, chroma.imag], axis=-1)
+    return np.clip(yiq @ to_rgb.T, 0, 255)
+
+
+def test_crops_are_those_of_a_reference_made_with_pil_and_float64(tiles: list[bytes]) -> None:
+    """Half a level of 255 is what rounding a pixel, a resized pixel and a blurred one can cost."""
+    sizes = np.array(sizes_of(tiles))
+    drawn = draw(AUGMENT, SEED, np.zeros(40, np.int64), np.arange(40), sizes[:, 0], sizes[:, 1])
+    rendered = render(tiles, sizes, AUGMENT, drawn, CPU)
+    assert [tuple(crops.shape) for crops in rendered] == [(40, 2, 3, 64, 64), (40, 3, 3, 32, 32)]
+    flat = [crops[:, k] for crops in rendered for k in range(crops.shape[1])]
+    errors = []
+    for crop, ours in zip(drawn, flat, strict=True):
+        pixels = ours.permute(0, 2, 3, 1).numpy().astype(np.float64) * AUGMENT.std + AUGMENT.mean
+        errors += [np.abs(255 * pixels[i] - reference(tiles[i], crop, i)).mean() for i in range(40)]
+    assert np.mean(errors) < 0.3
+    assert np.max(errors) < 1.2
+
+
+def test_flattened_crops_are_channels_last_without_a_copy(straight: list[Batch]) -> None:
+    for crops, size, count in zip(straight[0].crops, (64, 32), (2, 3), strict=True):
+        assert crops.shape == (BATCH, count, 3, size, size)
+        assert crops.dtype == torch.float32
+        assert crops.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+        assert crops.flatten(0, 1).data_ptr() == crops.data_ptr()
+
+
+def test_two_ranks_see_the_crops_that_one_would(tiles: list[bytes], straight: list[Batch]) -> None:
+    halves = [load(MemoryReader(tiles, sizes_of(tiles), lanes)) for lanes in (range(2), range(2, 4))]
+    for whole, *parts in zip(straight, *halves, strict=True):
+        assert whole.ids.tolist() == [sample for part in parts for sample in part.ids]
+        assert (sum(part.crop_hash for part in parts) - whole.crop_hash) % 2**64 == 0
+        for size in range(2):
+            assert torch.equal(torch.cat([part.crops[size] for part in parts]), whole.crops[size])
+
+
+@pytest.mark.parametrize("changes", [{"threads": 2}, {"queue": 1}, {"queue": 4}])
+def test_threads_and_queue_change_no_crop(changes: dict[str, int], tiles: list[bytes], straight: list[Batch]) -> None:
+    other = load(MemoryReader(tiles, sizes_of(tiles)), settings=CPU.model_copy(update=changes))
+    assert len(other) == STEPS
+    assert all(map(same, other, straight))
+
+
+def test_a_start_in_the_middle_gives_the_crops_of_those_steps(tiles: list[bytes], straight: list[Batch]) -> None:
+    reader = MemoryReader(tiles, sizes_of(tiles))
+    later = load(reader, start=3)
+    assert reader.asked == [3, 4]
+    assert [batch.step for batch in later] == [3, 4]
+    assert all(map(same, later, straight[3:]))
+
+
+def test_batches_that_are_kept_are_not_overwritten_by_later_ones(straight: list[Batch], tiles: list[bytes]) -> None:
+    loader = Loader(MemoryReader(tiles, sizes_of(tiles)), AUGMENT, SEED, 0, STEPS, CPU)
+    copies = [[crops.clone() for crops in next(loader).crops] for _ in range(STEPS)]
+    for batch, copied in zip(straight, copies, strict=True):
+        assert all(map(torch.equal, batch.crops, copied))
+
+
+def test_the_crop_hash_tells_pixels_and_places_apart(straight: list[Batch]) -> None:
+    batch = straight[0]
+    assert len({b.crop_hash for b in straight}) == STEPS
+    assert replace(batch, digests=batch.digests ^ 1).crop_hash != batch.crop_hash
+    assert replace(batch, digests=batch.digests.flip(0)).crop_hash != batch.crop_hash
+    assert replace(batch, lanes=batch.lanes + 1).crop_hash != batch.crop_hash
+    assert replace(batch, indices=batch.indices + 2**32).crop_hash != batch.crop_hash
+    assert -(2**63) <= batch.crop_hash < 2**63
+
+
+def test_one_bit_of_a_crop_changes_its_samples_digest_alone(straight: list[Batch]) -> None:
+    before = [crops.clone(memory_format=torch.preserve_format) for crops in straight[0].crops]
+    after = [crops.clone(memory_format=torch.preserve_format) for crops in before]
+    after[1].view(torch.int32)[5, 2, 1, 30, 31] ^= 1
+    assert torch.equal(digests(before), straight[0].digests)
+    assert (digests(before) != digests(after)).nonzero().flatten().tolist() == [5]
+
+
+def test_undecodable_samples_are_replaced_as_if_the_reader_had_known_them(tiles: list[bytes]) -> None:
+    """Every kind of damage, alone and together, two batches in a row, and a replacement that is bad as well."""
+    sizes, damaged = sizes_of(tiles), list(tiles)
+    garbage = np.random.default_rng(SEED).integers(0, 256, 4000, dtype=np.uint8).tobytes()
+    planted = {
+        9: tiles[9][: len(tiles[9]) // 2],
+        12: tiles[12][:60],
+        14: b"",
+        17: garbage,
+        25: garbage,
+        23: b"<html><body>503 Slow Down</body></html>",
+        28: tiles[28][:2] + garbage,
+    }
+    for sample, data in planted.items():
+        damaged[sample] = data
+    unknowing = MemoryReader(damaged, sizes)
+    loader = Loader(unknowing, AUGMENT, SEED, 0, STEPS, CPU)
+    found = list(loader)
+    knowing = load(MemoryReader(damaged, sizes, known_bad=set(planted)))
+    assert [batch.step for batch in found] == list(range(STEPS))
+    assert all(map(same, found, knowing))
+    assert [batch.ids.tolist() for batch in found] == [batch.ids.tolist() for batch in knowing]
+    assert [batch.replaced for batch in found] == [batch.replaced for batch in knowing] == [0, 3, 2, 2, 0]
+    assert {sample for sample, _ in unknowing.bad} == set(planted)
+    assert {sample for sample, _ in loader.bad} == set(planted)
+    assert all(reason.startswith("does not decode: ") for _, reason in unknowing.bad)
+    assert loader.counters["samples_undecodable"] >= len(planted)  # one is met again in a batch fetched ahead
+    assert loader.counters["batches_repaired"] == 3
+    assert loader.counters["bytes_read"] == 7
+
+
+def test_a_batch_of_nothing_but_garbage_is_replaced_whole(tiles: list[bytes]) -> None:
+    damaged = [b"\xff\xd8garbage" if 8 <= k < 16 else image for k, image in enumerate(tiles)]
+    reader = MemoryReader(damaged, sizes_of(tiles))
+    batches = load(reader)
+    assert {sample for sample, _ in reader.bad} == set(range(8, 16))
+    assert batches[1].replaced == BATCH
+    assert all(map(same, batches, load(MemoryReader(damaged, sizes_of(tiles), known_bad=set(range(8, 16))))))
+
+
+def test_an_image_of_another_size_than_the_index_says_is_bad(tiles: list[bytes]) -> None:
+    sizes = sizes_of(tiles)
+    height, width = sizes[10]
+    reader = MemoryReader(tiles, [*sizes[:10], (height, width + 30), *sizes[11:]])
+    batches = load(reader)
+    assert reader.bad == [(10, f"decodes to {height} x {width} pixels, not {height} x {width + 30}")]
+    assert all(map(same, batches, load(MemoryReader(tiles, sizes, known_bad={10}))))
+
+
+def test_an_error_of_the_reader_ends_the_iteration_as_it_is(tiles: list[bytes]) -> None:
+    class NoAnswerError(Exception):
+        pass
+
+    class FailingReader(MemoryReader):
+        def batch(self, step: int) -> list[Sample]:
+            if step == 3:
+                raise NoAnswerError("no answer")
+            return super().batch(step)
+
+    loader = Loader(FailingReader(tiles, sizes_of(tiles)), AUGMENT, SEED, 0, STEPS, CPU)
+    with pytest.raises(NoAnswerError, match="no answer"):
+        list(loader)
+    loader.close()
+
+
+def test_a_graph_that_is_opened_again_goes_on_with_the_batches_in_work(
+    tiles: list[bytes], straight: list[Batch]
+) -> None:
+    """What a GPU's graph does after two failed runs."""
+    reader = MemoryReader(tiles, sizes_of(tiles))
+    loader = Loader(reader, AUGMENT, SEED, 0, STEPS, CPU)
+    batches = [next(loader), next(loader)]
+    loader._graph = None
+    batches += list(loader)
+    assert len(batches) == STEPS
+    assert all(map(same, batches, straight))
+    assert reader.asked == list(range(STEPS))
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_the_orientation_that_exif_gives_is_honoured(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    turned = encode(Image.fromarray(photographs.astronaut()).crop((100, 0, 300, 160)), exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(turned)))
+    assert np.abs(top_left(turned, upright.size[::-1]) - np.asarray(upright, np.float64)[:160, :160]).mean() < 1
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "1", "I;16"])
+def test_every_kind_of_pixel_comes_out_as_rgb(mode: str) -> None:
+    photo = Image.fromarray(photographs.astronaut()).crop((100, 0, 260, 160))
+    deep = Image.fromarray(np.asarray(photo.convert("L"), np.uint16) * 257)
+    stored = deep if mode == "I;16" else photo.convert(mode)
+    expected = photo.convert("L" if mode == "I;16" else mode).convert("RGB")
+    ours = top_left(encode(stored, "TIFF" if mode == "CMYK" else "PNG"), (160, 160))
+    assert np.abs(ours - np.asarray(expected, np.float64)).mean() < 1
+
+
+def top_left(image: bytes, size: tuple[int, int]) -> np.ndarray:
+    """Its upper left 160 x 160 pixels as they leave the loader, as values from 0 to 255."""
+    zero, one = np.zeros(1, np.float32), np.ones(1, np.float32)
+    box = np.array([[0, 0, 160, 160]], np.int32)
+    (crops,) = render([image], np.array([size]), AUGMENT, [Draws(160, box, zero > 0, one, one, one, zero, zero)], CPU)
+    return 255 * (crops[0, 0].permute(1, 2, 0).numpy().astype(np.float64) * AUGMENT.std + AUGMENT.mean)
+
+
+def test_rendering_an_image_that_does_not_decode_says_so(tiles: list[bytes]) -> None:
+    sizes = np.array(sizes_of(tiles[:2]))
+    drawn = draw(AUGMENT, SEED, np.zeros(2, np.int64), np.arange(2), sizes[:, 0], sizes[:, 1])
+    with pytest.raises(ValueError, match="does not decode"):
+        render([tiles[0], tiles[1][:500]], sizes, AUGMENT, drawn, CPU)
