@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Coroutine, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -103,14 +103,14 @@ class Store:
         usable = {"s3": rest.strip("/") != "", "file": rest.startswith("/"), "memory": True}
         if not separator or not usable.get(scheme):
             raise StoreError(f"{url}: not the url of a store; s3://bucket/folder, file:///folder or memory://folder is")
-        self._options = {"retry_seconds": retry_seconds, "connections": connections}
+        self._options = (retry_seconds, connections)
         root, self._folder = rest.partition("/")[::2] if scheme == "s3" else ("", rest)
         self._folder = _clean(self._folder, url)
         self.url = f"{scheme}://{'/' if scheme == 'file' else ''}{'/'.join(filter(None, (root, self._folder)))}"
         self._thread = _Thread(partial(_backend, scheme, root, retry_seconds, connections))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return partial(Store, **self._options), (self.url,)  # type: ignore[arg-type]
+        return _reopened, (self.url, *self._options)
 
     @property
     def counters(self) -> Counters:
@@ -198,6 +198,12 @@ class Store:
         except BaseException:
             future.cancel()  # Ctrl-C: nobody waits for it any longer
             raise
+
+
+@cache
+def _reopened(url: str, retry_seconds: float, connections: int) -> Store:
+    """One store a process, however often it is sent there: connecting costs half a second."""
+    return Store(url, retry_seconds=retry_seconds, connections=connections)
 
 
 def _clean(path: str, url: str) -> str:

@@ -1,0 +1,285 @@
+"""Packing real photographs into shards, and reading them back by programs that are not ours."""
+
+import hashlib
+import io
+import json
+import shutil
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_shards.errors import UserError
+from data_shards.index import RECORD, Manifest, ShardSet, shard_path
+from data_shards.pack import PackSettings, Source, find_sources, pack, shards
+from data_shards.store import Store
+from tests.photos import write_tiles
+
+SMALL = PackSettings(shard_bytes=60_000)
+
+
+@pytest.fixture(scope="module")
+def tiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiles(tmp_path_factory.mktemp("tiles"), 90)
+
+
+@pytest.fixture(scope="module")
+def packed(tiles: Path, tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    store = Store(f"file://{tmp_path_factory.mktemp('packed')}")
+    pack(tiles, store, SMALL)
+    return ShardSet(store, Manifest.load(store))
+
+
+def every_object(store: Store) -> dict[str, bytes]:
+    return {entry.path: store.get(entry.path) for entry in store.list()}
+
+
+def test_every_source_is_in_the_shards_once_byte_for_byte(tiles: Path, packed: ShardSet) -> None:
+    assert packed.manifest.samples == 90
+    assert len(packed.manifest.shard_samples) > 3
+    rows = packed.table().to_pylist()
+    assert sorted(row["source"] for row in rows) == sorted(
+        p.relative_to(tiles).as_posix() for p in tiles.rglob("*.jpg")
+    )
+    for sample, row in enumerate(rows):
+        shard, _ = packed.locate(sample)
+        data = packed.store.get(shard_path(shard), row["offset"], row["offset"] + row["size"])
+        assert data == (tiles / row["source"]).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == row["sha256"]
+        assert row["label"] == row["source"].split("/")[0]
+        assert (row["width"], row["height"], row["format"]) == (72, 72, "jpg")
+
+
+def test_the_binary_index_proves_every_sample(packed: ShardSet) -> None:
+    for shard, count in enumerate(packed.manifest.shard_samples):
+        tar = packed.store.get(shard_path(shard))
+        assert len(tar) == packed.manifest.shard_bytes[shard]
+        records = np.frombuffer(packed.store.get(shard_path(shard).replace(".tar", ".idx")), dtype=RECORD)
+        assert len(records) == count
+        for record in records:
+            data = tar[int(record["offset"]) : int(record["offset"]) + int(record["size"])]
+            assert google_crc32c.value(data) == record["crc32c"]
+            with Image.open(io.BytesIO(data)) as image:
+                assert image.size == (record["width"], record["height"])
+
+
+def test_a_tar_shows_nothing_of_the_machine_or_the_source_and_keys_say_the_place(packed: ShardSet) -> None:
+    keys = []
+    for shard, count in enumerate(packed.manifest.shard_samples):
+        with tarfile.open(fileobj=io.BytesIO(packed.store.get(shard_path(shard)))) as tar:
+            members = tar.getmembers()
+        assert len(members) == count
+        for place, member in enumerate(members):
+            assert member.name == f"{shard:06d}-{place:06d}.jpg"
+            assert (member.mtime, member.uid, member.gid, member.uname, member.gname) == (0, 0, 0, "", "")
+            assert (member.mode, member.type, member.pax_headers) == (0o644, tarfile.REGTYPE, {})
+        keys += [member.name.split(".")[0] for member in members]
+    assert keys == packed.table()["key"].to_pylist()
+    assert len(set(keys)) == 90
+
+
+def test_neighbours_in_a_folder_are_far_apart_in_the_shards(packed: ShardSet) -> None:
+    order = np.argsort(packed.table()["source"].to_pylist())
+    distances = np.abs(np.diff(order))
+    assert np.median(distances) > 15  # a random order of 90: about 26
+    assert not np.array_equal(order, np.arange(90))
+
+
+@pytest.mark.slow
+def test_the_shards_are_the_same_bytes_however_many_processes_write_them(tiles: Path, tmp_path: Path) -> None:
+    many = tmp_path / "many"
+    for copy in range(9):
+        shutil.copytree(tiles, many / f"{copy}")
+    found = []
+    for workers in (1, 3):
+        store = Store(f"file://{tmp_path}/{workers}")
+        pack(many, store, SMALL, workers=workers)
+        found.append(every_object(store))
+    assert len(found[0]) > 30
+    assert found[0] == found[1]
+
+
+def test_another_seed_gives_another_order_and_another_layout(tiles: Path, packed: ShardSet, tmp_path: Path) -> None:
+    store = Store(f"file://{tmp_path}")
+    pack(tiles, store, PackSettings(shard_bytes=60_000, seed=1))
+    other = ShardSet(store, Manifest.load(store))
+    assert other.manifest.layout_id != packed.manifest.layout_id
+    assert other.table()["source"].to_pylist() != packed.table()["source"].to_pylist()
+
+
+def test_bad_files_are_refused_by_rule_and_listed_and_the_rest_is_packed(tiles: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mixed"
+    shutil.copytree(tiles, folder)
+    one = next(tiles.rglob("*.jpg")).read_bytes()
+    (folder / "cut.jpg").write_bytes(one[: len(one) // 2])
+    (folder / "empty.png").touch()
+    (folder / "page.html.jpg").write_text("<html>")
+    (folder / "notes\n.txt").write_text("hello")
+    Image.new("RGB", (8, 8)).save(folder / "small.png")
+    Image.new("RGB", (64, 64)).save(folder / "still.gif")
+    store = Store(f"file://{tmp_path}/dst")
+    report = pack(folder, store, SMALL)
+    assert report.samples == 91
+    assert report.refused == {"damaged": 1, "empty": 1, "not an image": 2, "too small": 1}
+    listed = [json.loads(line) for line in store.get("refused.jsonl").decode().splitlines()]
+    assert {(one["source"], one["reason"]) for one in listed} == {
+        ("cut.jpg", "damaged"),
+        ("empty.png", "empty"),
+        ("page.html.jpg", "not an image"),
+        ("notes\n.txt", "not an image"),
+        ("small.png", "too small"),
+    }
+    assert Manifest.load(store).refused == report.refused
+    (gif,) = [r for r in ShardSet(store, Manifest.load(store)).table().to_pylist() if r["source"] == "still.gif"]
+    assert (gif["format"], gif["label"]) == ("png", None)
+
+
+def test_names_that_are_no_text_and_nasty_ones_are_packed_but_never_become_paths(tiles: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "nasty"
+    folder.mkdir()
+    data = next(tiles.rglob("*.jpg")).read_bytes()
+    for number, name in enumerate((b"\xff\xfe.jpg", b"a.b.c.jpg", b"-rf .jpg", "\u202egpj.jpg".encode(), b"'\";.jpg")):
+        (folder / Path(str(name, "utf-8", "surrogateescape"))).write_bytes(data + b"\0" * number)
+    store = Store(f"file://{tmp_path}/dst")
+    assert pack(folder, store, SMALL).samples == 5
+    paths = [entry.path for entry in store.list()]
+    assert all(path.isascii() and " " not in path for path in paths)
+    assert "\\xff\\xfe.jpg" in ShardSet(store, Manifest.load(store)).table()["source"].to_pylist()
+
+
+def test_packing_the_same_again_says_it_is_there_and_writes_nothing(tiles: Path, tmp_path: Path) -> None:
+    store = Store(f"file://{tmp_path}")
+    first = pack(tiles, store, SMALL)
+    before = store.counters.bytes_written
+    again = pack(tiles, store, SMALL)
+    assert (first.already_there, again.already_there) == (False, True)
+    assert (again.samples, again.shards, again.bytes) == (first.samples, first.shards, first.bytes)
+    assert store.counters.bytes_written == before
+
+
+def test_a_place_that_holds_another_set_is_refused_and_left_as_it_is(tiles: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "src"
+    shutil.copytree(tiles, folder)
+    store = Store(f"file://{tmp_path}/dst")
+    pack(folder, store, SMALL)
+    before = every_object(store)
+    images = sorted(folder.rglob("*.jpg"))
+    images[0].write_bytes(images[1].read_bytes())  # the same names, so the same layout, but other contents
+    with pytest.raises(UserError, match="holds another shard set") as error:
+        pack(folder, store, SMALL)
+    images[0].unlink()
+    with pytest.raises(UserError, match=r"holds another shard set \(90 samples, layout .*; this one has 89"):
+        pack(folder, store, SMALL)
+    assert "\n" not in str(error.value)
+    assert every_object(store) == before
+
+
+def test_an_interrupted_packing_leaves_no_set_and_nothing_of_it_in_the_next(tiles: Path, tmp_path: Path) -> None:
+    store = Store(f"file://{tmp_path}")
+
+    class Interrupted(Exception):  # noqa: N818
+        pass
+
+    def stop(what: str, done: int, total: int) -> None:
+        if (what, done) == ("shards", 3):
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        pack(tiles, store, PackSettings(shard_bytes=20_000), progress=stop)
+    assert not store.exists("MANIFEST.json")
+    store.put("shards/aa/notes.txt", b"not ours")
+    pack(tiles, store, PackSettings(shard_bytes=2**20))
+    assert [path for path in every_object(store) if path.startswith("shards")] == sorted(
+        ["shards/aa/notes.txt", *(shard_path(0).replace("tar", end) for end in ("idx", "parquet", "tar"))]
+    )
+
+
+def test_a_source_that_changes_while_it_is_packed_stops_the_packing(tiles: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "src"
+    shutil.copytree(tiles, folder)
+    victim = sorted(folder.rglob("*.jpg"))[7]
+
+    def touch(what: str, done: int, total: int) -> None:
+        if (what, done) == ("images", total):
+            victim.write_bytes(victim.read_bytes() + b"x")
+
+    store = Store(f"file://{tmp_path}/dst")
+    with pytest.raises(UserError, match=rf"{victim}: changed while it was packed"):
+        pack(folder, store, SMALL, progress=touch)
+    assert not store.exists("MANIFEST.json")
+
+
+def test_progress_counts_images_and_shards_to_their_totals(tiles: Path, tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    report = pack(tiles, Store(f"memory://{tmp_path.name}"), SMALL, progress=lambda *counts: seen.append(counts))
+    assert seen == [("images", n, 90) for n in range(1, 91)] + [
+        ("shards", n, report.shards) for n in range(1, report.shards + 1)
+    ]
+
+
+def test_labels_come_from_a_rule_of_ones_own(tiles: Path, tmp_path: Path) -> None:
+    store = Store(f"memory://{tmp_path.name}")
+    pack(find_sources(tiles, label=lambda name: name[-5]), store, SMALL)
+    assert set(ShardSet(store, Manifest.load(store)).table()["label"].to_pylist()) == set("0123456789")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "words"),
+    [
+        (lambda folder: None, "no such folder; make shards SRC="),
+        (lambda folder: folder.mkdir(), "no image to pack: there is no file in it"),
+        (lambda folder: (folder.mkdir(), (folder / "a").touch()), "no image to pack: 1 empty"),
+    ],
+)
+def test_a_source_without_images_is_one_clear_line(prepare: Any, words: str, tmp_path: Path) -> None:
+    prepare(tmp_path / "src")
+    with pytest.raises(UserError, match=words) as error:
+        shards(str(tmp_path / "src"), f"file://{tmp_path}/dst")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "dst").exists()
+
+
+def test_two_sources_of_one_name_are_refused(tiles: Path, tmp_path: Path) -> None:
+    one = next(tiles.rglob("*.jpg"))
+    with pytest.raises(UserError, match="the same name"):
+        pack([Source(one, "a", None), Source(one, "a", None)], Store(f"memory://{tmp_path.name}"), SMALL)
+
+
+@pytest.mark.slow
+def test_webdataset_reads_the_shards(tiles: Path, packed: ShardSet) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    urls = [
+        f"{packed.store.url.removeprefix('file://')}/{shard_path(n)}" for n in range(len(packed.manifest.shard_samples))
+    ]
+    found = list(webdataset.WebDataset(urls, shardshuffle=False))
+    rows = packed.table().to_pylist()
+    assert [sample["__key__"] for sample in found] == [row["key"] for row in rows]
+    assert [sample["jpg"] for sample in found] == [(tiles / row["source"]).read_bytes() for row in rows]
+
+
+@pytest.mark.slow
+def test_dalis_webdataset_reader_reads_the_shards_with_an_index_made_from_ours(
+    tiles: Path, packed: ShardSet, tmp_path: Path
+) -> None:
+    dali = pytest.importorskip("nvidia.dali")
+    rows = packed.table().to_pylist()
+    records = np.frombuffer(packed.store.get(shard_path(0).replace(".tar", ".idx")), dtype=RECORD)
+    lines = [f"jpg {record['offset']} {record['size']}" for record in records]
+    (tmp_path / "0.idx").write_text(
+        f"v1.2 {len(lines)}\n" + "".join(f"{line} {n}.jpg\n" for n, line in enumerate(lines))
+    )
+
+    @dali.pipeline_def(batch_size=len(records), num_threads=1, device_id=None)
+    def read() -> Any:
+        tar = f"{packed.store.url.removeprefix('file://')}/{shard_path(0)}"
+        return dali.fn.readers.webdataset(paths=[tar], index_paths=[str(tmp_path / "0.idx")], ext=["jpg"])
+
+    pipeline = read()
+    pipeline.build()
+    (batch,) = pipeline.run()
+    for place, row in enumerate(rows[: len(records)]):
+        assert bytes(np.asarray(batch.at(place))) == (tiles / row["source"]).read_bytes()
