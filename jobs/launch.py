@@ -36,7 +36,10 @@ def launch(
     """
     run_dir = site.run_dir(run)
     with _undone_on_error(run_dir):
-        _write(run_dir, config, code)
+        try:
+            _write(run_dir, config, code)
+        except OSError as error:
+            raise UserError(f"SITE={site.name}: shared_dir: {site.shared_dir} cannot be written: {error}") from None
         cancel_marker(run_dir).unlink(missing_ok=True)
         job = (_on_this_machine if site.executor == "local" else _on_slurm)(site, run, store, config)
         job.save()

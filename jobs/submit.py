@@ -3,7 +3,6 @@
 The same command starts a run and goes on with it: where to resume is found in the store at each start.
 """
 
-import os
 from pathlib import Path
 
 from data_shards.errors import UserError
@@ -45,8 +44,6 @@ def check(config: Config, site: Site, run: str, runs: Store) -> None:
     filled = config.data.model_copy(update={"chunk_samples": order.chunk_samples})
     check_same(store, config.model_copy(update={"data": filled}), manifest, force=config.checkpoint.force)
     _check_free(site, run, run_dir, store.url)
-    if not os.access(_existing(run_dir), os.W_OK):
-        raise UserError(f"SITE={site.name}: shared_dir: {site.shared_dir} is not writable here")
 
 
 def _check_free(site: Site, run: str, run_dir: Path, store: str) -> None:
@@ -60,8 +57,3 @@ def _check_free(site: Site, run: str, run_dir: Path, store: str) -> None:
         taken = f"job {job.id}" if job is not None and state(job) is not None else None
     if taken is not None:
         raise UserError(f"RUN={run}: {taken}, is on it already; make logs RUN={run} follows it, make cancel ends it")
-
-
-def _existing(path: Path) -> Path:
-    """The nearest folder above `path` that exists."""
-    return next(folder for folder in (path, *path.parents) if folder.exists())
