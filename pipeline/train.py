@@ -8,6 +8,7 @@ import json
 import resource
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -98,7 +99,7 @@ class Session:
         self.run = self._claim()
         self.checkpoints = Checkpointer(
             self.store,
-            Path(self.config.checkpoint.local_dir or self.run.local / "checkpoints"),
+            Path(self.config.checkpoint.local_dir or Path(launch.run_dir) / "checkpoints"),
             attempt=self.run.attempt,
             fingerprint=self.config.fingerprint(),
             rank=launch.rank,
@@ -119,25 +120,17 @@ class Session:
             return "finished"
         module = SwAV(self.config, self.lanes, self.launch.rank, self.launch.world_size, self.steps)
         quarantine = {int(sample) for sample, *_ in found.extra["quarantine"]} if found else set()
-        reader = Reader(self.shards, self.order, self.lanes, start, self.config.reader, quarantine)
-        loader = Loader(
-            reader,
-            self.config.augment,
-            self.config.loader,
-            seed=self.config.data.seed,
-            batch=self.order.lane_batch * len(self.lanes),
-            start_step=start,
-            end_step=self.steps,
-        )
-        watch = Watch(self, module, reader, found)
-        trainer = self._trainer(watch)
-        try:
-            trainer.fit(module, loader)
+        with ExitStack() as opened:
+            reader = Reader(self.shards, self.order, self.lanes, start, self.config.reader, quarantine)
+            opened.callback(reader.close)
+            loader = Loader(
+                reader, self.config.augment, self.config.data.seed, start, self.steps, self.config.loader
+            )
+            opened.callback(loader.close)
+            watch = Watch(self, module, loader, found)
+            opened.callback(watch.close)
+            self._trainer(watch).fit(module, loader)
             return self._leave(module, watch)
-        finally:
-            watch.close()
-            loader.close()
-            reader.close()
 
     def _claim(self) -> Run:
         """Rank 0 opens the run for all; its error is everyone's."""
@@ -220,8 +213,8 @@ class Session:
 class Watch(pl.Callback):
     """Between the steps: agrees with the other ranks, writes the rows, saves when it is time."""
 
-    def __init__(self, session: Session, module: SwAV, reader: Reader, found: Found | None) -> None:
-        self.session, self.module, self.reader = session, module, reader
+    def __init__(self, session: Session, module: SwAV, loader: Loader, found: Found | None) -> None:
+        self.session, self.module, self.loader = session, module, loader
         self.agreement = Agreement(session.control)
         self.outcome: Outcome | None = None
         self._found = found
@@ -259,7 +252,7 @@ class Watch(pl.Callback):
     def save(self, module: SwAV) -> None:
         """A checkpoint, with the rows up to its step written before."""
         self._finish_step()
-        bad = [[b.id, b.step, b.reason] for b in self.reader.bad]
+        bad = [[b.id, b.step, b.reason] for b in self.loader.bad]
         self.session.save(module, [*self._quarantine, *bad])
 
     def close(self) -> None:
@@ -269,7 +262,7 @@ class Watch(pl.Callback):
             self._monitor = None
 
     def _begin(self, result: StepResult, batch: Batch) -> None:
-        session, counters = self.session, self.reader.counters
+        session, counters = self.session, self.loader.counters
         grown = {key: value - self._counters.get(key, 0.0) for key, value in counters.items()}
         self._counters = dict(counters)
         now = time.perf_counter()

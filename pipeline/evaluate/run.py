@@ -1,0 +1,72 @@
+"""Evaluating a run: its newest checkpoint's trunk, and the trunk it began with, on labelled sets in the store."""
+
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data_shards.errors import UserError
+from data_shards.index import Manifest, ShardSet
+from data_shards.store import Store
+from pipeline import commit
+from pipeline.config import Config
+from pipeline.evaluate.suite import evaluate
+from pipeline.evaluate.table import Evaluation
+from pipeline.evaluate.tiles import Tiles, read_tiles
+from pipeline.evaluate.views import render_views
+from pipeline.regnet import RegNet
+from pipeline.run import read_config
+from pipeline.snapshot import Saved
+
+PREFIX = "model.trunk."
+
+
+def evaluate_run(store: Store, bank_url: str, held_out_url: str) -> Evaluation:
+    """Evaluate and keep the figures in the run's folder, `eval/step-<step>.json`.
+
+    store: the run's folder. bank_url, held_out_url: labelled shard sets.
+    Raises UserError when the run or a set is not there, or the run has no checkpoint yet.
+    """
+    config = read_config(store)
+    trained, step = trained_trunk(store, config)
+    bank, held_out = open_tiles(bank_url), open_tiles(held_out_url)
+    views = render_views(bank, held_out, config.augment)
+    evaluation = evaluate(trained, untrained_trunk(config), bank, held_out, views)
+    store.put(f"eval/step-{step:09d}.json", json.dumps(evaluation.to_json()).encode())
+    return evaluation
+
+
+def open_tiles(url: str) -> Tiles:
+    """All images of a labelled set."""
+    store = Store(url)
+    return read_tiles(ShardSet(store, Manifest.load(store)))
+
+
+def untrained_trunk(config: Config) -> RegNet:
+    """The trunk with the weights that the run began with."""
+    torch.manual_seed(config.train.seed)
+    return RegNet(config.model)
+
+
+def trained_trunk(store: Store, config: Config) -> tuple[RegNet, int]:
+    """The trunk of the run's newest checkpoint that is whole, and its step. Raises UserError when there is none."""
+    trunk = RegNet(config.model)
+    for place in commit.committed(commit.survey(store)):
+        try:
+            _fill(store, place, {PREFIX + name: tensor for name, tensor in trunk.state_dict().items()})
+        except commit.Damaged:
+            continue
+        return trunk, place.step
+    raise UserError(f"{store.url}: no checkpoint yet; evaluate it after its first one (make status shows the step)")
+
+
+def _fill(store: Store, place: commit.Place, state: dict[str, Tensor]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        for file in commit.read_manifest(store, place).files:
+            commit.fetch(store, place, file, Path(folder))
+        saved = Saved(Path(folder))
+        if (mismatch := saved.mismatch(state)) is not None:
+            raise UserError(f"{store.url}/{place.path}: {mismatch}; evaluate it with the program that trained it")
+        saved.read_into(state)
