@@ -1,0 +1,252 @@
+"""Checkpoints of a run: saved while training goes on, found again in the store, loaded on any number of ranks.
+
+In: a dict of named tensors (replicated ones under the same names on all ranks, a rank's own under names of their own)
+and JSON values. A save stops training for the copy to host memory; disk and store follow in the background (`sender`).
+A checkpoint exists with its manifest (`commit`); the store is the only place that one is loaded from. All collectives
+run in the thread that trains, on a gloo group of the Checkpointer's own, so none can meet another out of order.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import torch.distributed as dist
+from pydantic import Field, PositiveInt
+from torch import Tensor
+
+from data_shards.errors import UserError
+from data_shards.section import Section
+from data_shards.store import Store
+from pipeline import commit, leftovers, snapshot
+from pipeline.commit import Damaged, Fence, File, Part, Place
+from pipeline.ranks import Ranks
+from pipeline.sender import POLL_S, Save, Sender
+
+
+class CheckpointSettings(Section):
+    """How often a run is saved and what is kept."""
+
+    every_steps: PositiveInt = 1000
+    keep: Annotated[int, Field(ge=2)] = 3  # the newest may turn out to be damaged
+    local_dir: str | None = None  # on the node's own disk; by default in the run's folder
+    force: bool = False  # go on although the config differs from the one that the run began with
+    affects_results: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that was verified. `path` is its folder in the run's store, `extra` what `save` was given."""
+
+    step: int
+    attempt: int
+    path: str
+    world_size: int
+    extra: dict[str, Any]
+    files: tuple[File, ...]
+
+
+class Checkpointer:
+    """The checkpoints of one attempt of a run, on one rank. All methods are called on all ranks alike.
+
+    store: the run's folder. local: on the node's own disk, best the same for all attempts: what a killed one left there
+    completes its checkpoint. group: gloo, used by nothing else; None at world size 1. fence raises when a newer attempt
+    owns the run, and is called before each write to the store; before_commit is called on rank 0 before its part is
+    sent. event(name, **fields) is called from threads too: saved, committed, save delayed | refused | failed | dropped,
+    checkpoint damaged | completed | not deleted, leftover damaged; each with its step and, in words, a reason.
+    """
+
+    def __init__(
+        self, store: Store, local: Path, *, attempt: int, fingerprint: str, rank: int, world_size: int,
+        group: dist.ProcessGroup | None, settings: CheckpointSettings, fence: Fence, event: Callable[..., None],
+        before_commit: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        self._store, self._attempt, self._fingerprint = store, attempt, fingerprint
+        self._local = local / _folder_of(store.url)
+        self._fetched = self._local / f"fetched-a{attempt}"
+        self._ranks = Ranks(rank, world_size, group)
+        self._fence, self._event = fence, event
+        self._sender = Sender(store, fence, event, before_commit, settings.keep)
+        self._host = snapshot.HostCopy()
+        self._dealt: tuple[str, list[str]] = ("", [])  # for a state of which form; the names that this rank writes
+        self._last: Save | None = None
+        self._known_step: int | None = None  # of a checkpoint that exists, as this rank was told
+
+    @property
+    def committed_step(self) -> int | None:
+        """Step of the newest checkpoint known to exist; on ranks above 0 as of the last save or wait."""
+        return max((s for s in (self._sender.committed_step, self._known_step) if s is not None), default=None)
+
+    @property
+    def pending_step(self) -> int | None:
+        """Step of the last save of this attempt, whatever became of it."""
+        return self._last.place.step if self._last else None
+
+    def save(self, step: int, state: dict[str, Tensor], extra: dict[str, Any]) -> None:
+        """Begin a checkpoint; `state` may change as soon as this returns. `extra`: JSON values, rank 0's are kept.
+
+        Raises what became of an earlier save when training must not go on with it: the run belongs to a newer attempt,
+        the store refuses writes. A store that does not answer is no such thing: the save is tried again with this one.
+        """
+        started = time.monotonic()
+        header = json.loads(json.dumps(extra)) if self._ranks.rank == 0 else {}
+        self._sender.idle()
+        names = self._agree(step, state)
+        tensors = self._host.take(state, names)
+        place = Place(step, self._attempt)
+        part = Part(self._ranks.rank, self._ranks.world_size, self._fingerprint, extra=header)
+        folder = self._local / place.name / f"rank-{self._ranks.rank}"
+        self._last = Save(place, part, folder, started)
+        self._sender.start(self._last, tensors)
+        self._sender.wake()
+
+    def wait(self, timeout_s: float) -> None:
+        """Return when the last save is committed. Raises UserError if it is not after `timeout_s`, or its own error."""
+        if self._last is None:
+            return
+        place, deadline = self._last.place, time.monotonic() + max(timeout_s, 0.0)
+        self._sender.wake()
+        if not (self._sender.wait(self._last, deadline) and self._exists(place, deadline)):
+            reason = f" ({self._last.error})" if self._last.error else ""
+            raise UserError(
+                f"{self._store.url}/{place.path}: not committed after {timeout_s:.0f} s{reason}; what this rank saved "
+                f"is in {self._last.folder}, and the next start on this node sends it"
+            )
+        self._known_step = place.step
+        self._sender.settle(place.step, lambda step: False)
+
+    def newest(self) -> Found | None:
+        """The checkpoint to go on from: highest step, then highest attempt, with this fingerprint and its bytes whole.
+
+        Completes first what a killed attempt left on the nodes. Each file is downloaded and hashed by one rank. A
+        damaged checkpoint is passed over with an event that says so. Raises UserError (Unavailable and the like) on all
+        ranks.
+        """
+        for folder in self._local.glob("fetched-a*"):
+            shutil.rmtree(folder, ignore_errors=True)
+        leftovers.complete(
+            self._store, self._local, self._attempt, self._fingerprint, self._ranks, self._fence, self._event
+        )
+        passed: list[tuple[Place, str]] = []
+        found = None
+        for name in self._ranks.together(self._committed_names)[0]:
+            place = Place.parse(name)
+            assert place is not None  # noqa: S101
+            found, complaint = self._examine(place)
+            if found is not None:
+                break
+            if complaint is not None:
+                passed.append((place, complaint))
+                self._drop_fetched(place)
+        self._sender.damaged = {place for place, _ in passed}
+        self._known_step = found.step if found else None
+        for place, complaint in passed if self._ranks.rank == 0 else ():
+            then = f"going on from {Path(found.path).name}" if found else "no older one is whole: starting from step 0"
+            self._event("checkpoint damaged", step=place.step, checkpoint=place.path, reason=f"{complaint}; {then}")
+        return found
+
+    def load(self, found: Found, state: dict[str, Tensor]) -> None:
+        """Fill the given tensors in place, on whichever rank and device they are now.
+
+        Raises UserError on all ranks, with nothing changed, naming the first tensor that is missing in the checkpoint,
+        has another shape or type, or is in the checkpoint and wanted by no rank.
+        """
+        place = Place(found.step, found.attempt)
+        folder = self._fetched / place.name
+        first = self._ranks.rank * len(found.files) // self._ranks.world_size  # a node's ranks begin at different files
+        self._ranks.together(lambda: self._fetch(place, (*found.files[first:], *found.files[:first])))
+        saved = snapshot.Saved(folder)
+        self._ranks.together(lambda: _fits(saved.mismatch(state), found.path))
+        wanted = self._ranks.exchange([int(name in state) for name in saved.names])
+        unwanted = [name for name, *asked in zip(saved.names, *wanted, strict=True) if not any(asked)]
+        _fits(f"it has a tensor {unwanted[0]}, which this run does not know" if unwanted else None, found.path)
+        saved.read_into(state)
+        self._ranks.exchange(None)  # nobody removes what another still reads
+        self._drop_fetched(place)
+
+    def _agree(self, step: int, state: dict[str, Tensor]) -> list[str]:
+        """The names that this rank writes; drops the saves that all ranks drop.
+
+        A save that one rank still sends is completed; those between it and this new one are not: with a store slower
+        than the saves come, all ranks complete the same ones.
+        """
+        form = _form(state)
+        given_up = sorted(self._sender.given_up)
+        views = self._ranks.together(lambda: self._view(given_up, form))
+        oldest, lost, committed, changed = zip(*views, strict=True)
+        first = min((s for s in oldest if s is not None), default=step)
+        gone = {s for of_rank in lost for s in of_rank}
+        self._known_step = max((s for s in committed if s is not None), default=None)
+        self._sender.settle(self._known_step, lambda s: s > first or s in gone)
+        self._sender.given_up.difference_update(given_up)
+        if any(changed):
+            self._dealt = (form, snapshot.deal(state, self._ranks))
+        return self._dealt[1]
+
+    def _view(self, given_up: list[int], form: str) -> tuple[int | None, list[int], int | None, bool]:
+        if self._sender.failure is not None:
+            raise self._sender.failure
+        return self._sender.oldest(), given_up, self.committed_step, form != self._dealt[0]
+
+    def _exists(self, place: Place, deadline: float) -> bool:
+        """Whether the manifest is there by the deadline; rank 0 has put it itself."""
+        pause = POLL_S[0]
+        while self._ranks.rank != 0 and not self._store.exists(f"{place.path}/{commit.MANIFEST}"):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(pause)
+            pause = min(2 * pause, POLL_S[1])
+        return True
+
+    def _committed_names(self) -> list[str]:
+        if self._ranks.rank != 0:
+            return []
+        return [place.name for place in commit.committed(commit.survey(self._store))]
+
+    def _examine(self, place: Place) -> tuple[Found | None, str | None]:
+        """The checkpoint if all ranks find it whole, or what is wrong; neither if its fingerprint is another."""
+        manifests: list[commit.Manifest] = []
+
+        def complaint() -> str | None:
+            try:
+                manifests.append(commit.read_manifest(self._store, place))
+                if manifests[0].fingerprint == self._fingerprint:
+                    self._fetch(place, manifests[0].files[self._ranks.rank :: self._ranks.world_size])
+            except Damaged as damage:
+                return str(damage)
+            return None
+
+        complaints = [text for text in self._ranks.together(complaint) if text is not None]
+        if complaints:
+            return None, complaints[0]
+        manifest = manifests[0]
+        if manifest.fingerprint != self._fingerprint:
+            return None, None
+        found = Found(place.step, place.attempt, place.path, manifest.world_size, manifest.extra, manifest.files)
+        return found, None
+
+    def _fetch(self, place: Place, files: tuple[File, ...]) -> None:
+        for file in files:
+            commit.fetch(self._store, place, file, self._fetched / place.name)
+
+    def _drop_fetched(self, place: Place) -> None:
+        shutil.rmtree(self._fetched / place.name, ignore_errors=True)
+
+
+def _fits(mismatch: str | None, path: str) -> None:
+    if mismatch is not None:
+        raise UserError(f"{path}: {mismatch}; go on with the program and config that saved it, or start a new RUN")
+
+
+def _form(state: dict[str, Tensor]) -> str:
+    return hashlib.sha256(repr([(name, t.shape, t.dtype) for name, t in state.items()]).encode()).hexdigest()
+
+
+def _folder_of(url: str) -> str:
+    """One for each run, since runs may share a node's disk; a name that people recognise, and no path."""
+    name = "".join(c if c.isalnum() or c in "-_" else "-" for c in url.rstrip("/").rpartition("/")[2])
+    return f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"

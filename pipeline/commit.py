@@ -1,0 +1,264 @@
+"""A checkpoint in the store: the parts of the ranks, the manifest with which it exists, its end.
+
+    checkpoints/step-000001000-a3/        a3: written by attempt 3 of the run, and by no other
+      rank-0.safetensors  rank-1.safetensors
+      rank-0.json  rank-1.json            a part: size and sha256 of the rank's files; put when they are there
+      MANIFEST.json                       put last, by rank 0: all files, step, attempt, fingerprint, world size, extra
+
+Relies on a store whose puts are atomic and whose listing is never stale. Knows nothing of tensors.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_shards.errors import UserError
+from data_shards.store import AlreadyExists, NotFound, Store, StoreError
+
+ROOT = "checkpoints"
+MANIFEST = "MANIFEST.json"
+_FOLDER = re.compile(r"step-(\d{9,})-a(\d+)")
+_FILE = re.compile(r"rank-\d+\.safetensors")
+_PART = re.compile(r"rank-(\d+)\.json")
+
+Fence = Callable[[], None]  # raises when the attempt must not write any more
+
+
+class Damaged(UserError):  # noqa: N818 - what it is, not an error of ours
+    """Bytes are not those that were saved."""
+
+
+class Refused(UserError):  # noqa: N818
+    """A checkpoint that a rank does not let come into being."""
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """Which checkpoint; the greater is the newer."""
+
+    step: int
+    attempt: int
+
+    @property
+    def name(self) -> str:
+        return f"step-{self.step:09d}-a{self.attempt}"
+
+    @property
+    def path(self) -> str:
+        return f"{ROOT}/{self.name}"
+
+    @classmethod
+    def parse(cls, name: str) -> "Place | None":
+        """None for a name that no checkpoint has."""
+        match = _FOLDER.fullmatch(name)
+        place = cls(int(match[1]), int(match[2])) if match else None
+        return place if place and place.name == name else None
+
+
+@dataclass(frozen=True)
+class File:
+    name: str
+    size: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> "File":
+        """Reads the whole file."""
+        return cls(path.name, path.stat().st_size, sha256_of(path))
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank adds; rank 0's carries what the manifest says of the whole."""
+
+    rank: int
+    world_size: int
+    fingerprint: str
+    files: tuple[File, ...] = ()
+    extra: dict[str, Any] = field(default_factory=dict)
+    refused: str | None = None  # why this rank's state must not become a checkpoint
+
+    @property
+    def name(self) -> str:
+        return f"rank-{self.rank}.json"
+
+    def encode(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def decode(cls, data: bytes) -> "Part":
+        values = json.loads(data)
+        return cls(**values | {"files": _files(values["files"])})
+
+
+@dataclass(frozen=True)
+class Manifest:
+    step: int
+    attempt: int
+    fingerprint: str
+    world_size: int
+    files: tuple[File, ...]
+    extra: dict[str, Any]
+
+    def encode(self) -> bytes:
+        """JSON with its own sha256, so that a flipped byte in it is noticed too. The same parts give the same bytes."""
+        body = asdict(self)
+        return json.dumps(body | {"sha256": _digest(body)}, indent=1).encode()
+
+    @classmethod
+    def decode(cls, data: bytes, place: Place) -> "Manifest":
+        """Raises Damaged."""
+        try:
+            body = json.loads(data)
+            if not isinstance(body, dict) or body.pop("sha256", None) != _digest(body):
+                raise ValueError
+            manifest = cls(**body | {"files": _files(body["files"])})
+        except (ValueError, TypeError, KeyError):
+            raise Damaged(f"{place.path}: {MANIFEST} is damaged, it does not have the sha256 that it names") from None
+        if (manifest.step, manifest.attempt) != (place.step, place.attempt):
+            raise Damaged(f"{place.path}: {MANIFEST} belongs to {Place(manifest.step, manifest.attempt).path}")
+        return manifest
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _files(entries: Iterable[dict[str, Any]]) -> tuple[File, ...]:
+    files = tuple(File(**entry) for entry in entries)
+    if any(not _FILE.fullmatch(file.name) for file in files):
+        raise ValueError("a file name that no rank writes")  # it is used as a path, and comes from outside
+    return files
+
+
+Survey = dict[Place, dict[str, int]]
+
+
+def survey(store: Store) -> Survey:
+    """All checkpoints, with or without a manifest: name and size of each object."""
+    found: Survey = {}
+    for entry in store.list(ROOT):
+        folder, _, name = entry.path.removeprefix(f"{ROOT}/").partition("/")
+        place = Place.parse(folder)
+        if place:
+            found.setdefault(place, {})[name] = entry.size
+    return found
+
+
+def committed(checkpoints: Survey) -> list[Place]:
+    """Those that exist, the newest first."""
+    return sorted((place for place, names in checkpoints.items() if MANIFEST in names), reverse=True)
+
+
+def read_manifest(store: Store, place: Place) -> Manifest:
+    """Raises Damaged, also when it is gone."""
+    try:
+        return Manifest.decode(store.get(f"{place.path}/{MANIFEST}"), place)
+    except NotFound:
+        raise Damaged(f"{place.path}: {MANIFEST} is gone") from None
+
+
+def fetch(store: Store, place: Place, file: File, folder: Path) -> None:
+    """Download a file of a checkpoint unless it lies there; it does not before it is verified. Raises Damaged."""
+    target = folder / file.name
+    if target.exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{file.name}.{os.getpid()}.partial"  # several ranks of a node may fetch the same file
+    try:
+        store.download(f"{place.path}/{file.name}", partial)
+        check(partial, file, place)
+        partial.rename(target)
+    except NotFound:
+        raise Damaged(f"{place.path}: {file.name} is missing") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check(path: Path, file: File, place: Place) -> None:
+    """Raises Damaged when the bytes at `path` are not those of the file."""
+    if path.stat().st_size != file.size:
+        raise Damaged(f"{place.path}: {file.name} has {path.stat().st_size} bytes, its manifest says {file.size}")
+    digest = sha256_of(path)
+    if digest != file.sha256:
+        raise Damaged(f"{place.path}: {file.name} has sha256 {digest[:8]}..., its manifest says {file.sha256[:8]}...")
+
+
+def ranks_present(names: Iterable[str]) -> set[int]:
+    """Whose parts are among the names of a checkpoint's objects."""
+    return {int(match[1]) for match in map(_PART.fullmatch, names) if match}
+
+
+def read_parts(store: Store, place: Place, ranks: Iterable[int]) -> list[Part]:
+    """All at once. Raises Refused when a rank refused the checkpoint."""
+    waiting = [store.submit(store.read(f"{place.path}/rank-{rank}.json")) for rank in sorted(ranks)]
+    parts = [Part.decode(future.result()) for future in waiting]
+    for part in parts:
+        if part.refused is not None:
+            raise Refused(f"{place.path}: rank {part.rank}: {part.refused}")
+    return parts
+
+
+def put_manifest(store: Store, place: Place, parts: list[Part], fence: Fence) -> Manifest:
+    """The commit. Putting the same manifest again is no error: an answer may have been lost. Raises StoreError."""
+    first = parts[0]
+    files = tuple(file for part in parts for file in part.files)
+    manifest = Manifest(place.step, place.attempt, first.fingerprint, first.world_size, files, first.extra)
+    path = f"{place.path}/{MANIFEST}"
+    fence()
+    try:
+        store.put(path, manifest.encode(), create_only=True)
+    except AlreadyExists:
+        if store.get(path) != manifest.encode():
+            raise
+    return manifest
+
+
+def retain(store: Store, newest: Place, fingerprint: str, keep: int, damaged: set[Place], busy: set[Place],
+           fence: Fence) -> list[str]:  # fmt: skip
+    """Delete what the commit of `newest` made superfluous; returns a line for each checkpoint that resisted.
+
+    The last `keep` of this fingerprint stay, without those found `damaged`, and all of another fingerprint. Uncommitted
+    ones go unless they are `busy` or newer. A later attempt's are never touched. The manifest goes first: what is half
+    deleted then no longer exists, instead of being a checkpoint whose verification fails; the rest of it is found as
+    uncommitted by the next call.
+    """
+    lines = []
+    checkpoints = survey(store)
+    for place in _superfluous(store, checkpoints, newest, fingerprint, keep, damaged, busy):
+        try:
+            fence()
+            if MANIFEST in checkpoints[place]:
+                store.delete([f"{place.path}/{MANIFEST}"])
+            store.delete(f"{place.path}/{name}" for name in checkpoints[place] if name != MANIFEST)
+        except StoreError as error:
+            lines.append(f"{place.path}: not deleted, tried again after the next save: {error}")
+    return lines
+
+
+def _superfluous(store: Store, checkpoints: Survey, newest: Place, fingerprint: str, keep: int, damaged: set[Place],
+                 busy: set[Place]) -> list[Place]:  # fmt: skip
+    existing = committed(checkpoints)
+    ours = [place for place in existing if place not in damaged and place.attempt <= newest.attempt]
+    ours = [place for place in ours if _has_fingerprint(store, place, fingerprint)]
+    uncommitted = [place for place in checkpoints if place not in existing and place not in busy]
+    abandoned = [place for place in uncommitted if place.attempt < newest.attempt or place < newest]
+    candidates = {*ours[keep:], *(damaged & set(existing)), *abandoned}
+    return sorted(place for place in candidates if place.attempt <= newest.attempt)
+
+
+def _has_fingerprint(store: Store, place: Place, fingerprint: str) -> bool:
+    try:
+        return read_manifest(store, place).fingerprint == fingerprint
+    except Damaged:
+        return False

@@ -1,0 +1,130 @@
+"""What a cut upload left on the nodes' disks: sent at the next start, if it completes a checkpoint.
+
+    <local>/step-000001000-a3/rank-1/{rank-1.safetensors, rank-1.json}     the part is written last
+
+Only the newest checkpoint that can be completed is; everything older attempts left on the disk is removed afterwards.
+"""
+
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from data_shards.store import NotFound, Store
+from pipeline import commit
+from pipeline.commit import Damaged, Fence, Part, Place
+from pipeline.ranks import Ranks
+
+
+def complete(
+    store: Store, local: Path, attempt: int, fingerprint: str, ranks: Ranks, fence: Fence, event: Callable[..., None]
+) -> None:
+    """On all ranks at once, before the newest checkpoint is looked for. Raises UserError on all alike."""
+    own = _on_disk(local, attempt, fingerprint)
+    views = ranks.together(lambda: _view(own, store if ranks.rank == 0 else None, attempt, fingerprint))
+    place = _completable(views)
+    if place is not None:
+        ranks.together(lambda: _send(store, place, own.get(place, {}), attempt, fence, event))
+        if ranks.rank == 0:
+            _commit(store, place, fence, event)
+    ranks.exchange(None)
+    for folder in local.glob("step-*"):
+        found = Place.parse(folder.name)
+        if found and found.attempt < attempt:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _on_disk(local: Path, attempt: int, fingerprint: str) -> dict[Place, dict[int, Path]]:
+    """The parts of earlier attempts by rank; where each lies."""
+    parts: dict[Place, dict[int, Path]] = {}
+    for path in local.glob("step-*/rank-*/rank-*.json"):
+        place = Place.parse(path.parent.parent.name)
+        if place and place.attempt < attempt:
+            part = _read(path.read_bytes)
+            if part and part.fingerprint == fingerprint:
+                parts.setdefault(place, {})[part.rank] = path
+    return parts
+
+
+def _read(bytes_of: Callable[[], bytes]) -> Part | None:
+    """None when it is damaged or gone."""
+    try:
+        return Part.decode(bytes_of())
+    except (ValueError, KeyError, TypeError, OSError, NotFound):
+        return None
+
+
+def _view(own: dict[Place, dict[int, Path]], store: Store | None, attempt: int, fingerprint: str) -> dict[str, Any]:
+    """What this rank knows: {checkpoint: [world size, ranks whose parts are there]}; rank 0 adds the store's."""
+    disk = {}
+    for place, parts in own.items():
+        part = _read(next(iter(parts.values())).read_bytes)
+        if part:
+            disk[place.name] = [part.world_size, sorted(parts)]
+    if store is None:
+        return {"disk": disk}
+    checkpoints = commit.survey(store)
+    newest = max(commit.committed(checkpoints), default=Place(-1, 0))
+    there = {}
+    for place, names in checkpoints.items():
+        present = commit.ranks_present(names)
+        if newest < place and place.attempt < attempt and present:
+            part = _read(partial(store.get, f"{place.path}/rank-{min(present)}.json"))
+            if part and part.fingerprint == fingerprint:
+                there[place.name] = [part.world_size, sorted(present)]
+    return {"disk": disk, "store": there, "newest": [newest.step, newest.attempt]}
+
+
+def _completable(views: list[dict[str, Any]]) -> Place | None:
+    """The newest checkpoint of which all parts are somewhere, if it is newer than the newest that exists."""
+    parts: dict[str, set[int]] = {}
+    sizes: dict[str, int] = {}
+    for known in [view["disk"] for view in views] + [views[0]["store"]]:
+        for name, (world_size, present) in known.items():
+            parts.setdefault(name, set()).update(present)
+            sizes[name] = world_size
+    whole = [Place.parse(name) for name, present in parts.items() if present == set(range(sizes[name]))]
+    newest = Place(*views[0]["newest"])
+    return max((place for place in whole if place and place > newest), default=None)
+
+
+def _send(
+    store: Store, place: Place, parts: dict[int, Path], attempt: int, fence: Fence, event: Callable[..., None]
+) -> None:
+    for rank, path in parts.items():
+        part = _read(path.read_bytes)
+        if part is None or store.exists(f"{place.path}/{part.name}") or not _claimed(path.parent, attempt):
+            continue
+        try:
+            for file in part.files:
+                commit.check(path.parent / file.name, file, place)
+        except (Damaged, OSError) as error:
+            event("leftover damaged", step=place.step, rank=rank, reason=str(error))
+            continue
+        for file in part.files:
+            fence()
+            store.upload(path.parent / file.name, f"{place.path}/{file.name}")
+        fence()
+        store.put(f"{place.path}/{part.name}", part.encode())
+
+
+def _claimed(folder: Path, attempt: int) -> bool:
+    """Whether this rank is the one of its node that sends the part."""
+    try:
+        (folder / f"sent-by-a{attempt}").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _commit(store: Store, place: Place, fence: Fence, event: Callable[..., None]) -> None:
+    sizes = commit.survey(store).get(place, {})
+    present = commit.ranks_present(sizes)
+    found = [_read(partial(store.get, f"{place.path}/rank-{rank}.json")) for rank in sorted(present)]
+    parts = [part for part in found if part is not None and part.refused is None]
+    whole = parts and [part.rank for part in parts] == list(range(parts[0].world_size))
+    if whole and all(sizes.get(file.name) == file.size for part in parts for file in part.files):
+        commit.put_manifest(store, place, parts, fence)
+        reason = f"{place.path}: its upload was cut; sent from what was left on the nodes' disks"
+        event("checkpoint completed", step=place.step, reason=reason)

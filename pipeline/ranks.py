@@ -1,0 +1,61 @@
+"""The ranks of a run, and how they come to one mind: small JSON values over a gloo group. Nothing is pickled."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from data_shards.errors import UserError
+from data_shards.store import Unavailable
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """`group` is used by one thread only; at world size 1 there need not be any."""
+
+    rank: int
+    world_size: int
+    group: dist.ProcessGroup | None
+
+    def exchange(self, value: Any) -> list[Any]:
+        """The JSON values of all ranks, in their order. Two collectives."""
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        if self.world_size == 1:
+            return [_decode(data)]
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(sizes, torch.tensor([len(data)]), group=self.group)
+        longest = max(int(size) for size in sizes)
+        parts = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
+        dist.all_gather(parts, torch.nn.functional.pad(data, (0, longest - len(data))), group=self.group)
+        return [_decode(part[: int(size)]) for part, size in zip(parts, sizes, strict=True)]
+
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """What `work` gives (JSON) on each rank.
+
+        When it raises on one, all raise: that rank its own error, the others a UserError that names it, or Unavailable.
+        """
+        own: Exception | None = None
+        value = None
+        try:
+            value = work()
+        except Exception as error:  # noqa: BLE001 - raised again below, when the others know
+            own = error
+        failure = None if own is None else [str(own), getattr(own, "exit_code", 1), isinstance(own, Unavailable)]
+        answers = self.exchange([value, failure])
+        if own is not None:
+            raise own
+        for rank, (_, failed) in enumerate(answers):
+            if failed is not None:
+                other = (Unavailable if failed[2] else UserError)(f"rank {rank}: {failed[0]}")
+                other.exit_code = failed[1]
+                raise other
+        return [value for value, _ in answers]
+
+
+def _decode(data: torch.Tensor) -> Any:
+    return json.loads(data.numpy().tobytes())

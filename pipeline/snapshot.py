@@ -1,0 +1,131 @@
+"""Named tensors to files and back: which rank writes which, the copy in host memory, safetensors on disk.
+
+In: a dict of named tensors; the same names on all ranks where they are replicated, a rank's own names elsewhere.
+Out: one safetensors file a rank, its own tensors and its share of the replicated ones.
+
+torch.distributed.checkpoint deals the tensors to the ranks and reads them back onto any number of ranks. Its own writer
+of this format is left aside: 1 GiB took it 9 s and 2 GiB of memory beside the copy, `save_file` 0.6 s and none. Its
+default format keeps its metadata in a pickle; this one has JSON at the head of each file. Nothing is ever unpickled.
+"""
+
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from data_shards.errors import UserError
+from pipeline.ranks import Ranks
+
+
+def deal(state: Mapping[str, Tensor], ranks: Ranks) -> list[str]:
+    """The names that this rank writes: its own, and a share of those that all have, even by bytes.
+
+    Two collectives. Raises UserError on all ranks when one name has two shapes.
+    """
+    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner.set_up_planner(dict(state), is_coordinator=ranks.rank == 0)
+    local = planner.create_local_plan()
+    if ranks.world_size == 1:
+        return _names(planner.create_global_plan([local])[0][0])
+    plans: list[Any] | None = [None] * ranks.world_size if ranks.rank == 0 else None
+    dist.gather_object(local, plans, dst=0, group=ranks.group)
+    dealt: list[Any] | None = None
+    if plans is not None:
+        try:
+            dealt = [_names(plan) for plan in planner.create_global_plan(plans)[0]]
+        except (ValueError, AssertionError) as error:
+            dealt = [str(error)] * ranks.world_size
+    mine: list[Any] = [None]
+    dist.scatter_object_list(mine, dealt, src=0, group=ranks.group)
+    if isinstance(mine[0], str):
+        raise UserError(f"the states of the ranks do not fit together: {' '.join(mine[0].split())}")
+    names: list[str] = mine[0]
+    return names
+
+
+def _names(plan: SavePlan) -> list[str]:
+    return [item.index.fqn for item in plan.items]
+
+
+class HostCopy:
+    """Host memory for a rank's share, pinned where there is a GPU and used again by each copy."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+        """Contiguous copies, complete at the return and overwritten by the next call."""
+        self._buffers = {name: self._buffer(name, state[name]) for name in names}
+        for name, buffer in self._buffers.items():
+            buffer.copy_(state[name].detach(), non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
+        return dict(self._buffers)
+
+    def _buffer(self, name: str, tensor: Tensor) -> Tensor:
+        old = self._buffers.get(name)
+        if old is not None and old.shape == tensor.shape and old.dtype == tensor.dtype:
+            return old
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=torch.cuda.is_available())
+
+
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of a tensor that holds an inf or a nan, None when there is none."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            return name
+    return None
+
+
+def write(tensors: dict[str, Tensor], path: Path) -> None:
+    """One safetensors file, on the disk when this returns. Raises OSError."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+class Saved:
+    """The tensors in the safetensors files of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._reader = HuggingFaceStorageReader(str(folder))
+        self._metadata = self._reader.read_metadata().state_dict_metadata
+
+    @property
+    def names(self) -> list[str]:
+        """Sorted."""
+        return sorted(self._metadata)
+
+    def mismatch(self, state: Mapping[str, Tensor]) -> str | None:
+        """Why the state cannot be filled from here, naming the first tensor that does not fit; None when it can."""
+        for name, tensor in state.items():
+            saved = self._metadata.get(name)
+            if not isinstance(saved, TensorStorageMetadata):
+                return f"it has no tensor {name}, which this run needs"
+            if saved.size != tensor.shape:
+                return f"its {name} has the shape {tuple(saved.size)}, this run's has {tuple(tensor.shape)}"
+            if saved.properties.dtype != tensor.dtype:
+                return f"its {name} is {saved.properties.dtype}, this run's is {tensor.dtype}"
+        return None
+
+    def read_into(self, state: Mapping[str, Tensor]) -> None:
+        """Fill the given tensors in place, wherever they live; they must match."""
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            load(dict(state), storage_reader=self._reader, planner=planner, no_dist=True)

@@ -1,0 +1,594 @@
+"""Checkpoints in a store that is a folder: what is saved comes back, what is damaged is noticed, cuts are harmless."""
+
+import json
+import pickle
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from data_shards.errors import UserError
+from data_shards.store import Store, StoreError, Unavailable
+from pipeline.checkpoint import Checkpointer, CheckpointSettings
+from pipeline.commit import File, Manifest
+from tests.pipeline.distributed import run
+
+
+class LoggedStore(Store):
+    """The real store with a log of its writes; `fail` may raise in a write's place, as a store that is away does."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.log: list[str] = []
+        self.fail: Callable[[str], None] = lambda line: None
+
+    def put(self, path: str, data: bytes, *, create_only: bool = False) -> None:
+        self._write(f"put {path}")
+        super().put(path, data, create_only=create_only)
+
+    def upload(self, local: Path, path: str) -> None:
+        self._write(f"put {path}")
+        super().upload(local, path)
+
+    def delete(self, paths: Iterable[str]) -> None:
+        paths = list(paths)
+        for path in paths:
+            self._write(f"delete {path}")
+        super().delete(paths)
+
+    def _write(self, line: str) -> None:
+        self.fail(line)
+        self.log.append(line)
+
+
+class Attempt:
+    """One start of a run on one rank: its Checkpointer and what it told."""
+
+    def __init__(
+        self, folder: Path, number: int = 1, *, keep: int = 2, local: Path | None = None, fingerprint: str = "f1",
+        ranks: tuple[int, int, dist.ProcessGroup | None] = (0, 1, None),
+    ) -> None:  # fmt: skip
+        self.store = LoggedStore(f"file://{folder}/store")
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        self.fence: Callable[[], object] = lambda: None
+        self.local = local or folder / "local"
+        self.checkpoints = Checkpointer(
+            self.store, self.local, attempt=number, fingerprint=fingerprint, rank=ranks[0],
+            world_size=ranks[1], group=ranks[2], settings=CheckpointSettings(keep=keep), fence=self.call_fence,
+            event=self.event, before_commit=lambda: self.store.log.append("before commit"),
+        )  # fmt: skip
+
+    def call_fence(self) -> None:
+        self.fence()
+
+    def event(self, name: str, **fields: Any) -> None:
+        self.events.append((name, fields))
+
+    def names(self) -> list[str]:
+        return [name for name, _ in self.events]
+
+    def line(self, name: str) -> str:
+        """The reason in the only event of that name."""
+        (reason,) = [fields["reason"] for event, fields in self.events if event == name]
+        assert "\n" not in reason
+        return str(reason)
+
+    def commit(self, step: int, state: dict[str, Tensor] | None = None, **extra: Any) -> "Attempt":
+        self.checkpoints.save(step, state or numbered(step), extra)
+        self.checkpoints.wait(30)
+        return self
+
+    def found_step(self) -> int | None:
+        found = self.checkpoints.newest()
+        return found.step if found else None
+
+    def loaded(self) -> dict[str, Tensor]:
+        found = self.checkpoints.newest()
+        assert found is not None
+        state = {name: torch.full_like(tensor, 1) for name, tensor in numbered(0).items()}
+        self.checkpoints.load(found, state)
+        return state
+
+
+def numbered(step: int) -> dict[str, Tensor]:
+    """A state that shows which step it is of."""
+    return {"model.weight": torch.arange(600.0).reshape(20, 30) + step, "optim.step": torch.tensor(step)}
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end, "not within 30 s"
+        time.sleep(0.01)
+
+
+def objects(folder: Path) -> dict[str, bytes]:
+    root = folder / "store" / "checkpoints"
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def folders(folder: Path) -> list[str]:
+    return sorted({name.split("/")[0] for name in objects(folder)})
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_every_kind_of_tensor_comes_back_into_the_very_tensors_that_are_given(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(5)
+    saved: dict[str, Tensor] = {
+        "weight": nn.Parameter(torch.randn(4, 3, 5, 5, generator=generator).to(memory_format=torch.channels_last)),
+        "view": torch.randn(6, 8, generator=generator)[::2, 1::3],
+        "scalar": torch.tensor(7), "flag": torch.tensor([True, False]), "empty": torch.zeros(0, 3),
+        "half": torch.randn(9, generator=generator).bfloat16(), "double": torch.randn(3, generator=generator).double(),
+        "random": torch.get_rng_state(),
+    }  # fmt: skip
+    Attempt(tmp_path).commit(3, saved, quarantine=[[1, 2, "x"]])
+    later = Attempt(tmp_path, 2)
+    found = later.checkpoints.newest()
+    assert found is not None
+    assert (found.step, found.attempt, found.extra) == (3, 1, {"quarantine": [[1, 2, "x"]]})
+    state = {name: torch.zeros_like(tensor) for name, tensor in saved.items()}
+    state["weight"] = nn.Parameter(state["weight"])
+    before = dict(state)
+    later.checkpoints.load(found, state)
+    for name, tensor in saved.items():
+        assert torch.equal(state[name], tensor), name
+        assert state[name] is before[name], name
+    assert state["weight"].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_saved_bytes_are_those_of_the_moment_of_the_save(tmp_path: Path) -> None:
+    attempt, state = Attempt(tmp_path), numbered(1)
+    go = threading.Event()
+    attempt.fence = lambda: go.wait(30)
+    attempt.checkpoints.save(1, state, {})
+    for tensor in state.values():
+        tensor.fill_(-1)  # training goes on while the save is on its way
+    go.set()
+    attempt.checkpoints.wait(30)
+    attempt.checkpoints.save(2, numbered(2), {})  # and the host memory is used again
+    attempt.checkpoints.wait(30)
+    assert same(attempt.loaded(), numbered(2))
+    shutil.rmtree(tmp_path / "store/checkpoints/step-000000002-a1")
+    assert same(attempt.loaded(), numbered(1))
+
+
+def test_the_manifest_is_put_after_everything_else_and_the_journals_before_everything(tmp_path: Path) -> None:
+    attempt = Attempt(tmp_path).commit(1)
+    place = "put checkpoints/step-000000001-a1"
+    assert attempt.store.log == [
+        "before commit", f"{place}/rank-0.safetensors", f"{place}/rank-0.json", f"{place}/MANIFEST.json"
+    ]  # fmt: skip
+    assert attempt.names() == ["saved", "committed"]
+    assert attempt.checkpoints.committed_step == attempt.checkpoints.pending_step == 1
+
+
+def test_without_any_checkpoint_none_is_found(tmp_path: Path) -> None:
+    assert Attempt(tmp_path).found_step() is None
+
+
+def test_the_highest_step_is_found_then_the_highest_attempt_and_only_of_this_fingerprint(tmp_path: Path) -> None:
+    for attempt, step, fingerprint in ((1, 20, "f1"), (2, 30, "other"), (3, 20, "f1"), (4, 10, "f1")):
+        Attempt(tmp_path, attempt, keep=9, fingerprint=fingerprint).commit(step)
+    found = Attempt(tmp_path, 5).checkpoints.newest()
+    assert found is not None
+    assert (found.step, found.attempt) == (20, 3)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, Path.unlink])
+@pytest.mark.parametrize("file", ["rank-0.safetensors", "MANIFEST.json"])
+def test_a_damaged_file_of_the_newest_checkpoint_sends_the_resume_to_the_older_one_and_says_so(
+    tmp_path: Path, file: str, damage: Callable[[Path], None]
+) -> None:
+    Attempt(tmp_path).commit(1).commit(2)
+    damage(tmp_path / "store/checkpoints/step-000000002-a1" / file)
+    attempt = Attempt(tmp_path, 2)
+    if (file, damage) == ("MANIFEST.json", Path.unlink):  # all else is there: as if it had been cut just before
+        assert same(attempt.loaded(), numbered(2))
+        assert "step-000000002-a1" in attempt.line("checkpoint completed")
+        return
+    assert same(attempt.loaded(), numbered(1))
+    line = attempt.line("checkpoint damaged")
+    assert line.startswith(f"checkpoints/step-000000002-a1: {file} ")
+    assert line.endswith("; going on from step-000000001-a1")
+
+
+def test_any_flipped_byte_of_a_manifest_is_noticed(tmp_path: Path) -> None:
+    Attempt(tmp_path).commit(1, loss=0.25)
+    path = tmp_path / "store/checkpoints/step-000000001-a1/MANIFEST.json"
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        if json.loads(whole) == _json_or_none(path.read_bytes()):
+            continue  # white space
+        assert Attempt(tmp_path, 2).found_step() is None, place
+
+
+def _json_or_none(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except ValueError:
+        return None
+
+
+def test_the_line_about_a_flipped_byte_shows_both_sums(tmp_path: Path) -> None:
+    Attempt(tmp_path).commit(1)
+    flip(tmp_path / "store/checkpoints/step-000000001-a1/rank-0.safetensors")
+    attempt = Attempt(tmp_path, 2)
+    assert attempt.found_step() is None
+    line = attempt.line("checkpoint damaged")
+    assert " has sha256 " in line
+    assert ", its manifest says " in line
+    assert line.endswith("no older one is whole: starting from step 0")
+
+
+def test_a_damaged_part_record_does_no_harm_once_the_manifest_is_there(tmp_path: Path) -> None:
+    Attempt(tmp_path).commit(1)
+    flip(tmp_path / "store/checkpoints/step-000000001-a1/rank-0.json")
+    assert Attempt(tmp_path, 2).found_step() == 1
+
+
+def test_a_manifest_cannot_name_a_file_outside_its_folder(tmp_path: Path) -> None:
+    Attempt(tmp_path).commit(1)
+    manifest = Manifest(2, 1, "f1", 1, (File("../../../outside", 1, "0"),), {})
+    path = tmp_path / "store/checkpoints/step-000000002-a1/MANIFEST.json"
+    path.parent.mkdir()
+    path.write_bytes(manifest.encode())
+    assert Attempt(tmp_path, 2).found_step() == 1
+
+
+def test_nothing_on_the_way_back_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Malice:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "executed",)
+
+    Attempt(tmp_path).commit(1)
+    for name in (".metadata", "__0_0.distcp", "rank-1.safetensors"):
+        (tmp_path / "store/checkpoints/step-000000001-a1" / name).write_bytes(pickle.dumps(Malice()))
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError("a pickle is read")
+
+    for module, name in ((pickle, "Unpickler"), (pickle, "load"), (pickle, "loads"), (torch, "load")):
+        monkeypatch.setattr(module, name, refuse)
+    assert same(Attempt(tmp_path, 2).loaded(), numbered(1))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_state_that_does_not_fit_is_refused_in_a_line_that_names_the_tensor_and_nothing_is_changed(
+    tmp_path: Path,
+) -> None:
+    Attempt(tmp_path).commit(1)
+    attempt = Attempt(tmp_path, 2)
+    whole, wide = numbered(0), torch.ones(20, 31)
+    cases = {
+        r"no tensor head\.bias": {**whole, "head.bias": torch.zeros(2)},
+        r"a tensor optim\.step, which this run does not know": {"model.weight": whole["model.weight"]},
+        r"model\.weight has the shape \(20, 30\), this run's has \(20, 31\)": {
+            **whole,
+            "model.weight": torch.ones(20, 31),
+        },
+        r"optim\.step is torch\.int64, this run's is torch\.float32": {**whole, "optim.step": torch.tensor(0.0)},
+    }
+    for message, state in cases.items():
+        before = {name: tensor.clone() for name, tensor in state.items()}
+        found = attempt.checkpoints.newest()
+        assert found is not None
+        with pytest.raises(UserError, match=message) as error:
+            attempt.checkpoints.load(found, state)
+        assert str(error.value).startswith("checkpoints/step-000000001-a1: ")
+        assert "\n" not in str(error.value)
+        assert same(state, before)
+
+
+def test_a_state_that_is_not_finite_never_becomes_a_checkpoint_and_training_goes_on(tmp_path: Path) -> None:
+    attempt = Attempt(tmp_path).commit(1)
+    bad = numbered(2)
+    bad["model.weight"][3, 4] = float("nan")
+    attempt.checkpoints.save(2, bad, {})
+    with pytest.raises(UserError, match=r"model\.weight holds a value that is not finite"):
+        attempt.checkpoints.wait(30)
+    assert "step-000000002-a1" in attempt.line("save refused")
+    attempt.commit(3)
+    assert folders(tmp_path) == ["step-000000001-a1", "step-000000003-a1"]
+
+
+def test_the_last_ones_are_kept_and_an_older_one_goes_only_after_a_newer_is_committed(tmp_path: Path) -> None:
+    attempt = Attempt(tmp_path, keep=2)
+    for step in (1, 2, 3, 4):
+        attempt.commit(step)
+    until(lambda: folders(tmp_path) == ["step-000000003-a1", "step-000000004-a1"])
+    log, gone, cause = attempt.store.log, "step-000000001-a1", "step-000000003-a1"
+    deletions = [line for line in log if line.startswith(f"delete checkpoints/{gone}/")]
+    assert deletions[0].endswith("MANIFEST.json")
+    assert log.index(deletions[0]) > log.index(f"put checkpoints/{cause}/MANIFEST.json")
+
+
+def test_a_deletion_that_fails_is_told_and_done_after_the_next_save(tmp_path: Path) -> None:
+    attempt = Attempt(tmp_path, keep=2).commit(1).commit(2)
+
+    def fail(line: str) -> None:
+        if line.startswith("delete") and line.endswith(".safetensors"):
+            raise StoreError("no deletions today")
+
+    attempt.store.fail = fail
+    attempt.commit(3)
+    until(lambda: "checkpoint not deleted" in attempt.names())
+    assert "step-000000001-a1: not deleted" in attempt.line("checkpoint not deleted")
+    assert Attempt(tmp_path, 2).found_step() == 3
+    attempt.store.fail = lambda line: None
+    attempt.commit(4)
+    until(lambda: folders(tmp_path) == ["step-000000003-a1", "step-000000004-a1"])
+
+
+def test_an_abandoned_upload_of_an_earlier_attempt_is_removed_and_one_of_a_later_attempt_is_not(tmp_path: Path) -> None:
+    root = tmp_path / "store/checkpoints"
+    for name in ("step-000000009-a1", "step-000000009-a3", "somebody-elses"):
+        (root / name).mkdir(parents=True)
+        (root / name / "rank-0.safetensors").write_bytes(b"half of")
+    attempt = Attempt(tmp_path, 2)
+    assert attempt.found_step() is None
+    attempt.commit(1)
+    until(lambda: folders(tmp_path) == ["somebody-elses", "step-000000001-a2", "step-000000009-a3"])
+
+
+def test_damaged_newer_checkpoints_do_not_count_among_those_that_are_kept(tmp_path: Path) -> None:
+    Attempt(tmp_path, keep=9).commit(10).commit(20).commit(30)
+    for step in (20, 30):
+        flip(tmp_path / f"store/checkpoints/step-0000000{step}-a1/rank-0.safetensors")
+    attempt = Attempt(tmp_path, 2, keep=2)
+    assert attempt.found_step() == 10
+    attempt.commit(15)
+    until(lambda: folders(tmp_path) == ["step-000000010-a1", "step-000000015-a2"])
+
+
+class Superseded(UserError):  # noqa: N818
+    exit_code = 3
+
+
+def test_an_attempt_that_lost_the_run_writes_nothing_more_and_is_told_at_the_next_save_and_wait(tmp_path: Path) -> None:
+    attempt = Attempt(tmp_path).commit(1)
+
+    def superseded() -> None:
+        raise Superseded("attempt 2 owns the run")
+
+    attempt.fence = superseded
+    before = objects(tmp_path)
+    attempt.checkpoints.save(2, numbered(2), {})
+    with pytest.raises(Superseded):
+        attempt.checkpoints.wait(30)
+    with pytest.raises(Superseded):
+        attempt.checkpoints.save(3, numbered(3), {})
+    assert objects(tmp_path) == before
+
+
+def test_two_attempts_at_one_step_do_not_touch_each_others_files(tmp_path: Path) -> None:
+    zombie, owner = Attempt(tmp_path, 1, local=tmp_path / "node-1"), Attempt(tmp_path, 2, local=tmp_path / "node-2")
+    zombie.commit(7, numbered(100))
+    first = objects(tmp_path)
+    owner.commit(7, numbered(200))
+    both = objects(tmp_path)
+    assert {name: data for name, data in both.items() if "-a1/" in name} == first
+    for step in (8, 9, 10):  # what an older attempt does away with is its own
+        zombie.commit(step)
+    until(lambda: folders(tmp_path)[-2:] == ["step-000000009-a1", "step-000000010-a1"])
+    until(lambda: "step-000000008-a1" not in folders(tmp_path))
+    assert {n: d for n, d in objects(tmp_path).items() if "-a2/" in n} == {n: d for n, d in both.items() if "-a2/" in n}
+
+
+def test_with_a_store_slower_than_the_saves_the_one_under_way_and_the_newest_are_completed(
+    tmp_path: Path,
+) -> None:
+    attempt, go = Attempt(tmp_path, keep=9), threading.Event()
+    attempt.fence = lambda: go.wait(30)
+    for step in (1, 2, 3):
+        attempt.checkpoints.save(step, numbered(step), {})
+    go.set()
+    attempt.checkpoints.wait(30)
+    assert folders(tmp_path) == ["step-000000001-a1", "step-000000003-a1"]
+    assert [fields["step"] for name, fields in attempt.events if name == "save dropped"] == [2]
+    assert not list(attempt.local.rglob("*.safetensors"))  # nothing piles up on the node
+
+
+def test_a_store_that_is_away_delays_a_save_without_stopping_training_and_the_next_save_takes_it_along(
+    tmp_path: Path,
+) -> None:
+    attempt = Attempt(tmp_path)
+
+    def away(line: str) -> None:
+        raise Unavailable("no answer for 60 s")
+
+    attempt.store.fail = away
+    attempt.checkpoints.save(1, numbered(1), {})
+    until(lambda: "save delayed" in attempt.names())
+    assert str(attempt.local) in attempt.line("save delayed")
+    with pytest.raises(UserError, match=r"step-000000001-a1: not committed after 0 s \(no answer for 60 s\).*local"):
+        attempt.checkpoints.wait(0.2)
+    attempt.store.fail = lambda line: None
+    attempt.checkpoints.save(2, numbered(2), {})
+    attempt.checkpoints.wait(30)
+    assert [fields["step"] for name, fields in attempt.events if name == "committed"] == [1, 2]
+
+
+def test_a_store_that_refuses_writes_stops_the_run_at_the_next_save(tmp_path: Path) -> None:
+    attempt = Attempt(tmp_path)
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store/checkpoints").write_text("a file where the folder should be")
+    attempt.checkpoints.save(1, numbered(1), {})
+    until(lambda: "save failed" in attempt.names())
+    with pytest.raises(StoreError, match="checkpoints"):
+        attempt.checkpoints.save(2, numbered(2), {})
+
+
+def test_a_local_disk_that_takes_nothing_costs_the_save_and_not_the_training(tmp_path: Path) -> None:
+    (tmp_path / "local").write_text("a file where the folder should be")
+    attempt = Attempt(tmp_path)
+    attempt.checkpoints.save(1, numbered(1), {})
+    until(lambda: "save failed" in attempt.names())
+    (tmp_path / "local").unlink()
+    attempt.commit(2)
+    assert folders(tmp_path) == ["step-000000002-a1"]
+
+
+def cut_save(attempt: Attempt, writes: int, state: dict[str, Tensor], extra: dict[str, Any]) -> None:
+    """Begin a save of step 2 whose sending ends for good after that many writes, as if the process were killed there."""
+    cut = threading.Event()
+    calls = iter([False] * (writes + 1) + [True])
+
+    def fence() -> None:  # called before the journals are sent and before each write
+        if next(calls):
+            cut.set()
+            raise SystemExit  # ends the thread
+
+    attempt.fence = fence
+    attempt.checkpoints.save(2, state, extra)
+    assert cut.wait(30)
+
+
+silent_end = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+
+
+@silent_end
+@pytest.mark.parametrize("writes", [0, 1, 2])
+@pytest.mark.parametrize("disk_survives", [True, False])
+def test_a_save_cut_between_any_two_writes_is_completed_from_the_nodes_disk_or_the_older_one_is_found(
+    tmp_path: Path, writes: int, disk_survives: bool
+) -> None:
+    attempt = Attempt(tmp_path).commit(1)
+    done = len(attempt.store.log)
+    cut_save(attempt, writes, numbered(2), {"mark": 2})
+    assert len([line for line in attempt.store.log[done:] if line.startswith("put")]) == writes
+    later = Attempt(tmp_path, 2, local=None if disk_survives else tmp_path / "another disk")
+    found = later.checkpoints.newest()
+    assert found is not None
+    completed = disk_survives or writes == 2  # with all parts in the store only the manifest was missing
+    assert (found.step, found.extra) == ((2, {"mark": 2}) if completed else (1, {}))
+    assert ("checkpoint completed" in later.names()) == completed
+    assert same(later.loaded(), numbered(found.step))
+
+
+@silent_end
+def test_a_damaged_leftover_is_not_sent(tmp_path: Path) -> None:
+    attempt = Attempt(tmp_path).commit(1)
+    cut_save(attempt, 0, numbered(2), {})
+    (leftover,) = attempt.local.rglob("rank-0.safetensors")
+    flip(leftover)
+    later = Attempt(tmp_path, 2)
+    assert later.found_step() == 1
+    assert "has sha256" in later.line("leftover damaged")
+    assert not leftover.exists()
+
+
+LANES = 4
+
+
+def with_lanes(lanes: Iterable[int]) -> dict[str, Tensor]:
+    """Replicated tensors of several sizes, and a tensor of its own for each lane."""
+    shared = {f"model.{i}": torch.arange(100.0 * (i + 1)) + i for i in range(6)}
+    return shared | {f"queue.lane-{lane:03d}": torch.full((5, 2), float(lane)) for lane in lanes}
+
+
+def zeros(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+
+
+def message_of(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def two_ranks(rank: int, folder: Path) -> dict[str, Any]:
+    """What a rank of two sees; asserted by the test."""
+    own = range(rank * 2, rank * 2 + 2)
+    ranks = (rank, 2, dist.new_group(backend="gloo"))
+    seen: dict[str, Any] = {}
+
+    one = Attempt(folder / "from one", 2, ranks=ranks)
+    found = one.checkpoints.newest()
+    assert found is not None
+    state = zeros(with_lanes(own))
+    one.checkpoints.load(found, state)
+    seen["from one"] = same(state, with_lanes(own))
+
+    both = Attempt(folder / "from two", 1, ranks=ranks)
+    both.commit(10, with_lanes(own), note=f"rank {rank}")
+    both.commit(20, with_lanes(own))
+    seen["committed"] = both.checkpoints.committed_step
+    missing = {"head.bias": torch.zeros(1)} if rank == 1 else {}
+    found = both.checkpoints.newest()
+    assert found is not None
+    seen["missing"] = message_of(lambda: both.checkpoints.load(found, {**zeros(with_lanes(own)), **missing}))
+    unwanted = zeros(with_lanes(range(2)))  # nobody takes the lanes 2 and 3
+    seen["unwanted"] = message_of(lambda: both.checkpoints.load(found, unwanted))
+
+    bad = with_lanes(own)
+    if rank == 1:
+        bad["queue.lane-003"][0] = float("inf")
+    both.checkpoints.save(30, bad, {})
+    seen["refused"] = message_of(lambda: both.checkpoints.wait(5 if rank == 0 else 0.5))
+    both.commit(40, with_lanes(own))
+
+    dist.barrier(ranks[2])
+    if rank == 0:
+        flip(folder / "from two/store/checkpoints/step-000000040-a1/rank-1.safetensors")
+    dist.barrier(ranks[2])
+    later = Attempt(folder / "from two", 2, ranks=ranks)
+    seen["after damage"] = (later.found_step(), later.names())
+
+    cut = Attempt(folder / "cut", 1, local=folder / f"cut/node-{rank}", ranks=ranks)
+    cut.commit(1, with_lanes(own))
+    cut_save(cut, 0, with_lanes(own), {"mark": 2})
+    dist.barrier(ranks[2])
+    seen["completed"] = Attempt(folder / "cut", 2, local=folder / f"cut/node-{rank}", ranks=ranks).found_step()
+    return seen
+
+
+@pytest.mark.slow
+def test_two_ranks_save_load_refuse_and_fall_back_as_one(tmp_path: Path) -> None:
+    Attempt(tmp_path / "from one").commit(1, with_lanes(range(LANES)))
+    views = run(2, two_ranks, tmp_path)
+    for rank, seen in enumerate(views):
+        assert seen["from one"], f"rank {rank} did not get its lanes from a checkpoint of one rank"
+        assert seen["committed"] == 20
+        assert "no tensor head.bias" in seen["missing"]
+        assert "queue.lane-002" in seen["unwanted"]
+        assert seen["after damage"][0] == 20
+        assert seen["completed"] == 2
+    assert "rank 1" in views[0]["refused"]
+    assert "queue.lane-003 holds a value that is not finite" in views[0]["refused"]
+    assert views[0]["after damage"][1] == ["checkpoint damaged"]
+    assert views[1]["after damage"][1] == []
+
+    names = folders(tmp_path / "from two")
+    assert "step-000000030-a1" not in names
+    one = Attempt(tmp_path / "from two", 3)
+    found = one.checkpoints.newest()
+    assert found is not None
+    assert (found.step, found.world_size, len(found.files)) == (20, 2, 2)
+    sizes = [file.size for file in found.files]
+    assert max(sizes) < 1.5 * min(sizes), "the replicated tensors are not shared out evenly"
+    state = zeros(with_lanes(range(LANES)))
+    one.checkpoints.load(found, state)
+    assert same(state, with_lanes(range(LANES)))
