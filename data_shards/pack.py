@@ -62,18 +62,45 @@ class Source(NamedTuple):
     label: str | None
 
 
+class Refusal(NamedTuple):
+    """A line of the set's refused.jsonl."""
+
+    source: str
+    reason: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.source!r}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+
+
 @dataclass(frozen=True)
 class PackReport:
-    """What came of it. `refused`: how many by reason; each is listed in the set's refused.jsonl."""
+    """What came of it. `reasons`: how many were refused, by rule; `examples`: the first of them."""
 
     url: str
     layout_id: str
     samples: int
     shards: int
     bytes: int
-    refused: dict[str, int]
+    refused: int
+    reasons: dict[str, int]
+    examples: tuple[Refusal, ...]
     seconds: float
     already_there: bool
+
+    def summary(self) -> str:
+        """One line for a terminal."""
+        tally = ", ".join(f"{count} {reason}" for reason, count in self.reasons.items())
+        return (
+            f"{self.samples:,} images in {self.shards:,} shards, {self.bytes / 1e6:,.1f} MB"
+            + (f"; refused {self.refused:,} ({tally})" if self.refused else "; none refused")
+            + ("; they were there already" if self.already_there else f"; {self.seconds:.1f} s")
+        )
+
+    def refused_lines(self) -> list[str]:
+        """The first of those refused, each with its reason."""
+        more = self.refused - len(self.examples)
+        return [*map(str, self.examples), *([f"and {more:,} more in {self.url}/{REFUSED}"] if more else [])]
 
 
 def shards(
@@ -127,7 +154,9 @@ def pack(
         samples=manifest.samples,
         shards=len(manifest.shard_samples),
         bytes=sum(manifest.shard_bytes),
-        refused=manifest.refused,
+        refused=len(refused),
+        reasons=manifest.refused,
+        examples=tuple(refused[:20]),
         seconds=time.monotonic() - start,
         already_there=there is not None,
     )
@@ -152,18 +181,12 @@ def _cannot_list(error: OSError) -> None:
     raise UserError(f"{error.filename}: {error.strerror}; it cannot be packed as it is") from error
 
 
-class _Refusal(NamedTuple):
-    source: str
-    reason: str
-    detail: str
-
-
-def _judge(source: Source, settings: PackSettings) -> "Sample | _Refusal":
+def _judge(source: Source, settings: PackSettings) -> Sample | Refusal:
     limits = {"min_side": settings.min_side, "max_pixels": settings.max_pixels, "max_bytes": settings.max_bytes}
     try:
         photo = read_photo(source.path, **limits)
     except Refused as refused:
-        return _Refusal(source.name, refused.reason, refused.detail)
+        return Refusal(source.name, refused.reason, refused.detail)
     return Sample(
         path=source.path,
         source=source.name,
@@ -178,7 +201,7 @@ def _judge(source: Source, settings: PackSettings) -> "Sample | _Refusal":
     )
 
 
-def _plan(samples: list[Sample], refused: Sequence[_Refusal], settings: PackSettings) -> tuple[list[Sample], Manifest]:
+def _plan(samples: list[Sample], refused: Sequence[Refusal], settings: PackSettings) -> tuple[list[Sample], Manifest]:
     """The samples in the order of their ids, and the manifest but for the shards' sizes."""
     count = len(samples)
     key = blake2b(f"pack {PLAN_VERSION} {settings.seed} {count}".encode(), digest_size=64).digest()
@@ -215,7 +238,7 @@ def _write(
     processes: "_Processes",
     samples: list[Sample],
     manifest: Manifest,
-    refused: Sequence[_Refusal],
+    refused: Sequence[Refusal],
     dst: Store,
     progress: Progress | None,
 ) -> Manifest:
@@ -240,7 +263,7 @@ def _remove_leftovers(dst: Store, count: int) -> None:
     dst.delete(left)
 
 
-def _tally(refused: Sequence[_Refusal]) -> str:
+def _tally(refused: Sequence[Refusal]) -> str:
     counts = Counter(one.reason for one in refused).most_common()
     return ", ".join(f"{count} {reason}" for reason, count in counts) or "there is no file in it"
 

@@ -231,7 +231,8 @@ class S3:
         raise AssertionError  # a million pauses are over any limit
 
     async def _once(self, call: Callable[[], Awaitable[T]], limit_s: float) -> T:
-        async with self._free:  # waiting for a free connection is not the store's fault: outside the deadline
+        async with self._free:  # waiting for a free connection, or making a client, is not the store's fault
+            await self._connected()
             with self.counters.request():
                 async with asyncio.timeout(limit_s):
                     return await call()

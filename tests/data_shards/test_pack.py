@@ -124,7 +124,12 @@ def test_bad_files_are_refused_by_rule_and_listed_and_the_rest_is_packed(tiles: 
     store = Store(f"file://{tmp_path}/dst")
     report = pack(folder, store, SMALL)
     assert report.samples == 91
-    assert report.refused == {"damaged": 1, "empty": 1, "not an image": 2, "too small": 1}
+    assert report.reasons == {"damaged": 1, "empty": 1, "not an image": 2, "too small": 1}
+    assert report.refused == 5
+    assert "91 images in 5 shards" in report.summary()
+    assert "refused 5 (1 damaged, 1 empty, 2 not an image, 1 too small)" in report.summary()
+    assert "'empty.png': empty" in report.refused_lines()
+    assert not any("\n" in line for line in report.refused_lines())
     listed = [json.loads(line) for line in store.get("refused.jsonl").decode().splitlines()]
     assert {(one["source"], one["reason"]) for one in listed} == {
         ("cut.jpg", "damaged"),
@@ -133,7 +138,7 @@ def test_bad_files_are_refused_by_rule_and_listed_and_the_rest_is_packed(tiles: 
         ("notes\n.txt", "not an image"),
         ("small.png", "too small"),
     }
-    assert Manifest.load(store).refused == report.refused
+    assert Manifest.load(store).refused == report.reasons
     (gif,) = [r for r in ShardSet(store, Manifest.load(store)).table().to_pylist() if r["source"] == "still.gif"]
     assert (gif["format"], gif["label"]) == ("png", None)
 
