@@ -128,7 +128,7 @@ class Fetcher:
 
     def _inside(self, shard: int, start: int, end: int) -> int:
         """`end`, unless a damaged index makes it so wrong that nothing should be read at all."""
-        return end if start <= end <= int(self._shards.manifest.shard_bytes[shard]) else start
+        return end if start <= end <= self._shards.manifest.shard_bytes[shard] else start
 
     async def _records(self, shard: int, first: int, count: int) -> NDArray[np.void]:
         blocks = range(first // BLOCK_RECORDS, (first + count - 1) // BLOCK_RECORDS + 1)
@@ -142,7 +142,7 @@ class Fetcher:
         task = self._blocks.get(key)
         if task is None or (task.done() and (task.cancelled() or task.exception())):
             first = block * BLOCK_RECORDS
-            end = min(first + BLOCK_RECORDS, int(self._shards.manifest.shard_samples[shard]))
+            end = min(first + BLOCK_RECORDS, self._shards.manifest.shard_samples[shard])
             path = str(PurePosixPath(shard_path(shard)).with_suffix(".idx"))
             read = self._read(path, first * RECORD.itemsize, end * RECORD.itemsize)
             task = self._blocks[key] = asyncio.get_running_loop().create_task(read)
@@ -172,7 +172,9 @@ class Fetcher:
 def _proven(data: bytes, start: int, record: np.void) -> Fetched:
     """The sample that the record describes, out of the bytes from `start` on."""
     offset, size = int(record["offset"]) - start, int(record["size"])
-    if not 0 <= offset <= offset + size <= len(data):
+    if size == 0:
+        return Damage("its place is empty")  # removed, or a damaged index; the CRC32C of nothing is 0 too
+    if not 0 <= offset < offset + size <= len(data):
         return Damage("its index record points outside its shard" if data else "its shard is cut short")
     sample = data[offset : offset + size]
     found, right = google_crc32c.value(sample), int(record["crc32c"])

@@ -108,7 +108,7 @@ class Reader:
         bad: Iterable[int] = (),
     ) -> None:
         self._shards, self._order, self._lanes, self._settings = shards, order, lanes, settings
-        self._sample_bytes = sum(map(int, shards.manifest.shard_bytes)) / order.samples
+        self._sample_bytes = shards.manifest.mean_bytes
         _refuse(order, lanes, settings, self._sample_bytes)
         self.bad: list[BadSample] = []
         self._skip = set(bad)
@@ -247,11 +247,11 @@ class Reader:
                 self._fail(error)
 
     def _may_fetch(self) -> bool:
-        """A window that a lane has entered is fetched whatever it takes, a later one while there is memory for it."""
+        """What the step at hand needs is fetched whatever it takes, everything else while there is memory for it."""
         if not self._wanted:
             return False
-        entered = self._wanted[0][3].window.first_index < (self._step + 1) * self._order.lane_batch
-        return entered or self._held_bytes + self._chunk_bytes() <= self._settings.prefetch_bytes
+        needed = self._wanted[0][0] < (self._step + 1) * self._order.lane_batch
+        return needed or self._held_bytes + self._chunk_bytes() <= self._settings.prefetch_bytes
 
     def _chunk_bytes(self) -> int:
         """What a chunk takes, before its index is known."""
@@ -272,7 +272,7 @@ class Reader:
     async def _batch(self, step: int) -> list[Sample]:
         count = self._order.lane_batch
         indices = range(step * count, (step + 1) * count)
-        await self._notify()  # windows that this step enters
+        await self._notify()  # this step may need what there was no memory for
         samples = [await self._sample(lane, index, ()) for lane in self._lanes for index in indices]
         self._step = step + 1
         self._served += len(samples)

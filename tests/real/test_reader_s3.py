@@ -1,0 +1,145 @@
+"""The reader against a real S3 server, and through a wire on which things go wrong."""
+
+import contextlib
+import io
+import random
+import socket
+import tarfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import pytest
+
+from data_shards.index import RECORD, Manifest, ShardSet, shard_path
+from data_shards.order import Order
+from data_shards.reader import Reader, ReaderSettings, Sample
+from data_shards.store import Denied, Store, Unavailable
+from tests.real.test_store_s3 import Wire
+
+COUNTS = (60, 60, 32, 8)
+ORDER = Order(sum(COUNTS), 5, 4, 4, 16, 7, "layout")
+SETTINGS = ReaderSettings(prefetch_bytes=64 * 2**20, retry_seconds=20.0, max_bad_fraction=1.0)
+STEPS = range(15)
+
+
+@pytest.fixture(scope="module")
+def samples() -> list[bytes]:
+    rng = random.Random(3)
+    return [rng.randbytes(rng.randint(2_000, 30_000)) for _ in range(sum(COUNTS))]
+
+
+@pytest.fixture
+def url(s3: Any, samples: list[bytes]) -> str:
+    """A set of four shards in a bucket; returns where."""
+    store = Store(s3.bucket("shards"))
+    rest, sizes = iter(samples), []
+    for number, count in enumerate(COUNTS):
+        buffer, index = io.BytesIO(), np.zeros(count, dtype=RECORD)
+        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for i in range(count):
+                data = next(rest)
+                info = tarfile.TarInfo(f"{number:06d}-{i:06d}.jpg")
+                info.size = len(data)
+                index[i] = (buffer.tell() + 512, len(data), google_crc32c.value(data), 64, 48)
+                tar.addfile(info, io.BytesIO(data))
+        store.put(shard_path(number), buffer.getvalue())
+        store.put(shard_path(number).replace(".tar", ".idx"), index.tobytes())
+        sizes.append(len(buffer.getvalue()))
+    Manifest("layout", "contents", sum(COUNTS), COUNTS, tuple(sizes), settings={}, refused={}).save(store)
+    return store.url
+
+
+class Cable(Wire):
+    """A wire that can be cut for good."""
+
+    def __init__(self, server_url: str) -> None:
+        self.clients: list[socket.socket] = []
+        super().__init__(server_url)
+
+    def serve(self, client: socket.socket, fault: str) -> None:
+        self.clients.append(client)
+        super().serve(client, fault)
+
+    def cut(self) -> None:
+        self.faults = ["reset"] * 100_000
+        for client in self.clients:
+            with contextlib.suppress(OSError):
+                client.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture
+def wire(s3: Any, url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cable]:
+    """A proxy that later clients go through; the set is there already."""
+    wire = Cable(s3.server.url)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", wire.url)
+    yield wire
+    wire.listener.close()
+
+
+def reader_of(url: str, start: int = 0, retry_seconds: float = 20.0, **changes: Any) -> Reader:
+    store = Store(url, retry_seconds=retry_seconds)
+    settings = SETTINGS.model_copy(update={"retry_seconds": retry_seconds, **changes})
+    return Reader(ShardSet(store, Manifest.load(store)), ORDER, range(4), start, settings)
+
+
+def check(batch: list[Sample], step: int, samples: list[bytes]) -> None:
+    assert [sample.id for sample in batch] == ORDER.batch(step).reshape(-1).tolist()
+    assert all(sample.data == samples[sample.id] and (sample.width, sample.height) == (64, 48) for sample in batch)
+
+
+@pytest.mark.parametrize("start", [0, 1_000_003])
+def test_batches_from_s3_are_those_of_the_order(url: str, samples: list[bytes], start: int) -> None:
+    with reader_of(url, start) as reader:
+        for step in STEPS:
+            check(reader.batch(start + step), start + step, samples)
+        assert reader.bad == []
+        assert reader.counters["retries"] == 0
+
+
+def test_a_flipped_bit_a_cut_shard_and_a_lost_one_are_replaced_and_told_apart(url: str, samples: list[bytes]) -> None:
+    store = Store(url)
+    whole = store.get(shard_path(0))
+    at = whole.index(samples[7])
+    store.put(shard_path(0), whole[: at + 9] + bytes([whole[at + 9] ^ 4]) + whole[at + 10 :])
+    store.put(shard_path(1), store.get(shard_path(1))[:-150_000])
+    store.delete([shard_path(3)])
+    with reader_of(url, start=20) as reader:
+        for step in range(20, 35):
+            assert all(sample.data == samples[sample.id] for sample in reader.batch(step))
+        reasons = {bad.id: bad.reason for bad in reader.bad}
+    assert "CRC32C" in reasons[7]
+    assert all("missing" in reason for sample, reason in reasons.items() if sample >= 152)
+    cut = {sample for sample, reason in reasons.items() if "cut short" in reason}
+    assert cut
+    assert cut == set(range(min(cut), 120)) & set(reasons)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["reset", "unwell", "a page", "cut"])
+def test_faults_on_the_wire_replace_nothing(url: str, wire: Cable, samples: list[bytes], fault: str) -> None:
+    with reader_of(url) as reader:
+        wire.faults = [fault] * 12
+        for step in STEPS:
+            check(reader.batch(step), step, samples)
+        assert reader.bad == []
+    if fault != "cut":  # small ranges fit before the cut
+        assert len(wire.faults) < 12
+
+
+@pytest.mark.slow
+def test_a_store_that_goes_away_ends_the_reading_after_retry_seconds_and_no_sample_is_bad(
+    url: str, wire: Cable, samples: list[bytes]
+) -> None:
+    one_window = int(4 * ORDER.window_samples * 17_000)
+    with reader_of(url, retry_seconds=1.5, prefetch_bytes=one_window) as reader:
+        check(reader.batch(0), 0, samples)
+        wire.cut()
+        begun = time.monotonic()
+        with pytest.raises((Unavailable, Denied)) as error:
+            _ = [reader.batch(step) for step in range(1, 2000)]
+        assert "\n" not in str(error.value)
+        assert time.monotonic() - begun < 30
+        assert reader.bad == []
