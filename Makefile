@@ -1,0 +1,106 @@
+# Two commands do everything: `make demo` and `make test`. `make help` lists the others.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+BIN := .venv/bin
+FARSEER := $(BIN)/farseer
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal -q
+
+CONF ?= conf/demo.yaml
+RUN ?=
+SET ?=
+SITE ?= local
+SRC ?=
+DST ?=
+run_option = --run "$(or $(RUN),$(error say which run: make $@ RUN=name))"
+flag = $(if $($(1)),--$(2))
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-13s %s\n", $$1, $$2}'
+
+.venv/stamp: constraints.txt setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than 3.11; make PYTHON=python3.12 takes another"; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "$(PYTHON) has no venv; as root: apt install python3-venv"; exit 2; }
+	@echo "Installing into .venv (a few minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[local,test]'
+	@touch $@
+
+.PHONY: slurm
+slurm:
+	@jobs/install_slurm.sh
+
+.PHONY: demo
+demo: .venv/stamp slurm ## the whole product on this machine, in about six minutes (SRC= a folder of your photographs)
+	@$(FARSEER) demo --set "$(SET)" $(if $(SRC),--src "$(SRC)")
+
+.PHONY: test
+test: .venv/stamp slurm ## every test, with a real S3 server and a real SLURM
+	@$(PYTEST) -m "not slow"
+	@$(PYTEST) -m slow
+
+.PHONY: test-fast
+test-fast: .venv/stamp ## what one runs while working: under three minutes
+	@$(PYTEST) -m "not slow"
+
+.PHONY: lint
+lint: .venv/stamp ## style, types, and the direction of imports
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --config setup.cfg --no-cache
+
+.PHONY: bench
+bench: .venv/stamp ## measure, beside a peer in the same run; figures in var/bench.json
+	@$(BIN)/python -m bench.loader
+
+.PHONY: shards
+shards: .venv/stamp ## pack SRC=folder into DST=s3://bucket/folder
+	@$(FARSEER) shards "$(or $(SRC),$(error say what to pack: make shards SRC=folder DST=s3://bucket/folder))" "$(or $(DST),$(error say where to: DST=s3://bucket/folder))" --site "$(SITE)"
+
+.PHONY: plan
+plan: .venv/stamp ## what a run would do: resolved config, steps, memory (CONF= SITE= SET=)
+	@$(FARSEER) plan "$(CONF)" --site "$(SITE)" --set "$(SET)"
+
+.PHONY: submit
+submit: .venv/stamp ## start a run, or go on with it (CONF= RUN= SITE= SET=, FORCE=1)
+	@$(FARSEER) submit "$(CONF)" $(run_option) --site "$(SITE)" --set "$(SET)" $(call flag,FORCE,force)
+
+.PHONY: resume
+resume: .venv/stamp ## go on with a run that exists, under its own config (RUN=)
+	@$(FARSEER) resume $(run_option) --site "$(SITE)"
+
+.PHONY: status
+status: .venv/stamp ## all runs: how far, how fast, what to look at (JSON=1)
+	@$(FARSEER) status --site "$(SITE)" $(call flag,JSON,json)
+
+.PHONY: logs
+logs: .venv/stamp ## the logs of RUN=, what failed first (FOLLOW=1, EVENTS=1)
+	@$(FARSEER) logs $(run_option) --site "$(SITE)" $(call flag,FOLLOW,follow) $(call flag,EVENTS,events)
+
+.PHONY: cancel
+cancel: .venv/stamp ## stop RUN= after a last checkpoint (NOW=1: without)
+	@$(FARSEER) cancel $(run_option) --site "$(SITE)" $(call flag,NOW,now)
+
+.PHONY: checkpoints
+checkpoints: .venv/stamp ## the checkpoints of RUN= in the store (JSON=1)
+	@$(FARSEER) checkpoints $(run_option) --site "$(SITE)" $(call flag,JSON,json)
+
+.PHONY: evaluate
+evaluate: .venv/stamp ## what the trunk of RUN= can do: BANK= and HELD_OUT= are labelled shard sets
+	@$(FARSEER) evaluate $(run_option) --site "$(SITE)" "$(or $(BANK),$(error say what to learn from: BANK=s3://...))" "$(or $(HELD_OUT),$(error say what to ask: HELD_OUT=s3://...))"
+
+.PHONY: cluster-up
+cluster-up: .venv/stamp slurm ## a real S3 server and a real SLURM on this machine: SITE=local
+	@$(BIN)/python -m jobs.cluster up
+
+.PHONY: cluster-down
+cluster-down: ## stop them; what is stored stays
+	@if [ -x $(BIN)/python ] && [ -d var/cluster ]; then $(BIN)/python -m jobs.cluster down; fi
+
+.PHONY: clean
+clean: cluster-down ## remove .venv and var
+	@rm -rf .venv var *.egg-info
