@@ -39,6 +39,11 @@ def parser() -> argparse.ArgumentParser:
     """All verbs and their options."""
     root = argparse.ArgumentParser(prog="farseer", description="Train a vision model on unlabelled images, on SLURM.")
     verbs = root.add_subparsers(title="verbs", required=True, metavar="VERB")
+    options = _verb(verbs, "shards", shards, "pack a folder of images into shards, each image decoded once")
+    options.add_argument("source", metavar="SRC", help="a folder of images")
+    options.add_argument("target", metavar="DST", help="where the shards go: s3://bucket/folder")
+    options.add_argument("--workers", type=int, help="processes; by default one a core")
+    _json_option(options)
     plan_options(_verb(verbs, "plan", plan, "show what a run would do: the resolved config, steps, memory"))
     options = _verb(verbs, "submit", submit, "check everything, then start a run or go on with it")
     plan_options(options)
@@ -64,6 +69,8 @@ def parser() -> argparse.ArgumentParser:
     options = _verb(verbs, "status", status, "all runs: how far, how fast, what to look at")
     _site_option(options)
     _json_option(options)
+    options = _verb(verbs, "cluster", cluster, "an S3 server and a SLURM on this machine: SITE=local")
+    options.add_argument("action", choices=("up", "down", "status"))
     _supervise_options(_verb(verbs, "supervise", supervise, argparse.SUPPRESS))
     return root
 
@@ -73,6 +80,19 @@ def plan_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("config", metavar="CONF", help="a config file, such as conf/demo.yaml")
     options.add_argument("--set", default="", help="overrides: 'optim.lr=2.4 data.lanes=64'")
     _site_option(options)
+
+
+def shards(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from data_shards.pack import shards as pack
+
+    report = pack(options.source, options.target, progress=_progress(), workers=options.workers)
+    if options.json:
+        _say(json.dumps(asdict(report), indent=2))
+    else:
+        _say(*report.refused_lines(), f"{report.url}: {report.summary()}")
+    return 0
 
 
 def plan(options: argparse.Namespace) -> int:
@@ -164,6 +184,18 @@ def checkpoints(options: argparse.Namespace) -> int:
     return 0
 
 
+def cluster(options: argparse.Namespace) -> int:
+    from jobs import cluster
+    from jobs.site import LOCAL
+
+    if options.action == "down":
+        cluster.down(LOCAL.parent)
+        _say("down; what is stored stays until make clean")
+    else:
+        _say(*(cluster.up if options.action == "up" else cluster.status)(LOCAL.parent))
+    return 0
+
+
 def supervise(options: argparse.Namespace) -> int:
     """Around the ranks, in the job itself (jobs.supervise)."""
     from data_shards.store import Store
@@ -238,6 +270,18 @@ def _submitted(job: Any, site: str) -> int:
         f"next: make logs RUN={job.run}{where} FOLLOW=1, make status{where}, make cancel RUN={job.run}{where}",
     )
     return 0
+
+
+def _progress() -> Callable[[str, int, int], None] | None:
+    """A line on stderr that is written over, where a terminal shows it."""
+    if not sys.stderr.isatty():
+        return None
+
+    def show(what: str, done: int, total: int) -> None:
+        sys.stderr.write(f"\r\x1b[2K{what} {done:,}/{total:,}" + ("\n" if done == total else ""))
+        sys.stderr.flush()
+
+    return show
 
 
 def _row(one: "Status") -> list[str]:

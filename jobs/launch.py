@@ -20,7 +20,7 @@ import yaml
 from data_shards.errors import UserError
 from jobs import daemons, rank
 from jobs.runs import Job
-from jobs.site import INHERITED, ROOT, Site, export_lines
+from jobs.site import CARRIED, INHERITED, ROOT, Site, export_lines
 from jobs.start import cancel_marker, note
 
 PACKAGES = ("data_shards", "pipeline", "jobs")
@@ -53,7 +53,8 @@ def batch_script(site: Site, run_dir: Path, store: str) -> tuple[list[str], list
     threads = {"OMP_NUM_THREADS": str(site.cpus_per_rank)}
     network = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), site.interface) if site.interface else {}
     fixed = {"PYTHONPATH": str(run_dir / "snapshot"), "FARSEER_RUN_DIR": str(run_dir)}
-    head = [*export_lines({**fixed, **threads, **network, **site.environment}), *site.setup]
+    store_at = {name: os.environ[name] for name in CARRIED if name in os.environ}
+    head = [*export_lines({**fixed, **threads, **network, **store_at, **site.environment}), *site.setup]
     supervise = f"{python} -m jobs.cli supervise"
     if site.executor == "local":
         told = f"--ranks {site.ranks} --gpus {site.gpus_per_node} --time-limit-min {site.time_limit_min}"

@@ -19,14 +19,15 @@ def describe(config: Config, site: Site) -> Iterator[str]:
     manifest = Manifest.load(store)
     order = make_order(config.data, manifest.samples, manifest.mean_bytes, manifest.layout_id)
     steps = config.train.length(order)
-    images = steps * order.batch_samples
+    batch = config.data.batch
+    images = steps * batch
     yield yaml.safe_dump(config.dump(), sort_keys=False).rstrip()
     yield ""
     yield f"fingerprint    {config.fingerprint()}"
     yield f"data           {config.data.url}: {manifest.samples:,} samples of {manifest.mean_bytes / 1e3:,.0f} kB"
     yield f"length         {steps:,} steps = {images / manifest.samples:,.2f} epochs = {images:,} images"
-    yield f"batch          {order.batch_samples} = {order.lanes} lanes x {order.lane_batch}"
-    yield f"learning rate  {config.optim.lr:g} per 256 images, {config.optim.lr * order.batch_samples / 256:g} at most"
+    yield f"batch          {batch} = {order.lanes} lanes x {order.lane_batch}"
+    yield f"learning rate  {config.optim.lr:g} per 256 images, {config.optim.lr * batch / 256:g} at most"
     yield f"reads          {images * manifest.mean_bytes / 1e12:,.3f} TB"
     yield f"ranks          {site.nodes} nodes x {site.ranks_per_node} on SITE={site.name}"
     for ranks in (ranks for ranks in range(1, order.lanes + 1) if order.lanes % ranks == 0):

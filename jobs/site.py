@@ -22,6 +22,16 @@ SITES = ROOT / "conf" / "sites"
 LOCAL = ROOT / "var" / "cluster" / "site.yaml"
 # What the job takes over from the environment of the one who submits; the rest, secrets among it, stays behind.
 INHERITED = ("HOME", "LANG", "LOGNAME", "PATH", "SHELL", "TERM", "USER")
+# Names and paths that lead to the store; the keys themselves stay in the files.
+CARRIED = (
+    "AWS_PROFILE",
+    "AWS_CONFIG_FILE",
+    "AWS_SHARED_CREDENTIALS_FILE",
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+)
 _SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|API_?KEY|ACCESS_KEY", re.IGNORECASE)
 
 
@@ -72,12 +82,19 @@ class Site(Section):
         return Path(self.shared_dir) / run
 
     def activate(self) -> None:
-        """Give this process the site's environment, so that what is checked here is what the job will meet."""
+        """Give this process the site's environment, so that what is checked here is what the job will meet.
+
+        A site that says where the store's keys are says all of it: nothing inherited overrules it. Otherwise what this
+        process has by name (CARRIED) goes along with the job. Raises UserError for a key itself, which does not.
+        """
+        if any(name.startswith("AWS_") for name in self.environment):
+            for name in [name for name in os.environ if name.startswith("AWS_")]:
+                del os.environ[name]
         os.environ.update(self.environment)
-        carried = [name for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY") if name in os.environ]
-        if carried and self.executor == "slurm":
+        keys = [name for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY") if name in os.environ]
+        if keys and self.executor == "slurm":
             raise UserError(
-                f"{' and '.join(carried)} would not travel to the job (secrets stay out of it); unset them, put the "
+                f"{' and '.join(keys)} would not travel to the job (secrets stay out of it); unset them, put the "
                 f"key into a file, name it in SITE={self.name}: environment: {{AWS_SHARED_CREDENTIALS_FILE: ...}}"
             )
 

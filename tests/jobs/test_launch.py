@@ -8,7 +8,7 @@ import yaml
 from data_shards.errors import UserError
 from jobs import launch as launching
 from jobs.launch import batch_script, launch, slurm_executor
-from jobs.site import Site
+from jobs.site import CARRIED, Site
 
 SCRIPT = """\
 #!/bin/bash
@@ -59,6 +59,12 @@ srun --unbuffered --output /shared/first/logs/%j_%t_log.out --kill-on-bad-exit=1
 /env/bin/python -m jobs.cli supervise after --exit $? --max-cycles 3 --store s3://runs/first"""
 
 
+@pytest.fixture(autouse=True)
+def no_store_of_ours(monkeypatch):
+    for name in CARRIED:
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch) -> Site:
     programs = tmp_path / "bin"
@@ -103,6 +109,15 @@ def test_only_named_variables_of_the_submitter_travel_and_no_secret_stands_in_th
     text = executor._make_submission_file_text(executor._submitit_command_str, "0")
     assert "planted-secret" not in text
     assert "#SBATCH --export=HOME,LANG,LOGNAME,PATH,SHELL,TERM,USER\n" in text
+
+
+def test_where_the_store_is_travels_and_the_site_has_the_last_word(site, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://store:9000")
+    monkeypatch.setenv("AWS_PROFILE", "mine")
+    lines, _ = batch_script(site, Path("/shared/first"), "s3://runs/first")
+    assert "export AWS_ENDPOINT_URL=http://store:9000" in lines
+    assert "export AWS_PROFILE=farseer" in lines
+    assert "export AWS_PROFILE=mine" not in lines
 
 
 def test_a_local_job_is_served_by_the_snapshot_too():

@@ -1,9 +1,16 @@
+import os
 from pathlib import Path
 
 import pytest
 
 from data_shards.errors import UserError
 from jobs.site import SITES, Site, export_lines, load_site
+
+
+@pytest.fixture(autouse=True)
+def no_store_of_ours(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
 
 
 def write(tmp_path: Path, text: str) -> str:
@@ -55,6 +62,14 @@ def test_an_unknown_site_is_refused_with_those_that_there_are():
 def test_a_secret_in_a_site_is_refused(name):
     with pytest.raises(ValueError, match=f"{name} holds a secret"):
         Site(shared_dir="/x", environment={name: "abc"})
+
+
+def test_a_site_that_names_a_profile_is_not_overruled_by_what_was_inherited(monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_REGION"):
+        monkeypatch.setenv(name, "inherited")
+    monkeypatch.setenv("AWS_PROFILE", "inherited")
+    Site(shared_dir="/x", environment={"AWS_PROFILE": "farseer"}).activate()
+    assert {name: value for name, value in os.environ.items() if name.startswith("AWS_")} == {"AWS_PROFILE": "farseer"}
 
 
 def test_a_key_in_the_environment_is_refused_for_slurm_because_it_would_not_travel(monkeypatch):

@@ -167,9 +167,10 @@ def test_what_slurm_refuses_is_one_line_and_leaves_no_folder(scene):
 
 @pytest.fixture
 def setting(s3: Any, slurm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "Iterator[Setting]":
-    for name, value in slurm.environment.items():
-        monkeypatch.setenv(name, value)  # what a site brings along is gone after the test
-    setting = Setting(tmp_path, s3.bucket("shards"), s3.bucket("runs"), slurm.environment)
+    environment = {**s3.environment, **slurm.environment}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)  # what a test's site changes is put back after the test
+    setting = Setting(tmp_path, s3.bucket("shards"), s3.bucket("runs"), environment)
     yield setting
     for job in setting.held:
         monkeypatch.setenv("SLURM_CONF", slurm.environment["SLURM_CONF"])
@@ -210,7 +211,6 @@ def wrong_key(setting: Setting, patch: pytest.MonkeyPatch) -> None:
     path = setting.conf.with_name("credentials")
     path.write_text("\n".join(lines) + "\n")
     setting.site["environment"] = {**setting.site["environment"], "AWS_SHARED_CREDENTIALS_FILE": str(path)}
-    patch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(path))  # put back after the test
 
 
 def dead_controller(setting: Setting, patch: pytest.MonkeyPatch) -> None:
