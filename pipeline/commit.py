@@ -10,7 +10,7 @@ Relies on a store whose puts are atomic and whose listing is never stale. Knows 
 
 import hashlib
 import json
-import os
+import secrets
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -174,7 +174,7 @@ def fetch(store: Store, place: Place, file: File, folder: Path) -> None:
     if target.exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{file.name}.{os.getpid()}.partial"  # several ranks of a node may fetch the same file
+    partial = folder / f"{file.name}.{secrets.token_hex(4)}.partial"  # several ranks of a node may fetch the same file
     try:
         store.download(f"{place.path}/{file.name}", partial)
         check(partial, file, place)

@@ -96,7 +96,7 @@ class Sender:
             self._saves = [s for s in self._saves if s not in gone and not s.dropped and not s.failed]
             self._changed.notify_all()
         for save in dropped:
-            self._event("save dropped", step=save.place.step, reason=str(save.error or "a newer one takes its place"))
+            self._tell("save dropped", step=save.place.step, reason=str(save.error or "a newer one takes its place"))
         for save in gone + dropped:
             _remove(save.folder)
 
@@ -137,7 +137,7 @@ class Sender:
             self._fail(save, error)
         else:
             seconds = time.monotonic() - save.started
-            self._event("saved", step=save.place.step, seconds=seconds, bytes=part.files[0].size)
+            self._tell("saved", step=save.place.step, seconds=seconds, bytes=part.files[0].size)
             with self._changed:
                 save.part, save.unsent, save.written = part, list(part.files), True
                 self._changed.notify_all()
@@ -186,7 +186,7 @@ class Sender:
             self._changed.notify_all()
         if manifest:
             size = sum(file.size for file in manifest.files)
-            self._event("committed", step=save.place.step, seconds=time.monotonic() - save.started, bytes=size)
+            self._tell("committed", step=save.place.step, seconds=time.monotonic() - save.started, bytes=size)
             self._retain(save)
 
     def _commit(self, save: Save) -> commit.Manifest | None:
@@ -213,24 +213,28 @@ class Sender:
         except UserError as error:  # the checkpoint is there all the same; a lost fence is noticed by the next write
             resisted = [f"{save.place.path}: older ones not looked for: {error}"]
         for line in resisted:
-            self._event("checkpoint not deleted", step=save.place.step, reason=line)
+            self._tell("checkpoint not deleted", step=save.place.step, reason=line)
 
     def _rest(self, save: Save, error: Unavailable) -> None:
         with self._changed:
             save.error, save.resting = error, True
             self._changed.notify_all()
         reason = f"{error}; its files stay in {save.folder} and are sent with the next save"
-        self._event("save delayed", step=save.place.step, reason=reason)
+        self._tell("save delayed", step=save.place.step, reason=reason)
 
     def _refuse(self, save: Save, error: Refused | OSError) -> None:
         """This rank cannot save that step; the part that says so tells rank 0, which waits for it."""
+        if save.part.rank == 0 or save.part.refused is not None:
+            self._fail(save, error, fatal=False)
+            return
         with self._changed:
-            told = save.part.rank == 0 or save.part.refused is not None
             save.error, save.unsent, save.written = error, [], True
             save.part = replace(save.part, files=(), refused=str(error))
             self._changed.notify_all()
-        if told:
-            self._fail(save, error, fatal=False)
+
+    def _tell(self, name: str, **fields: object) -> None:
+        with suppress(OSError):  # a disk too full for an event does not end the thread that could still save
+            self._event(name, **fields)
 
     def _fail(self, save: Save, error: Exception, fatal: bool = True) -> None:
         if save.dropped:  # its local files went with it
@@ -242,7 +246,7 @@ class Sender:
                 self.failure = error
             self._changed.notify_all()
         name = "save refused" if isinstance(error, Refused) else "save failed"
-        self._event(name, step=save.place.step, reason=str(error))
+        self._tell(name, step=save.place.step, reason=str(error))
 
 
 def _write_whole(path: Path, data: bytes) -> None:

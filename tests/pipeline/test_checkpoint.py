@@ -279,7 +279,7 @@ def test_a_state_that_does_not_fit_is_refused_in_a_line_that_names_the_tensor_an
 ) -> None:
     Attempt(tmp_path).commit(1)
     attempt = Attempt(tmp_path, 2)
-    whole, wide = numbered(0), torch.ones(20, 31)
+    whole = numbered(0)
     cases = {
         r"no tensor head\.bias": {**whole, "head.bias": torch.zeros(2)},
         r"a tensor optim\.step, which this run does not know": {"model.weight": whole["model.weight"]},
@@ -450,7 +450,7 @@ def test_a_local_disk_that_takes_nothing_costs_the_save_and_not_the_training(tmp
 
 
 def cut_save(attempt: Attempt, writes: int, state: dict[str, Tensor], extra: dict[str, Any]) -> None:
-    """Begin a save of step 2 whose sending ends for good after that many writes, as if the process were killed there."""
+    """Begin a save of step 2 whose sending ends for good after that many writes, as if the process were killed."""
     cut = threading.Event()
     calls = iter([False] * (writes + 1) + [True])
 
