@@ -93,7 +93,7 @@ def test_places_slots_and_samples_agree_with_the_batch(order: Order, step: int) 
         assert batch[lane, i] == ids_of(order, window.chunks[int(slot)])[int(offset)]
 
 
-@settings(relaxed, max_examples=25)
+@settings(relaxed, max_examples=12)
 @given(orders())
 def test_the_inverse_names_exactly_the_steps_that_see_a_sample(order: Order) -> None:
     last = 2 * order.samples // order.batch_size + 1
@@ -153,15 +153,15 @@ def test_the_lanes_turn_over_at_different_steps() -> None:
     assert ends == [160 - 20 * lane for lane in range(8)]
 
 
-@pytest.mark.slow
-def test_a_permutation_is_a_bijection_for_every_n_up_to_5000() -> None:
-    for n in range(1, 5001):
+def test_a_permutation_is_a_bijection_for_every_n_up_to_300() -> None:
+    for n in range(1, 301):
         check_bijection(n)
 
 
-@pytest.mark.parametrize("n", range(1, 300))
-def test_a_small_permutation_is_a_bijection(n: int) -> None:
-    check_bijection(n)
+@pytest.mark.slow
+def test_a_permutation_is_a_bijection_for_every_n_up_to_5000() -> None:
+    for n in range(301, 5001):
+        check_bijection(n)
 
 
 @pytest.mark.parametrize("n", [2**k + d for k in range(9, 21) for d in (-1, 0, 1)])
