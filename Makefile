@@ -11,10 +11,11 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal -q
 CONF ?= conf/demo.yaml
 RUN ?=
 SET ?=
-SITE ?= local
+SITE ?=
 SRC ?=
 DST ?=
 run_option = --run "$(or $(RUN),$(error say which run: make $@ RUN=name))"
+site_option = $(if $(SITE),--site "$(SITE)")
 flag = $(if $($(1)),--$(2))
 
 .PHONY: help
@@ -59,39 +60,39 @@ bench: .venv/stamp ## measure, beside a peer in the same run; figures in var/ben
 
 .PHONY: shards
 shards: .venv/stamp ## pack SRC=folder into DST=s3://bucket/folder
-	@$(FARSEER) shards "$(or $(SRC),$(error say what to pack: make shards SRC=folder DST=s3://bucket/folder))" "$(or $(DST),$(error say where to: DST=s3://bucket/folder))" --site "$(SITE)"
+	@$(FARSEER) shards "$(or $(SRC),$(error say what to pack: make shards SRC=folder DST=s3://bucket/folder))" "$(or $(DST),$(error say where to: DST=s3://bucket/folder))" $(site_option)
 
 .PHONY: plan
 plan: .venv/stamp ## what a run would do: resolved config, steps, memory (CONF= SITE= SET=)
-	@$(FARSEER) plan "$(CONF)" --site "$(SITE)" --set "$(SET)"
+	@$(FARSEER) plan "$(CONF)" $(site_option) --set "$(SET)"
 
 .PHONY: submit
 submit: .venv/stamp ## start a run, or go on with it (CONF= RUN= SITE= SET=, FORCE=1)
-	@$(FARSEER) submit "$(CONF)" $(run_option) --site "$(SITE)" --set "$(SET)" $(call flag,FORCE,force)
+	@$(FARSEER) submit "$(CONF)" $(run_option) $(site_option) --set "$(SET)" $(call flag,FORCE,force)
 
 .PHONY: resume
 resume: .venv/stamp ## go on with a run that exists, under its own config (RUN=)
-	@$(FARSEER) resume $(run_option) --site "$(SITE)"
+	@$(FARSEER) resume $(run_option) $(site_option)
 
 .PHONY: status
 status: .venv/stamp ## all runs: how far, how fast, what to look at (JSON=1)
-	@$(FARSEER) status --site "$(SITE)" $(call flag,JSON,json)
+	@$(FARSEER) status $(site_option) $(call flag,JSON,json)
 
 .PHONY: logs
 logs: .venv/stamp ## the logs of RUN=, what failed first (FOLLOW=1, EVENTS=1)
-	@$(FARSEER) logs $(run_option) --site "$(SITE)" $(call flag,FOLLOW,follow) $(call flag,EVENTS,events)
+	@$(FARSEER) logs $(run_option) $(site_option) $(call flag,FOLLOW,follow) $(call flag,EVENTS,events)
 
 .PHONY: cancel
 cancel: .venv/stamp ## stop RUN= after a last checkpoint (NOW=1: without)
-	@$(FARSEER) cancel $(run_option) --site "$(SITE)" $(call flag,NOW,now)
+	@$(FARSEER) cancel $(run_option) $(site_option) $(call flag,NOW,now)
 
 .PHONY: checkpoints
 checkpoints: .venv/stamp ## the checkpoints of RUN= in the store (JSON=1)
-	@$(FARSEER) checkpoints $(run_option) --site "$(SITE)" $(call flag,JSON,json)
+	@$(FARSEER) checkpoints $(run_option) $(site_option) $(call flag,JSON,json)
 
 .PHONY: evaluate
 evaluate: .venv/stamp ## what the trunk of RUN= can do: BANK= and HELD_OUT= are labelled shard sets
-	@$(FARSEER) evaluate $(run_option) --site "$(SITE)" "$(or $(BANK),$(error say what to learn from: BANK=s3://...))" "$(or $(HELD_OUT),$(error say what to ask: HELD_OUT=s3://...))"
+	@$(FARSEER) evaluate $(run_option) $(site_option) "$(or $(BANK),$(error say what to learn from: BANK=s3://...))" "$(or $(HELD_OUT),$(error say what to ask: HELD_OUT=s3://...))"
 
 .PHONY: cluster-up
 cluster-up: .venv/stamp slurm ## a real S3 server and a real SLURM on this machine: SITE=local

@@ -43,6 +43,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("source", metavar="SRC", help="a folder of images")
     options.add_argument("target", metavar="DST", help="where the shards go: s3://bucket/folder")
     options.add_argument("--workers", type=int, help="processes; by default one a core")
+    options.add_argument(
+        "--site", default=os.environ.get("SITE"), help="whose keys to use; by default local, if it is up"
+    )
     _json_option(options)
     plan_options(_verb(verbs, "plan", plan, "show what a run would do: the resolved config, steps, memory"))
     options = _verb(verbs, "submit", submit, "check everything, then start a run or go on with it")
@@ -69,6 +72,15 @@ def parser() -> argparse.ArgumentParser:
     options = _verb(verbs, "status", status, "all runs: how far, how fast, what to look at")
     _site_option(options)
     _json_option(options)
+    options = _verb(verbs, "evaluate", evaluate, "what the trunk of a run can do, beside baselines")
+    options.add_argument("bank", metavar="BANK", help="labelled shards to learn from: s3://bucket/folder")
+    options.add_argument("held_out", metavar="HELD_OUT", help="labelled shards to ask about")
+    options.add_argument("--run", required=True, dest="name", help="the run's name")
+    _site_option(options)
+    _json_option(options)
+    options = _verb(verbs, "demo", demo, "the whole product on this machine, in about six minutes")
+    options.add_argument("--src", help="a folder of photographs of yours, in the place of the demo's")
+    options.add_argument("--set", default="", help="overrides of conf/demo.yaml: 'train.steps=100'")
     options = _verb(verbs, "cluster", cluster, "an S3 server and a SLURM on this machine: SITE=local")
     options.add_argument("action", choices=("up", "down", "status"))
     _supervise_options(_verb(verbs, "supervise", supervise, argparse.SUPPRESS))
@@ -86,7 +98,10 @@ def shards(options: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from data_shards.pack import shards as pack
+    from jobs.site import LOCAL, load_site
 
+    if options.site or LOCAL.exists():
+        load_site(options.site or "local").activate()
     report = pack(options.source, options.target, progress=_progress(), workers=options.workers)
     if options.json:
         _say(json.dumps(asdict(report), indent=2))
@@ -181,6 +196,24 @@ def checkpoints(options: argparse.Namespace) -> int:
             for row in found
         )
         _say(*_table(("CHECKPOINT", "SIZE", "STATE"), rows))
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    from data_shards.store import Store
+    from pipeline.evaluate.run import evaluate_run
+
+    found = evaluate_run(Store(_job(options).store), options.bank, options.held_out)
+    _say(*([json.dumps(found.to_json(), indent=2)] if options.json else found.text()))
+    return 0
+
+
+def demo(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from jobs.demo import demo as show
+
+    show(Path(options.src).expanduser() if options.src else None, options.set)
     return 0
 
 

@@ -7,15 +7,10 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from data_shards.errors import UserError
-from data_shards.index import Manifest, ShardSet
 from data_shards.pack import PackReport, PackSettings, pack
 from data_shards.store import Store
 from jobs import cluster, photos
@@ -51,7 +46,7 @@ class Figures:
     refused: int
 
 
-def demo(conf: Path = ROOT / "conf" / "demo.yaml", src: Path | None = None, overrides: str = "") -> Figures:
+def demo(src: Path | None = None, overrides: str = "") -> Figures:
     """Run it all; prints what it does. Raises UserError where a user can mend what is wrong."""
     began = time.monotonic()
     _stage(1, "A real S3 server and a real SLURM, on loopback")
@@ -70,7 +65,7 @@ def demo(conf: Path = ROOT / "conf" / "demo.yaml", src: Path | None = None, over
     _pack(pictures.test, held_out)
     _say(*(f"refused: {line}" for line in packed.refused_lines()))
 
-    config = load(conf, f"data.url={bank} {overrides}")
+    config = load(ROOT / "conf" / "demo.yaml", f"data.url={bank} {overrides}")
     run = time.strftime("demo-%Y%m%d-%H%M%S")
     _stage(4, f"Pretraining: SwAV on a RegNetY, {site.nodes} nodes, preempted half way")
     job = submit(config, site, run)
@@ -83,7 +78,9 @@ def demo(conf: Path = ROOT / "conf" / "demo.yaml", src: Path | None = None, over
     _say(*evaluation.text())
 
     _stage(6, "The report")
-    report = report_run(store, bank, held_out, evaluation, VAR / "report.html", authors=pictures.authors, site=site.name)
+    report = report_run(
+        store, bank, held_out, evaluation, VAR / "report.html", authors=pictures.authors, site=site.name
+    )
     figures = _figures(store, config, evaluation, len(planted), packed, time.monotonic() - began)
     (VAR / "demo.json").write_text(json.dumps(asdict(figures), indent=2) + "\n")
     _say(f"report: {report}", f"figures: {VAR / 'demo.json'}", "", _last_line(figures))
