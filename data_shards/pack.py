@@ -271,7 +271,8 @@ def _tally(refused: Sequence[Refusal]) -> str:
 def _worker_count(wanted: int | None, sources: int, dst: Store) -> int:
     if dst.url.startswith("memory:"):
         return 1  # other processes have other memory
-    return min(wanted or len(os.sched_getaffinity(0)), max(1, sources // 256))  # starting one takes a second
+    # to start some takes as long as to check a thousand images
+    return wanted or min(len(os.sched_getaffinity(0)), max(1, sources // 1000))
 
 
 class _Processes(NamedTuple):

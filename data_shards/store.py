@@ -277,11 +277,16 @@ class _Thread:
     def _start(self) -> None:
         self._selector = selectors.DefaultSelector()
         self._loop = asyncio.SelectorEventLoop(self._selector)
-        threading.Thread(target=self._loop.run_forever, name="store", daemon=True).start()
+        threading.Thread(target=_run, args=(self._loop,), name="store", daemon=True).start()
         if self._backend is None:
             self._backend = self._make_backend()
         # runs at close, when the store is forgotten, and before the interpreter ends
         self._close = weakref.finalize(self, _end, self._loop, self._backend)
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    loop.run_forever()
+    loop.close()
 
 
 _threads: "weakref.WeakSet[_Thread]" = weakref.WeakSet()
