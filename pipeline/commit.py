@@ -10,8 +10,8 @@ Relies on a store whose puts are atomic and whose listing is never stale. Knows 
 
 import hashlib
 import json
-import secrets
 import re
+import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path

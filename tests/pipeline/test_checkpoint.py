@@ -449,6 +449,18 @@ def test_a_local_disk_that_takes_nothing_costs_the_save_and_not_the_training(tmp
     assert folders(tmp_path) == ["step-000000002-a1"]
 
 
+def test_events_that_cannot_be_written_do_not_hold_up_the_saves(tmp_path: Path) -> None:
+    attempt = Attempt(tmp_path)
+
+    def full(name: str, **fields: Any) -> None:
+        attempt.events.append((name, fields))
+        raise OSError(28, "No space left on device")
+
+    attempt.checkpoints._sender._event = full
+    attempt.commit(1).commit(2)
+    until(lambda: attempt.names() == ["saved", "committed"] * 2)
+
+
 def cut_save(attempt: Attempt, writes: int, state: dict[str, Tensor], extra: dict[str, Any]) -> None:
     """Begin a save of step 2 whose sending ends for good after that many writes, as if the process were killed."""
     cut = threading.Event()
