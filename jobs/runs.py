@@ -157,7 +157,8 @@ def sentence(event: dict[str, Any]) -> str:
     """An event as a line: when, what, and whatever else it tells."""
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"]))
     known = ("time", "event", "attempt")
-    more = ", ".join(f"{key} {value}" for key, value in event.items() if key not in known and value is not None)
+    shown = {key: f"{value:.3g}" if isinstance(value, float) else value for key, value in event.items()}
+    more = ", ".join(f"{key} {value}" for key, value in shown.items() if key not in known and value is not None)
     return f"{when}  {event['event']}" + (f": {more}" if more else "")
 
 

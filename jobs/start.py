@@ -14,6 +14,7 @@ Everything here is small, local and without secrets; what a run learned is in th
 import contextlib
 import json
 import os
+import textwrap
 import time
 import traceback
 from collections.abc import Mapping
@@ -52,7 +53,8 @@ class Failure:
     exit_code: int | None
 
     def __str__(self) -> str:
-        return f"rank {self.rank} on {self.host}: {self.message}"
+        said = self.message if self.exit_code is not None else textwrap.shorten(self.message, 160, placeholder=" ...")
+        return f"rank {self.rank} on {self.host}: {said}"
 
 
 @dataclass(frozen=True)
