@@ -10,6 +10,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pipeline.report.run import report_run
+
 from data_shards.errors import UserError
 from data_shards.pack import PackReport, PackSettings, pack
 from data_shards.store import Store
@@ -21,12 +23,12 @@ from jobs.submit import submit
 from pipeline.config import Config, load
 from pipeline.evaluate.run import evaluate_run
 from pipeline.evaluate.table import Evaluation
-from pipeline.report.run import report_run
 from pipeline.run import read_events, read_metrics
 
 VAR = ROOT / "var"
 STAGES = 6
 POLL_S = 0.5
+SHARD_BYTES = 2**20  # small, so that a small set has several
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def demo(src: Path | None = None, overrides: str = "") -> Figures:
 
 
 def _pack(folder: Path, url: str) -> PackReport:
-    report = pack(folder, Store(url), PackSettings())
+    report = pack(folder, Store(url), PackSettings(shard_bytes=SHARD_BYTES))
     _say(f"{url}: {report.summary()}")
     return report
 
@@ -138,10 +140,13 @@ def _figures(
 
 
 def _last_line(figures: Figures) -> str:
+    probe = (
+        f"{figures.trained:.1%} trained, {figures.untrained:.1%} untrained, {figures.histogram:.1%} by colour histogram"
+    )
     return (
-        f"Shown in {figures.seconds / 60:.1f} minutes: {figures.steps} steps of SwAV, preempted and resumed from the store at "
-        f"step {figures.resumed_step}; loss {figures.loss:.2f} (ln K {figures.ln_k:.2f}); linear probe on distorted held-out "
-        f"tiles {figures.trained:.1%} trained, {figures.untrained:.1%} untrained, {figures.histogram:.1%} by colour histogram."
+        f"Shown in {figures.seconds / 60:.1f} minutes: {figures.steps} steps of SwAV, preempted, and resumed from the "
+        f"store at step {figures.resumed_step}; loss {figures.loss:.2f} (ln K {figures.ln_k:.2f}); linear probe on "
+        f"distorted held-out tiles {probe}."
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from data_shards.errors import UserError
 from data_shards.order import DataSettings, Order
@@ -50,7 +50,7 @@ class TrainSettings(Section):
         if self.steps is not None:
             return self.steps
         if self.images is not None:
-            return -(-self.images // order.batch_samples)
+            return -(-self.images // order.batch_size)
         assert self.epochs is not None
         return round(self.epochs * order.steps_per_epoch)
 
@@ -74,7 +74,7 @@ class Config(Section):
     augment: AugmentSettings = AugmentSettings()
     model: ModelSettings = ModelSettings()
     swav: SwAVSettings = SwAVSettings()
-    optim: OptimSettings = Field(default_factory=OptimSettings)
+    optim: OptimSettings = OptimSettings()
     train: TrainSettings
     efficiency: EfficiencySettings = EfficiencySettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
@@ -175,7 +175,7 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> _Source:
     if root is None:
         return own
     if not isinstance(root, yaml.MappingNode):
-        raise ConfigError(f"{path}: found a {root.id}, valid is a mapping of sections, such as `optim: {{lr: 0.3}}`")
+        raise ConfigError(f"{path}: found no mapping; valid is a mapping of sections, such as `optim: {{lr: 0.3}}`")
     own.values = _mapping(root, path, "", own)
     parent = own.values.pop("extends", None)
     return own if parent is None else _merge(_read_file(path.parent / str(parent), (*seen, path.resolve())), own)
@@ -189,7 +189,7 @@ def _mapping(node: yaml.MappingNode, path: Path, prefix: str, source: _Source) -
     loader = yaml.SafeLoader("")
     values: dict[str, Any] = {}
     for key_node, value_node in node.value:
-        key = str(loader.construct_object(key_node, deep=True))  # type: ignore[no-untyped-call]
+        key = str(loader.construct_object(key_node, deep=True))
         dotted = f"{prefix}.{key}" if prefix else key
         place = f"{path}:{key_node.start_mark.line + 1}"
         if key in values:
@@ -198,7 +198,7 @@ def _mapping(node: yaml.MappingNode, path: Path, prefix: str, source: _Source) -
         if isinstance(value_node, yaml.MappingNode):
             values[key] = _mapping(value_node, path, dotted, source)
         else:
-            values[key] = loader.construct_object(value_node, deep=True)  # type: ignore[no-untyped-call]
+            values[key] = loader.construct_object(value_node, deep=True)
     return values
 
 

@@ -31,22 +31,29 @@ class StepResult:
     usage_entropy: float | None = None  # of the mean code, as a share of ln K
 
 
+class Net(nn.Module):
+    """What is learned: trunk, projection head, prototypes."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.trunk = RegNet(config.model)
+        self.head = Head(self.trunk.width, config.swav)
+        self.prototypes = Prototypes(self.head.width, config.swav)
+
+
 class SwAV(pl.LightningModule):
-    """lanes: those of this rank; steps: of the whole run; group: gloo or NCCL group of all ranks (None: the default)."""
+    """lanes: those of this rank; steps: of the whole run. The process group must be there."""
 
     def __init__(self, config: Config, lanes: range, rank: int, world_size: int, steps: int) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.config, self.steps = config, steps
         torch.manual_seed(config.train.seed)
-        trunk = RegNet(config.model)
-        head = Head(trunk.width, config.swav)
-        prototypes = Prototypes(head.width, config.swav)
+        self.net = Net(config)
         group_lanes = config.model.batch_norm_lanes or config.data.lanes
-        self.net = nn.ModuleDict({"trunk": trunk, "head": head, "prototypes": prototypes})
         convert(self.net, lanes=len(lanes), rank=rank, world_size=world_size, group_lanes=group_lanes)
-        self.net.to(memory_format=torch.channels_last)
-        self.queue = Queue(config.swav, lanes, config.data.lanes, head.width)
+        self.net.trunk.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub leaves it out
+        self.queue = Queue(config.swav, lanes, config.data.lanes, self.net.head.width)
         self.step = 0  # steps done
         self.stop = False  # set at a batch boundary: the next batch is not trained
         self.result: StepResult | None = None
@@ -62,14 +69,14 @@ class SwAV(pl.LightningModule):
 
     def embed(self, crops: list[Tensor]) -> Tensor:
         """crops: one (B, n, 3, s, s) for each size -> (B, V, D), L2-normalised, views in the order of the crops."""
-        features = [self.net["trunk"](c.flatten(0, 1)).unflatten(0, c.shape[:2]) for c in crops]
+        features = [self.net.trunk(c.flatten(0, 1)).unflatten(0, c.shape[:2]) for c in crops]
         views = torch.cat(features, dim=1)
-        embeddings: Tensor = self.net["head"](views.flatten(0, 1)).unflatten(0, views.shape[:2])
+        embeddings: Tensor = self.net.head(views.flatten(0, 1)).unflatten(0, views.shape[:2])
         return embeddings
 
     def loss(self, crops: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """The loss (section 3.1), the assigning views' embeddings (B, 2, D) and their codes (2, B, K)."""
-        settings, prototypes = self.config.swav, self.net["prototypes"]
+        settings, prototypes = self.config.swav, self.net.prototypes
         embeddings = self.embed(crops)
         scores = prototypes(embeddings)
         assigning = embeddings[:, :ASSIGNING].detach()
@@ -88,10 +95,10 @@ class SwAV(pl.LightningModule):
         for parameters in optimizer.param_groups:
             parameters["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
-        self.net["prototypes"].normalise_()
+        self.net.prototypes.normalise_()
         loss, assigning, codes = self.loss(batch.crops)
         self.manual_backward(loss)
-        self.net["prototypes"].freeze_(self.step)
+        self.net.prototypes.freeze_(self.step)
         norm = nn.utils.get_total_norm([p.grad for p in self.net.parameters() if p.grad is not None])
         loss_value, norm_value = torch.stack([loss.detach().float(), norm.float()]).tolist()
         finite = norm_value < float("inf")  # False for nan too; ranks agree, since gradients are all-reduced

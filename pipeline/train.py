@@ -29,7 +29,7 @@ from pipeline.config import Config
 from pipeline.loader import Batch, Loader
 from pipeline.module import StepResult, SwAV
 from pipeline.monitor import Monitor
-from pipeline.run import Run, read_record
+from pipeline.run import Record, Run, read_record
 from pipeline.signals import RankEnvironment, StopRequest, own_signals
 
 Outcome = Literal["finished", "preempted", "terminated", "cancelled"]
@@ -97,11 +97,12 @@ class Session:
         self.lanes = self.order.lanes_of(launch.rank, launch.world_size)
         self.store = Store(launch.store, retry_seconds=self.config.reader.retry_seconds)
         self.run = self._claim()
+        self.record = _present(read_record(self.store))
         self.checkpoints = Checkpointer(
             self.store,
             Path(self.config.checkpoint.local_dir or Path(launch.run_dir) / "checkpoints"),
             attempt=self.run.attempt,
-            fingerprint=self.config.fingerprint(),
+            fingerprint=self.record.fingerprint,  # not the config's: FORCE=1 goes on under another one
             rank=launch.rank,
             world_size=launch.world_size,
             group=dist.new_group(backend="gloo"),
@@ -115,7 +116,7 @@ class Session:
         """Resume, train, leave."""
         found = self.checkpoints.newest()
         start = found.step if found else 0
-        self._event("resumed" if found else "started", step=start, world_size=self.launch.world_size)
+        self._event("resumed" if found else "started", step=start, steps=self.steps, ranks=self.launch.world_size)
         if start >= self.steps:
             return "finished"
         module = SwAV(self.config, self.lanes, self.launch.rank, self.launch.world_size, self.steps)
@@ -123,9 +124,7 @@ class Session:
         with ExitStack() as opened:
             reader = Reader(self.shards, self.order, self.lanes, start, self.config.reader, quarantine)
             opened.callback(reader.close)
-            loader = Loader(
-                reader, self.config.augment, self.config.data.seed, start, self.steps, self.config.loader
-            )
+            loader = Loader(reader, self.config.augment, self.config.data.seed, start, self.steps, self.config.loader)
             opened.callback(loader.close)
             watch = Watch(self, module, loader, found)
             opened.callback(watch.close)
@@ -172,7 +171,7 @@ class Session:
             strategy=strategy,
             devices=launch.local_world_size,
             num_nodes=launch.world_size // launch.local_world_size,
-            precision={"fp32": "32-true", "bf16": "bf16-mixed"}[self.config.train.precision],
+            precision="bf16-mixed" if self.config.train.precision == "bf16" else "32-true",
             max_epochs=1,
             callbacks=[watch],
             logger=False,
@@ -326,8 +325,8 @@ class Watch(pl.Callback):
             self.session._event("step skipped", step=result.step, reason="gradients are not finite")
         if self._skipped >= SKIPS_ALLOWED:
             raise UserError(
-                f"{self.session.store.url}: gradients were not finite for {self._skipped} steps up to {result.step}; weights are "
-                f"those of step {result.step - self._skipped}; lower optim.lr or raise swav.epsilon in a new RUN"
+                f"{self.session.store.url}: gradients were not finite for {self._skipped} steps up to {result.step}, "
+                f"weights are of step {result.step - self._skipped}; lower optim.lr or raise swav.epsilon, in a new RUN"
             )
 
     def _cancelled(self) -> bool:
@@ -337,10 +336,15 @@ class Watch(pl.Callback):
 
     def _open_monitor(self) -> Monitor:
         session, config = self.session, self.session.config
-        record = read_record(session.store)
-        assert record is not None
         quiet = max(config.swav.freeze_prototypes_steps, config.optim.warmup_steps)
-        return Monitor(session.run, config.monitor, config.dump(), record.wandb_id, config.swav.prototypes, quiet)
+        wandb_id, prototypes = session.record.wandb_id, config.swav.prototypes
+        return Monitor(session.run, config.monitor, config.dump(), wandb_id, prototypes, quiet)
+
+
+def _present(record: Record | None) -> Record:
+    if record is None:
+        raise UserError("run.json vanished from the run's folder while it started; start it again")
+    return record
 
 
 def _from_rank_0(values: list[Any], group: dist.ProcessGroup | None) -> list[Any]:

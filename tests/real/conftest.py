@@ -12,9 +12,9 @@ from tests.photos import write_tiles
 
 @pytest.fixture(scope="session")
 def tiny_set(s3: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """192 tiles of real photographs in shards of 50."""
+    """192 tiles of real photographs in several shards."""
     url = s3.bucket("shards")
-    pack(write_tiles(tmp_path_factory.mktemp("tiles"), 192), Store(url), PackSettings())
+    pack(write_tiles(tmp_path_factory.mktemp("tiles"), 192), Store(url), PackSettings(shard_bytes=150_000))
     yield url
 
 
