@@ -24,7 +24,7 @@ _ORIENTATION = 0x0112
 _JPEG_CODINGS = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive; GPU decoders give zeros for lossless ones
 
 
-class Refused(Exception):  # noqa: N818
+class Refused(Exception):
     """A file that does not become a sample. `reason` is one of a few rules, `detail` what was found."""
 
     def __init__(self, reason: str, detail: str = "") -> None:

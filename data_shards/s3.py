@@ -51,7 +51,7 @@ _TRANSIENT = (
 )
 
 
-class _Transient(Exception):  # noqa: N818
+class _Transient(Exception):
     """An answer that may be another one next time; the text says what it was."""
 
 

@@ -29,23 +29,23 @@ class StoreError(UserError):
     """Something about the store that asking again does not mend."""
 
 
-class NotFound(StoreError):  # noqa: N818
+class NotFound(StoreError):
     """There is no such object."""
 
 
-class AlreadyExists(StoreError):  # noqa: N818
+class AlreadyExists(StoreError):
     """A put with `create_only` came second."""
 
 
-class Denied(StoreError):  # noqa: N818
+class Denied(StoreError):
     """The store refuses the key, or what it may do."""
 
 
-class Truncated(StoreError):  # noqa: N818
+class Truncated(StoreError):
     """The object ends before the range that was asked for."""
 
 
-class Unavailable(StoreError):  # noqa: N818
+class Unavailable(StoreError):
     """The store did not answer within `retry_seconds`."""
 
 
@@ -256,7 +256,7 @@ class _Thread:
             if self._loop is None:
                 self._start()
             loop = self._loop
-        assert loop is not None  # noqa: S101
+        assert loop is not None
         return asyncio.run_coroutine_threadsafe(coroutine, loop)
 
     def close(self) -> None:

@@ -135,7 +135,7 @@ class Checkpointer:
         found = None
         for name in self._ranks.together(self._committed_names)[0]:
             place = Place.parse(name)
-            assert place is not None  # noqa: S101
+            assert place is not None
             found, complaint = self._examine(place)
             if found is not None:
                 break

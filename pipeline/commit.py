@@ -29,11 +29,11 @@ _PART = re.compile(r"rank-(\d+)\.json")
 Fence = Callable[[], None]  # raises when the attempt must not write any more
 
 
-class Damaged(UserError):  # noqa: N818 - what it is, not an error of ours
+class Damaged(UserError):
     """Bytes are not those that were saved."""
 
 
-class Refused(UserError):  # noqa: N818
+class Refused(UserError):
     """A checkpoint that a rank does not let come into being."""
 
 

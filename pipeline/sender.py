@@ -147,7 +147,7 @@ class Sender:
             with self._changed:
                 self._changed.wait_for(lambda: self._next() is not None)
                 save = self._next()
-            assert save is not None  # noqa: S101
+            assert save is not None
             try:
                 self._send(save)
             except Unavailable as error:

@@ -186,7 +186,7 @@ def test_a_place_that_holds_another_set_is_refused_and_left_as_it_is(tiles: Path
 def test_an_interrupted_packing_leaves_no_set_and_nothing_of_it_in_the_next(tiles: Path, tmp_path: Path) -> None:
     store = Store(f"file://{tmp_path}")
 
-    class Interrupted(Exception):  # noqa: N818
+    class Interrupted(Exception):
         pass
 
     def stop(what: str, done: int, total: int) -> None:

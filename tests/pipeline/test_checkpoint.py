@@ -361,7 +361,7 @@ def test_damaged_newer_checkpoints_do_not_count_among_those_that_are_kept(tmp_pa
     until(lambda: folders(tmp_path) == ["step-000000010-a1", "step-000000015-a2"])
 
 
-class Superseded(UserError):  # noqa: N818
+class Superseded(UserError):
     exit_code = 3
 
 

@@ -1,6 +1,5 @@
 """What tests on real parts share: a small set of photographs packed into the real S3, and a bucket for runs."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,11 +10,11 @@ from tests.photos import write_tiles
 
 
 @pytest.fixture(scope="session")
-def tiny_set(s3: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def tiny_set(s3: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
     """192 tiles of real photographs in several shards."""
     url = s3.bucket("shards")
     pack(write_tiles(tmp_path_factory.mktemp("tiles"), 192), Store(url), PackSettings(shard_bytes=150_000))
-    yield url
+    return url
 
 
 @pytest.fixture(scope="session")

@@ -72,7 +72,9 @@ def start(config: dict[str, Any], run_dir: Path, world_size: int) -> Ranks:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with log.open("wb") as out:
             ranks.processes.append(
-                subprocess.Popen([sys.executable, "-m", "tests.real.ranks", str(file)], stdout=out, stderr=out, env=environment)
+                subprocess.Popen(
+                    [sys.executable, "-m", "tests.real.ranks", str(file)], stdout=out, stderr=out, env=environment
+                )
             )
         ranks.logs.append(log)
     return ranks
