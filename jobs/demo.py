@@ -48,16 +48,16 @@ class Figures:
     refused: int
 
 
-def demo(src: Path | None = None, overrides: str = "") -> Figures:
-    """Run it all; prints what it does. Raises UserError where a user can mend what is wrong."""
+def demo(src: Path | None = None, overrides: str = "", var: Path = VAR) -> Figures:
+    """Run it all below the folder `var`; prints what it does. Raises UserError where a user can mend what is wrong."""
     began = time.monotonic()
     _stage(1, "A real S3 server and a real SLURM, on loopback")
-    _say(*cluster.up(VAR / "cluster"))
-    site = load_site("local")
+    _say(*cluster.up(var / "cluster"))
+    site = load_site(str(var / "cluster" / "site.yaml"))
     site.activate()
 
     _stage(2, "Real photographs")
-    pictures = photos.prepare(VAR / "photos", src)
+    pictures = photos.prepare(var / "photos", src)
     _say(pictures.summary())
 
     _stage(3, "Packing them into shards in the store")
@@ -81,11 +81,11 @@ def demo(src: Path | None = None, overrides: str = "") -> Figures:
 
     _stage(6, "The report")
     report = report_run(
-        store, bank, held_out, evaluation, VAR / "report.html", authors=pictures.authors, site=site.name
+        store, bank, held_out, evaluation, var / "report.html", authors=pictures.authors, site=site.name
     )
     figures = _figures(store, config, evaluation, len(planted), packed, time.monotonic() - began)
-    (VAR / "demo.json").write_text(json.dumps(asdict(figures), indent=2) + "\n")
-    _say(f"report: {report}", f"figures: {VAR / 'demo.json'}", "", _last_line(figures))
+    (var / "demo.json").write_text(json.dumps(asdict(figures), indent=2) + "\n")
+    _say(f"report: {report}", f"figures: {var / 'demo.json'}", "", _last_line(figures))
     return figures
 
 

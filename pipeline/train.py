@@ -5,8 +5,10 @@ Nothing about where to resume comes from the launcher: it is found in the store.
 
 import datetime
 import json
+import logging
 import resource
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -59,12 +61,20 @@ def run_rank(config: Config, launch: Launch) -> Outcome:
     """
     request = StopRequest()
     request.install()
+    _quieten()
     torch.set_num_threads(config.efficiency.torch_threads)
     _join(config, launch)
     try:
         return Session(config, launch, request).train()
     finally:
         dist.destroy_process_group()
+
+
+def _quieten() -> None:
+    """What Lightning says at each start and nobody can act on stays out of the ranks' logs."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for text in ("The `srun` command is available", "`broadcast_buffers` is deprecated", "`isinstance\\(treespec"):
+        warnings.filterwarnings("ignore", text)
 
 
 def _join(config: Config, launch: Launch) -> None:

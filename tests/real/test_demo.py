@@ -1,0 +1,35 @@
+"""`make demo`, short: the same path from photographs to report, with fewer steps."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from jobs import cluster
+from jobs.demo import demo
+from jobs.site import ROOT
+from tests.conftest import kept_environment
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.mark.skipif(not shutil.which("apt-get"), reason="the photographs come from Debian packages; no apt-get here")
+def test_the_demo_preempts_resumes_evaluates_and_reports(tmp_path: Path) -> None:
+    photographs = ROOT / "var" / "photos"
+    photographs.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "photos").symlink_to(photographs)  # downloaded once for all
+    try:
+        with kept_environment():
+            figures = demo(overrides="train.steps=24 checkpoint.every_steps=6 monitor.wandb=off", var=tmp_path)
+    finally:
+        cluster.down(tmp_path / "cluster")
+    assert figures.preempted
+    assert figures.resumed_step is not None
+    assert 12 <= figures.resumed_step < 24
+    assert figures.steps == 24
+    assert figures.refused == figures.planted_corrupt == 5
+    assert json.loads((tmp_path / "demo.json").read_text())["loss"] == figures.loss
+    page = (tmp_path / "report.html").read_text()
+    assert page.lstrip().startswith("<!DOCTYPE html>")
+    assert "preempted" in page
