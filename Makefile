@@ -62,6 +62,10 @@ bench: .venv/stamp ## measure, beside a peer in the same run; figures in var/ben
 shards: .venv/stamp ## pack SRC=folder into DST=s3://bucket/folder
 	@$(FARSEER) shards "$(or $(SRC),$(error say what to pack: make shards SRC=folder DST=s3://bucket/folder))" "$(or $(DST),$(error say where to: DST=s3://bucket/folder))" $(site_option)
 
+.PHONY: verify
+verify: .venv/stamp ## whether the shard set DST= holds what its manifest says (FULL=1: decode every image)
+	@$(FARSEER) verify "$(or $(DST),$(error say which set: make verify DST=s3://bucket/folder))" $(site_option) $(call flag,FULL,full)
+
 .PHONY: plan
 plan: .venv/stamp ## what a run would do: resolved config, steps, memory (CONF= SITE= SET=)
 	@$(FARSEER) plan "$(CONF)" $(site_option) --set "$(SET)"
@@ -87,8 +91,8 @@ cancel: .venv/stamp ## stop RUN= after a last checkpoint (NOW=1: without)
 	@$(FARSEER) cancel $(run_option) $(site_option) $(call flag,NOW,now)
 
 .PHONY: checkpoints
-checkpoints: .venv/stamp ## the checkpoints of RUN= in the store (JSON=1)
-	@$(FARSEER) checkpoints $(run_option) $(site_option) $(call flag,JSON,json)
+checkpoints: .venv/stamp ## the checkpoints of RUN= in the store (VERIFY=1: every byte, JSON=1)
+	@$(FARSEER) checkpoints $(run_option) $(site_option) $(call flag,VERIFY,verify) $(call flag,JSON,json)
 
 .PHONY: evaluate
 evaluate: .venv/stamp ## what the trunk of RUN= can do: BANK= and HELD_OUT= are labelled shard sets

@@ -47,6 +47,13 @@ def parser() -> argparse.ArgumentParser:
         "--site", default=os.environ.get("SITE"), help="whose keys to use; by default local, if it is up"
     )
     _json_option(options)
+    options = _verb(verbs, "verify", verify, "whether a shard set holds what its manifest says")
+    options.add_argument("target", metavar="DST", help="the set: s3://bucket/folder")
+    options.add_argument("--full", action="store_true", help="check and decode every image; else sizes and indexes")
+    options.add_argument(
+        "--site", default=os.environ.get("SITE"), help="whose keys to use; by default local, if it is up"
+    )
+    _json_option(options)
     plan_options(_verb(verbs, "plan", plan, "show what a run would do: the resolved config, steps, memory"))
     options = _verb(verbs, "submit", submit, "check everything, then start a run or go on with it")
     plan_options(options)
@@ -68,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
         if name == "cancel":
             options.add_argument("--now", action="store_true", help="without a last checkpoint")
         if name == "checkpoints":
+            options.add_argument("--verify", action="store_true", help="read and hash every byte of them")
             _json_option(options)
     options = _verb(verbs, "status", status, "all runs: how far, how fast, what to look at")
     _site_option(options)
@@ -98,16 +106,31 @@ def shards(options: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from data_shards.pack import shards as pack
-    from jobs.site import LOCAL, load_site
 
-    if options.site or LOCAL.exists():
-        load_site(options.site or "local").activate()
+    _use_keys(options.site)
     report = pack(options.source, options.target, progress=_progress(), workers=options.workers)
     if options.json:
         _say(json.dumps(asdict(report), indent=2))
     else:
         _say(*report.refused_lines(), f"{report.url}: {report.summary()}")
     return 0
+
+
+def verify(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from data_shards.store import Store
+    from data_shards.verify import verify as check
+
+    _use_keys(options.site)
+    report = check(Store(options.target), full=options.full, progress=_progress())
+    if options.json:
+        _say(json.dumps(asdict(report), indent=2))
+    else:
+        how = "every image decoded" if report.full else "sizes and indexes; FULL=1 decodes every image"
+        verdict = f"{len(report.faults)} faults" if report.faults else "as its manifest says"
+        _say(*report.faults, f"{report.url}: {report.samples:,} images in {report.shards:,} shards: {verdict} ({how})")
+    return 1 if report.faults else 0
 
 
 def plan(options: argparse.Namespace) -> int:
@@ -187,14 +210,11 @@ def checkpoints(options: argparse.Namespace) -> int:
     from jobs.runs import stored_checkpoints
 
     job = _job(options)
-    found = stored_checkpoints(job.store)
+    found = stored_checkpoints(job.store, options.verify)
     if options.json:
         _say(json.dumps(found, indent=2))
     else:
-        rows = (
-            [row["name"], f"{row['bytes'] / 1e6:.1f} MB", "whole" if row["committed"] else "not committed"]
-            for row in found
-        )
+        rows = ([row["name"], f"{row['bytes'] / 1e6:.1f} MB", row["state"]] for row in found)
         _say(*_table(("CHECKPOINT", "SIZE", "STATE"), rows))
     return 0
 
@@ -279,6 +299,14 @@ def _site_option(options: argparse.ArgumentParser) -> None:
 
 def _json_option(options: argparse.ArgumentParser) -> None:
     options.add_argument("--json", action="store_true", help="for scripts")
+
+
+def _use_keys(site: str | None) -> None:
+    """Those of a site; without one those of the local site if it is up, else whatever the AWS chain finds."""
+    from jobs.site import LOCAL, load_site
+
+    if site or LOCAL.exists():
+        load_site(site or "local").activate()
 
 
 def _config(options: argparse.Namespace, more: str = "") -> "Config":

@@ -203,15 +203,21 @@ def show(job: Job, lines: int, follow: bool, out: TextIO) -> None:
         time.sleep(FOLLOW_S)
 
 
-def stored_checkpoints(store: str) -> list[dict[str, Any]]:
-    """The checkpoints of a run in the store, oldest first: name, bytes, whether its manifest says that it is whole."""
-    found: dict[str, dict[str, Any]] = {}
-    for entry in Store(store).list("checkpoints"):
-        _, name, file = entry.path.split("/", 2)
-        row = found.setdefault(name, {"name": name, "bytes": 0, "committed": False})
-        row["bytes"] += entry.size
-        row["committed"] |= file == "MANIFEST.json"
-    return [found[name] for name in sorted(found)]
+def stored_checkpoints(url: str, verify: bool = False) -> list[dict[str, Any]]:
+    """The checkpoints of a run in the store, oldest first: name, bytes, state in words.
+
+    verify: read and hash every byte of those that are committed.
+    """
+    from pipeline import commit
+
+    store = Store(url)
+    found = []
+    for place, objects in sorted(commit.survey(store).items()):
+        state = "committed" if commit.MANIFEST in objects else "not committed"
+        if verify and state == "committed":
+            state = commit.damage(store, place) or "verified"
+        found.append({"name": place.name, "bytes": sum(objects.values()), "state": state})
+    return found
 
 
 def _show_new(path: Path, places: dict[Path, int], lines: int, out: TextIO) -> None:

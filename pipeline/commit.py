@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 import secrets
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -183,6 +184,18 @@ def fetch(store: Store, place: Place, file: File, folder: Path) -> None:
         raise Damaged(f"{place.path}: {file.name} is missing") from None
     finally:
         partial.unlink(missing_ok=True)
+
+
+def damage(store: Store, place: Place) -> str | None:
+    """What is wrong with a checkpoint that exists, None when every byte of it is right; downloads all of it."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for file in read_manifest(store, place).files:
+                fetch(store, place, file, Path(folder))
+                (Path(folder) / file.name).unlink()
+    except Damaged as found:
+        return str(found)
+    return None
 
 
 def check(path: Path, file: File, place: Place) -> None:

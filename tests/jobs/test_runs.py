@@ -143,13 +143,13 @@ def test_a_cancel_of_a_job_that_is_over_is_refused(job, monkeypatch):
     assert not (job.run_dir / "cancel").exists()
 
 
-def test_checkpoints_in_the_store_are_whole_when_their_manifest_is_there(tmp_path):
+def test_checkpoints_in_the_store_exist_when_their_manifest_is_there(tmp_path):
     root = tmp_path / "store" / "first" / "checkpoints"
-    for name, files in (("step-000000100-a01", ("w", "MANIFEST.json")), ("step-000000200-a01", ("w",))):
+    for name, files in (("step-000000100-a1", ("w", "MANIFEST.json")), ("step-000000200-a1", ("w",))):
         for file in files:
             (root / name).mkdir(parents=True, exist_ok=True)
             (root / name / file).write_text("12345")
     assert stored_checkpoints(f"file://{tmp_path}/store/first") == [
-        {"name": "step-000000100-a01", "bytes": 10, "committed": True},
-        {"name": "step-000000200-a01", "bytes": 5, "committed": False},
+        {"name": "step-000000100-a1", "bytes": 10, "state": "committed"},
+        {"name": "step-000000200-a1", "bytes": 5, "state": "not committed"},
     ]

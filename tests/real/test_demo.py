@@ -21,7 +21,7 @@ def test_the_demo_preempts_resumes_evaluates_and_reports(tmp_path: Path) -> None
     (tmp_path / "photos").symlink_to(photographs)  # downloaded once for all
     try:
         with kept_environment():
-            figures = demo(overrides="train.steps=24 checkpoint.every_steps=6 monitor.wandb=off", var=tmp_path)
+            figures = demo(overrides="train.steps=24 checkpoint.every_steps=6 monitor.wandb=disabled", var=tmp_path)
     finally:
         cluster.down(tmp_path / "cluster")
     assert figures.preempted

@@ -37,7 +37,7 @@ def config_for(tiny_set: str, runs: str, **checkpoint: Any) -> dict[str, Any]:
         "train": {"steps": STEPS},
         "efficiency": {"deterministic": True},
         "checkpoint": {"every_steps": 10, **checkpoint},
-        "monitor": {"log_every": 5, "wandb": "off", "upload_seconds": 0.5},
+        "monitor": {"log_every": 5, "wandb": "disabled", "upload_seconds": 0.5},
     }
 
 
