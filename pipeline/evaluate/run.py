@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -34,6 +35,8 @@ def evaluate_run(store: Store, bank_url: str, held_out_url: str) -> Evaluation:
     bank, held_out = open_tiles(bank_url), open_tiles(held_out_url)
     views = render_views(bank, held_out, config.augment)
     evaluation = evaluate(trained, untrained_trunk(config), bank, held_out, views)
+    made_of = {"step": step, "bank_url": bank_url, "held_out_url": held_out_url}
+    evaluation = replace(evaluation, facts=evaluation.facts | made_of)
     store.put(f"eval/step-{step:09d}.json", json.dumps(evaluation.to_json()).encode())
     return evaluation
 

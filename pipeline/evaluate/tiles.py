@@ -1,0 +1,50 @@
+"""Labelled images as they lie in a shard set: encoded bytes, what they show, how large they are."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_shards.errors import UserError
+from data_shards.index import ShardSet
+
+STAMP = "stamp-"  # labels of cut-outs on a plain ground begin so; all others name the photograph that a tile is from
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """N encoded images in the order of their ids. sizes: (N, 2), height and width in pixels."""
+
+    images: Sequence[bytes]
+    labels: Sequence[str]
+    sizes: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def photographs(self) -> NDArray[np.int64]:
+        """Places of the tiles that were cut from photographs."""
+        return np.flatnonzero([not label.startswith(STAMP) for label in self.labels])
+
+    def stamps(self) -> NDArray[np.int64]:
+        """Places of the cut-outs."""
+        return np.flatnonzero([label.startswith(STAMP) for label in self.labels])
+
+
+def read_tiles(shards: ShardSet) -> Tiles:
+    """All images of a small shard set. Raises UserError when some have no label."""
+    table = shards.table().to_pydict()
+    labels = [label or "" for label in table["label"]]
+    if "" in labels:
+        raise UserError(
+            f"{shards.store.url}: {labels.count('')} of {len(labels)} images have no label, and an evaluation needs "
+            "one for each; pack it from folders named by what they show, or evaluate on another set"
+        )
+    images: list[bytes] = []
+    for shard, samples in enumerate(shards.manifest.shard_samples):
+        data = shards.store.get(shards.shard_path(shard))
+        for row in range(len(images), len(images) + samples):
+            start = table["offset"][row]
+            images.append(data[start : start + table["size"][row]])
+    return Tiles(images, labels, np.column_stack([table["height"], table["width"]]).astype(np.int64))

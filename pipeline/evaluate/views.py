@@ -1,0 +1,86 @@
+"""The images of an evaluation as a trunk sees them: clean, distorted and grey, through the training's own loader.
+
+Distortions are drawn by the augmentation's own rule from a seed of their own, once: every trunk and every baseline is
+asked about the same pixels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.augment import AugmentSettings, CropSettings, Draws, draw
+from pipeline.evaluate.tiles import Tiles
+from pipeline.loader import LoaderSettings, render
+
+SIZE = 96  # pixels; figures at another size are not comparable
+SEED = 20  # of the distortions
+
+
+@dataclass(frozen=True)
+class Views:
+    """Normalised images, each (n, 3, s, s) float32 on the CPU; mean and std are those of the normalisation.
+
+    bank: all tiles of the bank; held_out: all held-out tiles; distorted, grey: the held-out tiles of photographs.
+    """
+
+    bank: Tensor
+    held_out: Tensor
+    distorted: Tensor
+    grey: Tensor
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+def render_views(bank: Tiles, held_out: Tiles, augment: AugmentSettings) -> Views:
+    """Decode and draw all views. augment: the run's own, of which the mean and std are kept."""
+    photographs = held_out.photographs()
+    sizes = held_out.sizes[photographs]
+    grey = replace(plain(sizes), saturation=np.zeros(len(sizes), np.float32))
+    return Views(
+        bank=_show(bank.images, bank.sizes, plain(bank.sizes), augment),
+        held_out=_show(held_out.images, held_out.sizes, plain(held_out.sizes), augment),
+        distorted=render_distorted(held_out, augment, np.arange(len(photographs))),
+        grey=_show([held_out.images[i] for i in photographs], sizes, grey, augment),
+        mean=augment.mean,
+        std=augment.std,
+    )
+
+
+def render_distorted(held_out: Tiles, augment: AugmentSettings, which: NDArray[np.integer]) -> Tensor:
+    """(n, 3, s, s): those rows of Views.distorted alone, the same pixels."""
+    chosen = held_out.photographs()[which]
+    settings, sizes = distortion(augment), held_out.sizes[chosen]
+    draws = draw(settings, SEED, np.zeros_like(chosen), which.astype(np.int64), sizes[:, 0], sizes[:, 1])[0]
+    return _show([held_out.images[i] for i in chosen], sizes, draws, settings)
+
+
+def _show(images: Sequence[bytes], sizes: NDArray[np.int64], draws: Draws, augment: AugmentSettings) -> Tensor:
+    (crops,) = render(images, sizes, augment, [draws], LoaderSettings(device="cpu"))
+    return crops[:, 0].contiguous(memory_format=torch.channels_last)
+
+
+def distortion(augment: AugmentSettings) -> AugmentSettings:
+    """What "distorted" means: half to nine tenths of the area, flipped, mildly coloured, sometimes grey or blurred."""
+    return AugmentSettings(
+        crops=(CropSettings(size=SIZE, count=1, scale=(0.5, 0.9)),),
+        flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, grey=0.2, blur=0.5,
+        mean=augment.mean, std=augment.std,
+    )  # fmt: skip
+
+
+def plain(sizes: NDArray[np.int64]) -> Draws:
+    """The largest centred square of each image, unchanged. sizes: (n, 2), height and width in pixels."""
+    side = sizes.min(axis=1)
+    top, left = ((sizes - side[:, None]) // 2).T
+    n = len(sizes)
+    one, zero = np.ones(n, np.float32), np.zeros(n, np.float32)
+    return Draws(
+        size=SIZE,
+        box=np.stack([top, left, side, side], axis=1).astype(np.int32),
+        flip=np.zeros(n, np.bool_),
+        brightness=one, contrast=one, saturation=one, hue_degrees=zero, sigma=zero,
+    )  # fmt: skip

@@ -1,0 +1,60 @@
+"""The probe is at the optimum of its formula, chooses its decay without the test tiles, and repeats itself."""
+
+import numpy as np
+import torch
+
+from pipeline.evaluate.probe import fit, solve
+
+
+def problem(seed: int, samples: int = 150, noise: float = 1.5) -> tuple[torch.Tensor, torch.Tensor]:
+    """Four classes of clouds in 10 dimensions, of very different scales, the last of which never changes."""
+    drawn = np.random.default_rng(seed)
+    labels = drawn.integers(0, 4, samples)
+    centres = np.random.default_rng(99).normal(size=(4, 10))
+    x = (centres[labels] + noise * drawn.normal(size=(samples, 10))) * np.logspace(-3, 3, 10)
+    x[:, -1] = 7.0
+    return torch.tensor(x, dtype=torch.float32), torch.tensor(labels)
+
+
+def test_the_gradient_of_the_formula_is_zero_at_the_solution() -> None:
+    x, y = problem(0)
+    for decay in (0.3, 0.01):
+        probe = solve(x, y, classes=4, decay=decay)
+        features = x.double().numpy()
+        spread = features.std(axis=0)
+        standard = (features - features.mean(axis=0)) / np.where(spread > 0, spread, 1)
+        scores = standard @ probe.weight.numpy() + probe.bias.numpy()
+        chances = np.exp(scores - scores.max(axis=1, keepdims=True))
+        chances /= chances.sum(axis=1, keepdims=True)
+        error = chances - np.eye(4)[y.numpy()]
+        assert np.abs(standard.T @ error / len(x) + decay * probe.weight.numpy()).max() < 1e-4
+        assert np.abs(error.mean(axis=0)).max() < 1e-4
+
+
+def test_the_probe_is_equal_to_scikit_learns() -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    x, y = problem(1)
+    probe = solve(x, y, classes=4, decay=0.03)
+    standard = ((x.double() - probe.mean) / probe.std).numpy()
+    other = LogisticRegression(C=1 / (0.03 * len(x)), tol=1e-10, max_iter=5000).fit(standard, y.numpy())
+    unseen = problem(2)[0]
+    theirs = other.predict_proba(((unseen.double() - probe.mean) / probe.std).numpy())
+    assert np.abs(torch.softmax(probe.logits(unseen), dim=1).numpy() - theirs).max() < 1e-3
+
+
+def test_noisy_features_get_a_strong_decay_and_clear_ones_a_weak_one() -> None:
+    noisy, clear = fit(*problem(0, noise=6.0), classes=4), fit(*problem(0, noise=0.2), classes=4)
+    assert noisy.decay > 10 * clear.decay
+
+
+def test_fitting_twice_gives_the_same_bits() -> None:
+    x, y = problem(5)
+    once, again = fit(x, y, classes=4), fit(x, y, classes=4)
+    assert torch.equal(once.weight, again.weight)
+    assert once.decay == again.decay
+
+
+def test_a_bank_too_small_to_leave_anything_out_still_gives_a_probe() -> None:
+    x = torch.eye(4)
+    assert fit(x, torch.arange(4), classes=4).predict(x).tolist() == [0, 1, 2, 3]
