@@ -21,7 +21,7 @@ import yaml
 from data_shards.errors import UserError
 from jobs import daemons
 from jobs.local_s3 import BUCKETS, OVERRIDES, S3, activate, environment, running_s3, start_s3, stop_s3
-from jobs.local_slurm import Slurm, call, missing_programs, running_slurm, start_slurm, stop_slurm
+from jobs.local_slurm import OtherSettings, Slurm, call, missing_programs, running_slurm, start_slurm, stop_slurm
 from jobs.slurm_conf import Settings
 
 __all__ = [
@@ -77,13 +77,15 @@ class Local:
 def up(directory: Path = DIRECTORY, settings: Settings | None = None) -> list[str]:
     """Start both, or go on with what runs; returns lines that say what is there.
 
-    Raises UserError when S3 cannot be started; SLURM can be done without.
+    Raises UserError when S3 cannot be started, or SLURM runs with other settings. SLURM itself can be done without.
     """
     directory, settings = directory.resolve(), settings or Settings()
     s3 = start_s3(directory / "s3")
     try:
         slurm: Slurm | None = start_slurm(directory / "slurm", settings)
         said = f"SLURM: {settings.nodes} nodes, logs in {directory / 'slurm' / 'log'}"
+    except OtherSettings:
+        raise
     except UserError as error:
         slurm, said = None, f"{error}; going on without it: jobs run through submitit's local executor"
     local = Local(directory, s3, slurm, settings.nodes)

@@ -8,19 +8,20 @@
 Its web interfaces have no password: they listen on 127.0.0.1 only, like the rest.
 """
 
+import http.client
 import json
 import os
+import re
 import secrets
 import shutil
-import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
-from botocore.session import Session
+from botocore.auth import S3SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.credentials import Credentials
 
 from data_shards.errors import UserError
 from jobs import daemons
@@ -173,7 +174,8 @@ def _answers(directory: Path, server: Server, buckets: Sequence[str], timeout_s:
         found = _buckets(directory, server)
         missing = set(buckets) - set(found or ())
         if found is not None and missing:
-            _make_buckets(directory, server, missing)
+            for name in sorted(missing):  # its own start-up may be making them, so only the next look tells
+                _request(directory, server, "PUT", f"/{name}")
         return found is not None and not missing
 
     return daemons.wait_until(ready, timeout_s) and server.process.running()
@@ -181,39 +183,27 @@ def _answers(directory: Path, server: Server, buckets: Sequence[str], timeout_s:
 
 def _buckets(directory: Path, server: Server) -> list[str] | None:
     """The names of the buckets, asked for with our key; None when it does not answer or refuses the key."""
-    if not _listens(server.ports["s3.port"]):
-        return None
-    try:
-        return [bucket["Name"] for bucket in _client(directory, server).list_buckets()["Buckets"]]
-    except (BotoCoreError, ClientError):
-        return None
+    status, body = _request(directory, server, "GET", "/")
+    return re.findall(r"<Name>([^<]+)</Name>", body) if status == 200 else None
 
 
-def _make_buckets(directory: Path, server: Server, names: set[str]) -> None:
-    client = _client(directory, server)
-    for name in sorted(names):
-        try:
-            client.create_bucket(Bucket=name)
-        except (BotoCoreError, ClientError):
-            return  # made by its own start-up meanwhile, or not ready: the next look tells
+def _request(directory: Path, server: Server, method: str, path: str) -> tuple[int, str]:
+    """Status and body of a signed request; status 0 without an answer.
 
-
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.settimeout(2)
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _client(directory: Path, server: Server):  # type: ignore[no-untyped-def]  # botocore makes its classes as it runs
+    Signed by hand: a client of botocore would read the user's profile, which need not exist or be ours.
+    """
     keys = json.loads((directory / "identities.json").read_text())["identities"][0]["credentials"][0]
-    return Session().create_client(
-        "s3",
-        REGION,
-        endpoint_url=server.url,
-        aws_access_key_id=keys["accessKey"],
-        aws_secret_access_key=keys["secretKey"],
-        config=Config(connect_timeout=2, read_timeout=5, retries={"total_max_attempts": 1}, proxies={}),
-    )
+    request = AWSRequest(method, server.url + path)
+    S3SigV4Auth(Credentials(keys["accessKey"], keys["secretKey"]), "s3", REGION).add_auth(request)
+    connection = http.client.HTTPConnection("127.0.0.1", server.ports["s3.port"], timeout=5)
+    try:
+        connection.request(method, path, headers=dict(request.headers.items()))
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode(errors="replace")
+    except (OSError, http.client.HTTPException):
+        return 0, ""
+    finally:
+        connection.close()
 
 
 def _program() -> str:
@@ -257,7 +247,7 @@ def _draw_ports() -> dict[str, int]:
 
 
 def _end(server: Server) -> None:
-    daemons.stop(server.process)
+    daemons.stop(server.process, timeout_s=10)
     # The program puts its sockets here, whatever TMPDIR says, and leaves them when it is killed. The ports tell ours.
     for name, port in server.ports.items():
         if name.endswith(".grpc"):

@@ -35,6 +35,10 @@ LONGEST_SOCKET = 107  # bytes of a path that the kernel takes
 LONGEST_STEP_SOCKET = len("/spool/node99/node99_60000000.4294967291")
 
 
+class OtherSettings(UserError):
+    """It runs already, and not as asked for; its jobs would have to die for that."""
+
+
 @dataclass(frozen=True)
 class Slurm:
     """A running cluster. `stop()` cancels its jobs and leaves no process."""
@@ -87,7 +91,7 @@ def missing_programs() -> list[str]:
 def start_slurm(directory: Path, settings: Settings | None = None, timeout_s: float = 60.0) -> Slurm:
     """Start the cluster, or what of it does not run; returns when all nodes take jobs.
 
-    Raises UserError when the packages are missing, when it runs with other settings, or does not come up.
+    Raises UserError when the packages are missing or it does not come up, OtherSettings when it runs with others.
     """
     directory, settings = directory.resolve(), settings or Settings()
     if missing := missing_programs():
@@ -95,7 +99,7 @@ def start_slurm(directory: Path, settings: Settings | None = None, timeout_s: fl
     with daemons.exclusively(directory / "lock"):
         record = Record.load(directory)
         if record and record.alive() and record.settings != settings:
-            raise UserError(f"{directory}: {_difference(record.settings, settings)}; make cluster-down first")
+            raise OtherSettings(f"{directory}: {_difference(record.settings, settings)}; make cluster-down first")
         for _ in range(2):  # a port may be taken by another process between the look and its use
             if not (record and record.alive()):
                 record = _prepare(directory, settings, record)
