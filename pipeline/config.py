@@ -134,7 +134,7 @@ def load(path: str | Path, overrides: str | Sequence[str] = ()) -> Config:
     try:
         config = Config.model_validate(source.values)
     except ValidationError as error:
-        source.errors += [_explain(source, str(path), details) for details in error.errors()]
+        source.errors += _explained(error, source, str(path))
     if source.errors:
         raise ConfigError("\n".join(source.errors))
     return config
@@ -145,7 +145,7 @@ def parse(values: Mapping[str, Any], name: str) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(_Source(dict(values)), name, d) for d in error.errors())) from None
+        raise ConfigError("\n".join(_explained(error, _Source(dict(values)), name))) from None
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -229,6 +229,13 @@ def _override(source: _Source, text: str) -> None:
     source.places[key] = "SET"
 
 
+def _explained(error: ValidationError, source: _Source, name: str) -> list[str]:
+    """A line for each mistake; one inside a list is not told again as a mistake of the list."""
+    found = error.errors()
+    inner = {tuple(details["loc"][:-2]) for details in found}
+    return [_explain(source, name, d) for d in found if not (d["type"] == "too_short" and tuple(d["loc"]) in inner)]
+
+
 def _explain(source: _Source, name: str, error: Any) -> str:
     keys = [str(part) for part in error["loc"]]
     dotted = ".".join(keys)
@@ -239,10 +246,17 @@ def _explain(source: _Source, name: str, error: Any) -> str:
         return f"{place}: {dotted}: unknown key (found {error['input']!r}); {_valid_keys(error['loc'])}"
     if error["type"] == "missing":
         return f"{place}: {dotted}: missing; it has no default, so set it"
-    message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    if error["type"] == "value_error" and isinstance(error["input"], Mapping | BaseModel):
-        return f"{place}: {dotted}: {message}" if dotted else f"{place}: {message}"
-    return f"{place}: {dotted}: found {error['input']!r}; valid is {message}"
+    message = (
+        error["msg"]
+        .removeprefix("Value error, ")
+        .removeprefix("Input should be ")
+        .replace("a valid integer", "an integer")
+        .replace("a valid ", "a ")
+    )
+    if error["type"] != "value_error":
+        return f"{place}: {dotted}: found {error['input']!r}; valid is {message}"
+    whole = isinstance(error["input"], Mapping | BaseModel)  # a check of a section's keys together names what it found
+    return ": ".join(filter(None, (place, dotted, "" if whole else f"found {error['input']!r}", message)))
 
 
 def _valid_keys(loc: Sequence[str | int]) -> str:
