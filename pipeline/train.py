@@ -78,6 +78,8 @@ def _quieten() -> None:
 
 
 def _join(config: Config, launch: Launch) -> None:
+    if torch.cuda.is_available():
+        torch.cuda.set_device(launch.local_rank)
     dist.init_process_group(
         "nccl" if torch.cuda.is_available() else "gloo",
         init_method=f"tcp://{launch.master_addr}:{launch.master_port}",
@@ -128,6 +130,9 @@ class Session:
         start = found.step if found else 0
         self._event("resumed" if found else "started", step=start, steps=self.steps, ranks=self.launch.world_size)
         if start >= self.steps:
+            self._event("finished", step=start)
+            if self.launch.rank == 0:
+                self.run.upload()
             return "finished"
         module = SwAV(self.config, self.lanes, self.launch.rank, self.launch.world_size, self.steps)
         quarantine = {int(sample) for sample, *_ in found.extra["quarantine"]} if found else set()
@@ -202,7 +207,7 @@ class Session:
 
     def _leave(self, module: SwAV, watch: "Watch") -> Outcome:
         deadline = time.monotonic() + self.launch.stop_budget_s
-        outcome = watch.outcome or "finished"
+        outcome = "finished" if module.step >= self.steps else watch.outcome or "finished"
         if outcome != "finished":
             self._event(outcome, step=module.step)
         if self.checkpoints.pending_step != module.step:
