@@ -10,8 +10,12 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
-_POINT = 1 << 40  # losses are added as integers of this unit: the sum does not depend on the order of ranks
+_Words = NDArray[np.uint64]
+
+_UNIT = 2.0**-32  # losses are added as integers of this unit: the sum does not depend on the order of ranks
+_LARGEST = 1e5  # a loss beyond is told as this: the sum fits 64 bits on 20,000 ranks
 
 
 @dataclass(frozen=True)
@@ -30,11 +34,11 @@ class StepSums:
 
     def mean_loss(self, world_size: int) -> float | None:
         """Mean over ranks, None when the loss of one was not finite."""
-        return None if self.not_finite else self.loss / _POINT / world_size
+        return None if self.not_finite else self.loss * _UNIT / world_size
 
 
 class Agreement:
-    """One sum in flight, over a gloo group of its own."""
+    """One sum in flight. Other collectives of its gloo group belong between `finish` and the next `begin`."""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self._group = group
@@ -42,7 +46,9 @@ class Agreement:
         self._work: dist.Work | None = None
 
     def begin(self, sums: StepSums) -> None:
-        """Start adding this rank's values; `finish` must have been called for the step before."""
+        """Start adding this rank's values. Raises RuntimeError when those of the step before were not read."""
+        if self._work is not None:
+            raise RuntimeError("the sums of the step before were not read; call finish first")
         self._tensor = torch.tensor([getattr(sums, f.name) for f in fields(sums)], dtype=torch.int64)
         self._work = dist.all_reduce(self._tensor, group=self._group, async_op=True)
 
@@ -57,10 +63,10 @@ class Agreement:
 
 def fixed_point(loss: float) -> int:
     """The loss as `StepSums.loss` takes it; 0 when it is not finite."""
-    return round(loss * _POINT) if math.isfinite(loss) else 0
+    return round(min(max(loss, -_LARGEST), _LARGEST) / _UNIT) if math.isfinite(loss) else 0
 
 
-def batch_hash(ids: np.ndarray, lanes: range, step: int) -> int:
+def batch_hash(ids: NDArray[np.int64], lanes: range, step: int) -> int:
     """A hash of which samples stand at which place of the step's global batch; sums over ranks modulo 2^64.
 
     ids: (B,) of this rank, lane by lane. Mixed with splitmix64's finalizer.
@@ -73,8 +79,9 @@ def batch_hash(ids: np.ndarray, lanes: range, step: int) -> int:
     return int(mixed.sum(dtype=np.uint64).astype(np.int64))
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def _mix(x: _Words) -> _Words:
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    mixed: _Words = x ^ (x >> np.uint64(31))
+    return mixed
