@@ -146,21 +146,24 @@ def _recorded(directory: Path) -> Server | None:
 
 
 def _start(directory: Path, before: Server | None, buckets: Sequence[str], timeout_s: float) -> Server:
-    """Ports are asked for and then taken by another process, so another may come between: three tries."""
+    """Another process may take a port between our look and its use, and the server ends at once: three tries."""
     program = _program()
     _write_credentials(directory)
     log = directory / "server.log"
     ports = before.ports if before and set(before.ports) == set(SERVICES) else _draw_ports()
+    if not daemons.wait_until(lambda: all(map(daemons.is_free, ports.values())), 2):  # a killed one leaves them late
+        ports = _draw_ports()
     for _ in range(3):
-        if not all(daemons.is_free(port) for port in ports.values()):
-            ports = _draw_ports()
         process = daemons.spawn(_command(program, directory, buckets, ports), _server_environment(directory), log)
         server = Server(process.pid, process.started, ports)
         daemons.write_private(directory / "server.json", json.dumps(asdict(server)))
         _write_config(directory, server)
         if _answers(directory, server, buckets, timeout_s):
             return server
+        hangs = server.process.running()
         _end(server)
+        if hangs:
+            break
         ports = _draw_ports()
     raise UserError(f"{directory}: the local S3 server does not come up: {_last_line(log)} (see {log})")
 

@@ -70,6 +70,18 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedSlurm]:
         yield SharedSlurm(running, running.environment())
 
 
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """After all processes of the run: end what one of them left running because it was killed."""
+    base = getattr(getattr(config, "_tmp_path_factory", None), "_basetemp", None)
+    if base is None or hasattr(config, "workerinput"):
+        return
+    for folder in base.glob("shared*"):
+        if (folder / "s3").is_dir():
+            cluster.stop_s3(folder / "s3")
+        if (folder / "slurm").is_dir():
+            cluster.stop_slurm(folder / "slurm")
+
+
 def run_folder(factory: pytest.TempPathFactory) -> Path:
     """A folder that all processes of this run share, and no other run."""
     base = factory.getbasetemp()
