@@ -1,27 +1,33 @@
 """A run's folder in the store: its record, its attempts, its journals.
 
 runs/<name>/
-  run.json                     fingerprint, layout of the data, W&B id; written once, by the first start
-  config.yaml                  the resolved config
+  run.json                     fingerprint, config, layout of the data, W&B id; written once, by the first start
+  config.yaml                  the resolved config of the newest start
   attempts/0001.json           one for each start; the highest number owns the run, all others must stop
   environment/a01.json         packages and hardware of each start
   metrics/a01-000001.jsonl     a row a step; segments, since object stores cannot append
   events/a01-000001.jsonl      started, resumed, preempted, saved, ... with time, attempt and step
-  checkpoints/step-000001000-a01/
+  checkpoints/step-000001000-a1/
   eval/
+
+The same lines stand on the shared disk, in <run>/a01/metrics.jsonl and events.jsonl, where they are followed at once.
 """
 
 import json
+import math
 import platform
 import threading
 import time
 import uuid
+import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from data_shards.errors import UserError
@@ -29,8 +35,6 @@ from data_shards.index import Manifest
 from data_shards.order import ORDER_VERSION
 from data_shards.store import AlreadyExists, NotFound, Store
 from pipeline.config import Config, differences, parse
-
-PACKAGES = ("torch", "pytorch-lightning", "nvidia-dali-cuda130", "numpy", "s3fs", "submitit", "webdataset", "wandb")
 
 
 class Superseded(UserError):
@@ -41,7 +45,7 @@ class Superseded(UserError):
 
 @dataclass(frozen=True)
 class Record:
-    """What a run is, fixed by its first start."""
+    """What a run is, fixed by its first start. Its checkpoints bear the fingerprint, whatever was forced later."""
 
     fingerprint: str
     layout_id: str
@@ -49,6 +53,7 @@ class Record:
     order_version: int
     wandb_id: str
     created: float
+    config: dict[str, Any]
 
 
 def record_of(config: Config, manifest: Manifest) -> Record:
@@ -60,6 +65,7 @@ def record_of(config: Config, manifest: Manifest) -> Record:
         order_version=ORDER_VERSION,
         wandb_id=uuid.uuid4().hex[:12],
         created=time.time(),
+        config=config.dump(),
     )
 
 
@@ -69,10 +75,15 @@ def read_record(store: Store) -> Record | None:
         return Record(**json.loads(store.get("run.json")))
     except NotFound:
         return None
+    except (ValueError, TypeError):
+        raise UserError(
+            f"{store.url}: run.json is damaged, or of another version of this program; go on with the one that "
+            f"started the run, or start a new RUN"
+        ) from None
 
 
 def read_config(store: Store) -> Config:
-    """The resolved config of a run that has started. Raises UserError when it has not."""
+    """The resolved config of a run's newest start. Raises UserError when it has never started."""
     try:
         return parse(yaml.safe_load(store.get("config.yaml")), f"{store.url}/config.yaml")
     except NotFound:
@@ -94,16 +105,21 @@ def check_same(store: Store, config: Config, manifest: Manifest, force: bool = F
         )
     if (record.layout_id, record.samples) != (manifest.layout_id, manifest.samples):
         raise UserError(
-            f"{store.url}: began on shards with layout {record.layout_id} ({record.samples} samples), {config.data.url} "
-            f"has {manifest.layout_id} ({manifest.samples}); point data.url at the first ones, or start a new RUN"
+            f"{store.url}: began on shards with layout {record.layout_id} ({record.samples} samples), "
+            f"{config.data.url} has {manifest.layout_id} ({manifest.samples}); point data.url at the first ones, "
+            f"or start a new RUN"
         )
-    if record.fingerprint != config.fingerprint() and not force:
-        changed = "; ".join(differences(read_config(store).results(), config.results()))
+    began_with = parse(record.config, f"{store.url}/run.json")  # fills in what the program has learnt since
+    changed = "; ".join(differences(began_with.results(), config.results()))
+    if changed and not force:
         raise UserError(f"{store.url}: began with another config ({changed}); start a new RUN, or FORCE=1 to go on")
 
 
 class Run:
-    """The run as one attempt of it sees it. Only rank 0 writes through it."""
+    """The run as one attempt of it sees it. Only rank 0 writes through it.
+
+    local: the run's folder on the shared disk.
+    """
 
     def __init__(self, store: Store, local: Path, attempt: int) -> None:
         self.store = store
@@ -116,15 +132,14 @@ class Run:
     @classmethod
     def start(cls, store: Store, local: Path, config: Config, manifest: Manifest) -> "Run":
         """Write the record if this is the first start, then claim the next attempt; any older attempt is fenced off."""
-        check_same(store, config, manifest, force=config.checkpoint.force)
-        try:
-            record = json.dumps(asdict(record_of(config, manifest))).encode()
+        record = json.dumps(asdict(record_of(config, manifest))).encode()
+        with suppress(AlreadyExists):
             store.put("run.json", record, create_only=True)
-        except AlreadyExists:
-            pass
-        store.put("config.yaml", yaml.safe_dump(config.dump(), sort_keys=False).encode())
+        check_same(store, config, manifest, force=config.checkpoint.force)
         run = cls(store, local, _claim(store))
+        store.put("config.yaml", yaml.safe_dump(config.dump(), sort_keys=False).encode())
         store.put(f"environment/a{run.attempt:02d}.json", json.dumps(environment()).encode())
+        run._take_over()
         return run
 
     def fence(self) -> None:
@@ -139,49 +154,113 @@ class Run:
         self.events.append({"time": time.time(), "attempt": self.attempt, "event": name, **fields})
 
     def upload(self) -> None:
-        """Put the lines that the store does not have yet."""
+        """Put the lines that the store does not have yet. Raises Superseded, StoreError; they are kept then."""
         self.fence()
         self.metrics.upload()
         self.events.upload()
 
+    def _take_over(self) -> None:
+        """Send what older attempts left on the shared disk: a checkpoint of theirs may yet be completed.
+
+        Folders of this number or above are of another run that had the same name; their lines are put aside.
+        """
+        for folder in sorted(self.local.parent.glob("a[0-9]*")):
+            for name in ("metrics", "events"):
+                path = folder / f"{name}.jsonl"
+                if int(folder.name[1:]) >= self.attempt:
+                    _put_aside(path)
+                else:
+                    left = Journal(path, self.store, f"{name}/a{self.attempt:02d}-left-by-{folder.name}")
+                    left.take_up()
+                    left.upload()
+
 
 class Journal:
-    """JSON lines: appended to a local file at once, to the store in numbered segments."""
+    """JSON lines: to a local file at once, to the store in numbered segments.
+
+    A segment that the store did not confirm is put again as it was, under its number, so that an answer that was lost
+    doubles nothing. How many bytes of the local file the store has stands beside it, in `.sent`; when that is older
+    than the truth, lines go up a second time, and readers drop the copies. Never waits for the store but in `upload`.
+    """
 
     def __init__(self, local: Path, store: Store, prefix: str) -> None:
         self.local, self.store, self.prefix = local, store, prefix
-        self._segment = 0
-        self._pending: list[str] = []
-        self._lock = threading.Lock()
+        self._segment = 1
+        self._unconfirmed = b""  # the segment of that number
+        self._unconfirmed_end = 0  # in the local file, bytes
+        self._pending: list[bytes] = []
+        self._end = 0
+        self._lines, self._uploads = threading.Lock(), threading.Lock()
 
-    def append(self, line: dict[str, Any]) -> None:
-        """One object a line, flushed so that another process can follow the file."""
-        text = json.dumps(line) + "\n"
-        with self._lock:
+    def append(self, line: dict[str, Any]) -> dict[str, Any]:
+        """Take one object; returns it as it was written, with None for numbers that JSON does not have.
+
+        The file is closed each time, which shows the line to other machines of a shared disk. A disk that refuses does
+        not stop anything: the line goes to the store alone.
+        """
+        kept: dict[str, Any] = _finite(line)
+        text = json.dumps(kept, allow_nan=False).encode() + b"\n"
+        with self._lines:
             self._pending.append(text)
-            with self.local.open("a") as file:
-                file.write(text)
+            try:
+                with self.local.open("ab") as file:
+                    file.write(text)
+                self._end = self.local.stat().st_size
+            except OSError as error:
+                warnings.warn(f"{error}; lines go to the store only", stacklevel=2)
+        return kept
+
+    def take_up(self) -> None:
+        """Hold as pending the lines of the local file, of another process, that the store does not have."""
+        sent = self._sent_path()
+        start = int(text) if sent.exists() and (text := sent.read_text()) else 0
+        with self._lines:
+            self._pending = [line + b"\n" for line in json_lines(self.local, start)]
+            self._end = self.local.stat().st_size if self._pending else 0
 
     def upload(self) -> None:
         """Put the pending lines as the next segment; kept for the next call when the store refuses them."""
-        with self._lock:
-            if not self._pending:
-                return
-            self.store.put(f"{self.prefix}-{self._segment + 1:06d}.jsonl", "".join(self._pending).encode())
-            self._segment += 1
-            self._pending.clear()
+        with self._uploads:
+            while self._freeze():
+                self.store.put(f"{self.prefix}-{self._segment:06d}.jsonl", self._unconfirmed)
+                self._segment += 1
+                self._unconfirmed = b""
+                with suppress(OSError):
+                    self._sent_path().write_text(str(self._unconfirmed_end))
+
+    def _freeze(self) -> bool:
+        """Whether there is a segment to put; what is pending becomes one when there was none."""
+        with self._lines:
+            if not self._unconfirmed:
+                self._unconfirmed, self._unconfirmed_end = b"".join(self._pending), self._end
+                self._pending.clear()
+        return bool(self._unconfirmed)
+
+    def _sent_path(self) -> Path:
+        return self.local.with_suffix(".sent")
+
+
+def json_lines(path: Path, start: int = 0) -> list[bytes]:
+    """The lines of a file from a byte on, without those that were cut; none when there is no file."""
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            lines = file.read().split(b"\n")
+    except FileNotFoundError:
+        return []
+    return [line for line in lines if _is_json(line)]
 
 
 def read_events(store: Store) -> list[dict[str, Any]]:
     """All events of a run, oldest first."""
-    return sorted(_lines(store, "events"), key=lambda event: float(event["time"]))
+    return sorted(_stored_lines(store, "events"), key=lambda event: float(event["time"]))
 
 
 def read_metrics(store: Store) -> list[dict[str, Any]]:
     """The rows of a run, one a step: where an attempt began again, the rows of those before it end."""
     rows: dict[int, dict[str, Any]] = {}
     attempts: dict[int, list[dict[str, Any]]] = {}
-    for row in _lines(store, "metrics"):
+    for row in _stored_lines(store, "metrics"):
         attempts.setdefault(row["run"]["attempt"], []).append(row)
     for _, own in sorted(attempts.items()):
         first = min(row["result"]["step"] for row in own)
@@ -190,28 +269,43 @@ def read_metrics(store: Store) -> list[dict[str, Any]]:
 
 
 def environment() -> dict[str, Any]:
-    """Packages and hardware, without anything secret."""
-    import torch
-
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    """Packages and hardware, without anything secret: no variable of the environment is in it."""
     return {
         "host": platform.node(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": versions,
-        "gpus": gpus,
+        "packages": {found.name: found.version for found in metadata.distributions()},
+        "cuda": torch.version.cuda,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
 
 
-def _lines(store: Store, folder: str) -> Iterator[dict[str, Any]]:
-    for entry in store.list(folder):
-        yield from map(json.loads, store.get(entry.path).decode().splitlines())
+def _stored_lines(store: Store, folder: str) -> Iterator[dict[str, Any]]:
+    """All at once; a line that was sent twice comes once."""
+    waiting = [store.submit(store.read(entry.path)) for entry in store.list(folder)]
+    lines = dict.fromkeys(line for segment in waiting for line in segment.result().splitlines())
+    return map(json.loads, lines)
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _put_aside(path: Path) -> None:
+    path.with_suffix(".sent").unlink(missing_ok=True)
+    with suppress(FileNotFoundError):
+        path.rename(path.with_suffix(".old"))
 
 
 def _claim(store: Store) -> int:
