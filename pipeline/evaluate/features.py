@@ -14,8 +14,8 @@ def with_statistics_of(trunk: nn.Module, images: Tensor, batch: int = 128) -> nn
     images: (N, 3, s, s). Batches are of nearly equal size and take every n-th image, so that images that lie together
     (tiles of one photograph) do not make a batch of their own.
     """
-    copied = copy.deepcopy(trunk).to(memory_format=torch.channels_last)
-    copied.eval()
+    copied = copy.deepcopy(trunk).eval()
+    copied.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     norms = [module for module in copied.modules() if isinstance(module, _BatchNorm)]
     for norm in norms:
         norm.reset_running_stats()

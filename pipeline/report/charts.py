@@ -1,0 +1,249 @@
+"""Charts as inline SVG and a little HTML: curves over steps, and grouped bars.
+
+A curve's drawing stretches with the page; its lines keep their width, and its words are HTML at percentages, so that
+they keep their size. The drawing's own coordinates are percentages too, from the upper left corner.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.report.figures import number
+from pipeline.report.markup import Markup, element, join
+
+MOST_POINTS = 600  # of a curve; more are averaged, a screen does not show them
+
+
+@dataclass(frozen=True)
+class Series:
+    """A curve. kind is its look: trend, raw (faint, behind the others) or second."""
+
+    name: str
+    steps: Sequence[int]
+    values: Sequence[float]
+    kind: str = "trend"
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Something that happened at a step: preempted, resumed, ..."""
+
+    step: int
+    what: str
+
+
+@dataclass(frozen=True)
+class Axis:
+    """From low to high, with ticks at round numbers."""
+
+    low: float
+    high: float
+    ticks: tuple[float, ...]
+
+    @classmethod
+    def over(cls, low: float, high: float, ticks: int = 5, tight: bool = False) -> "Axis":
+        """Wide enough for both; ends at a tick unless it is tight."""
+        if not high > low:
+            low, high = low - 0.5, low + 0.5
+        step = _round_step((high - low) / ticks)
+        first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+        marks = [round(n * step, 12) for n in range(first, last + 1)]
+        if tight:
+            return cls(low, high, tuple(tick for tick in marks if low <= tick <= high))
+        return cls(marks[0], marks[-1], tuple(marks))
+
+    def share(self, value: float) -> float:
+        """Where a value lies, 0 at the low end and 1 at the high one."""
+        return (value - self.low) / (self.high - self.low)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where steps and values lie in a drawing, in per cent from its upper left corner."""
+
+    x: Axis
+    y: Axis
+
+    def along(self, step: float) -> float:
+        return round(100 * self.x.share(step), 3)
+
+    def down(self, value: float) -> float:
+        return round(100 * (1 - self.y.share(value)), 3)
+
+    def level(self, kind: str, value: float) -> Markup:
+        """A horizontal line."""
+        return element("line", class_=kind, x1=0, x2=100, y1=self.down(value), y2=self.down(value))
+
+    def post(self, mark: Mark) -> Markup:
+        """A vertical line."""
+        at = self.along(mark.step)
+        return element("line", class_=f"mark {mark.what}", data_step=mark.step, x1=at, x2=at, y1=0, y2=100)
+
+    def curve(self, series: Series) -> Markup:
+        points = zip(map(self.along, series.steps), map(self.down, series.values), strict=True)
+        return element("polyline", class_=f"curve {series.kind}", points=" ".join(f"{x},{y}" for x, y in points))
+
+
+def line_chart(
+    title: str,
+    series: Sequence[Series],
+    *,
+    last_step: int,
+    marks: Sequence[Mark] = (),
+    reference: tuple[float, str] | None = None,
+    from_zero: bool = False,
+    unit: str = "",
+    size: str = "small",
+    about: str = "",
+) -> Markup:
+    """Curves over steps 0 to last_step.
+
+    marks: vertical lines. reference: a value and its name, a horizontal line. unit: behind each number. about: a
+    sentence below. size: small or large.
+    """
+    series = [thinned(one) for one in series if one.values]
+    if not series:
+        return element("figure", _caption(title, ()), element("p", "Not measured.", class_="about"), class_="chart")
+    values = [value for one in series for value in one.values] + [
+        value for value, _ in ([reference] if reference else [])
+    ]
+    y = Axis.over(0, max(values), ticks=4) if from_zero else _around(values)
+    frame = Frame(Axis.over(0, last_step, ticks=5, tight=True), y)
+    shown = [one for one in series if one.kind != "raw"]
+    plot = element(
+        "div",
+        _drawing(frame, title, series, marks, reference),
+        *(_tick("y", tick, frame.down(tick), unit) for tick in frame.y.ticks),
+        *(_tick("x", tick, frame.along(tick), "") for tick in frame.x.ticks),
+        *_mark_labels(frame, marks),
+        _reference_label(frame, *reference) if reference else "",
+        element("div", element("output"), class_="cursor", hidden=True, aria_hidden="true"),
+        class_=f"plot {size}",
+    )
+    caption = _caption(title, shown if len(shown) > 1 else ())
+    below = element("p", about, class_="about") if about else ""
+    return element("figure", caption, plot, below, _hover_data(frame, shown, unit), class_="chart")
+
+
+def bars(groups: Sequence[tuple[str, str, Sequence[tuple[str, float]], float]]) -> Markup:
+    """Groups of bars for shares from 0 to 1: (title, note, (kind, share) for each bar, what guessing gives)."""
+    return element("div", *(_bar_group(*group) for group in groups), class_="bars")
+
+
+def trend(steps: Sequence[int], values: Sequence[float]) -> list[float]:
+    """A moving mean over a fortieth of the curve, at least five values; shorter at the ends, where there are fewer."""
+    if not values:
+        return []
+    width = max(5, len(steps) // 40) | 1
+    window, ones = np.ones(width), np.ones(len(values))
+    half = width // 2
+    sums = np.convolve(np.asarray(values, np.float64), window)[half : half + len(values)]
+    smooth: list[float] = (sums / np.convolve(ones, window)[half : half + len(values)]).tolist()
+    return smooth
+
+
+def thinned(series: Series) -> Series:
+    """At most MOST_POINTS points, each the mean of its neighbours, at their last step."""
+    count = len(series.steps)
+    if count <= MOST_POINTS:
+        return series
+    ends = [round((n + 1) * count / MOST_POINTS) for n in range(MOST_POINTS)]
+    parts = list(zip([0, *ends[:-1]], ends, strict=True))
+    values = [sum(series.values[first:end]) / (end - first) for first, end in parts]
+    return Series(series.name, [series.steps[end - 1] for _, end in parts], values, series.kind)
+
+
+def _around(values: Sequence[float]) -> Axis:
+    margin = 0.04 * (max(values) - min(values))
+    return Axis.over(min(values) - margin, max(values) + margin, ticks=6, tight=True)
+
+
+def _round_step(least: float) -> float:
+    power = 10.0 ** math.floor(math.log10(least))
+    return next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= least * (1 - 1e-9))
+
+
+def _drawing(
+    frame: Frame, title: str, series: Sequence[Series], marks: Sequence[Mark], reference: tuple[float, str] | None
+) -> Markup:
+    behind_first = sorted(series, key=lambda one: one.kind != "raw")
+    return element(
+        "svg",
+        *(frame.level("grid", tick) for tick in frame.y.ticks),
+        *map(frame.post, marks),
+        frame.level("reference", reference[0]) if reference else "",
+        *map(frame.curve, behind_first),
+        viewBox="0 0 100 100",
+        preserveAspectRatio="none",
+        role="img",
+        aria_label=_in_words(title, series, marks),
+    )
+
+
+def _in_words(title: str, series: Sequence[Series], marks: Sequence[Mark]) -> str:
+    curves = [
+        f"{one.name} from {number(one.values[0])} to {number(one.values[-1])}"
+        for one in series
+        if one.kind != "raw" and one.values
+    ]
+    return "; ".join([f"{title}: {', '.join(curves)}", *(f"{mark.what} at step {mark.step}" for mark in marks)])
+
+
+def _caption(title: str, shown: Sequence[Series]) -> Markup:
+    keys = (element("span", one.name, class_=f"key {one.kind}") for one in shown)
+    return element("figcaption", element("span", title, class_="name"), *keys)
+
+
+def _tick(axis: str, value: float, percent: float, unit: str) -> Markup:
+    side = "top" if axis == "y" else "left"
+    return element("span", f"{value:,.10g}{unit}", class_=f"tick {axis}", style=f"{side}:{percent}%")
+
+
+def _mark_labels(frame: Frame, marks: Sequence[Mark]) -> Iterator[Markup]:
+    """Words above the lines: what stopped the run to the left of its line, what went on to the right.
+
+    Near an edge, both in one label. Of many marks none has words: they would cover each other.
+    """
+    steps = sorted({mark.step for mark in marks})
+    for step in steps if len(steps) <= 3 else ():
+        at, here = frame.along(step), [mark.what for mark in marks if mark.step == step]
+        if not 15 < at < 85:
+            yield _mark_label(" · ".join(here), here[-1], "before" if at > 50 else "behind", at)
+            continue
+        for what in here:
+            yield _mark_label(what, what, "behind" if what == "resumed" else "before", at)
+
+
+def _mark_label(text: str, what: str, side: str, at: float) -> Markup:
+    return element("span", text, class_=f"mark-label {what} {side}", style=f"left:{at}%")
+
+
+def _reference_label(frame: Frame, value: float, name: str) -> Markup:
+    return element("span", name, class_="reference-label", style=f"top:{frame.down(value)}%")
+
+
+def _hover_data(frame: Frame, shown: Sequence[Series], unit: str) -> Markup:
+    """For the script: the steps and the values as they are printed. `<` cannot end the element."""
+    curves = [[list(one.steps), [number(value) + unit for value in one.values]] for one in shown]
+    text = json.dumps({"last": frame.x.high, "series": curves}, separators=(",", ":"))
+    return element("script", Markup(text.replace("<", "\\u003c")), type="application/json")
+
+
+_BAR, _GAP, _FULL = 14, 4, 86  # pixels, pixels, the percentage of the width that stands for 1
+
+
+def _bar_group(title: str, note: str, values: Sequence[tuple[str, float]], chance: float) -> Markup:
+    rows = []
+    for place, (kind, share) in enumerate(values):
+        top, width = place * (_BAR + _GAP), f"{_FULL * share:.2f}%"
+        rows.append(element("rect", class_=f"bar {kind}", x=0, y=top, width=width, height=_BAR, rx=2))
+        rows.append(element("text", f"{100 * share:.1f}", x=width, dx=6, y=top + _BAR - 3, class_=f"value {kind}"))
+    height = len(values) * (_BAR + _GAP) - _GAP
+    guess = f"{_FULL * chance:.2f}%"
+    rows.append(element("line", class_="chance", x1=guess, x2=guess, y1=-2, y2=height + 2))
+    told = ", ".join(f"{kind} {100 * share:.1f} %" for kind, share in values)
+    drawing = element("svg", *rows, height=height, role="img", aria_label=f"{title}: {told}")
+    return element("div", element("h4", join(title, " ", element("small", note))), drawing, class_="group")

@@ -1,0 +1,80 @@
+"""What the run was made of: images that were refused, whose the photographs are, config, machine, events."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import yaml
+
+from pipeline.report.data import ReportData
+from pipeline.report.figures import clock, duration, last_step, listed, times
+from pipeline.report.markup import Markup, element
+
+
+def images(data: ReportData) -> Markup:
+    """Those that were refused, and the authors of the others."""
+    told = f"{times(len(data.refused), 'image')} refused when the shards were packed:"
+    rows = [(refusal.source, refusal.reason, refusal.detail) for refusal in data.refused]
+    authors = element("ul", *(element("li", text) for text in data.authors), class_="plain")
+    return element(
+        "section",
+        element("h2", "Data"),
+        element("p", told if rows else "No image was refused when the shards were packed."),
+        _table(rows, ("Image", "Reason", "What was found")) if rows else "",
+        element("div", _folded("Whose the photographs are", "authors and licences", authors), class_="more")
+        if data.authors
+        else "",
+    )
+
+
+def run(data: ReportData) -> Markup:
+    """Facts, config, packages, events."""
+    config = yaml.safe_dump(data.config, sort_keys=False, allow_unicode=True)
+    packages = {name: version for place in data.environments[-1:] for name, version in place["packages"].items()}
+    return element(
+        "section",
+        element("h2", "The run"),
+        _table([fact for fact in _facts(data) if fact[1]]),
+        element(
+            "div",
+            _folded("Config", "all values, as resolved", element("pre", config, tabindex=0)),
+            _folded("Packages", times(len(packages), "version"), _table(sorted(packages.items()))),
+            _folded("Events", times(len(data.events), "line"), _table(map(_event, data.events))),
+            class_="more",
+        ),
+    )
+
+
+def _facts(data: ReportData) -> Iterator[tuple[str, str]]:
+    starts = [event for event in data.events if event["event"] in ("started", "resumed")]
+    if data.rows:
+        done, planned, batch = data.rows[-1]["result"]["step"], last_step(data), data.config["data"]["batch"]
+        yield "Steps", f"{done:,}" + (f" of {planned:,}" if done != planned else "")
+        yield "Images seen", f"{done * batch:,}, in batches of {batch:,}"
+        yield "Time in steps", duration(sum(row["run"]["step_s"] for row in data.rows))
+    yield "Starts", listed([_start(event) for event in starts])
+    for place in data.environments[-1:]:
+        yield "Machine", ", ".join([place["platform"], *(place["gpus"] or ["no GPU"])])
+        yield "Python", place["python"]
+    yield from data.facts.items()
+
+
+def _start(event: dict[str, Any]) -> str:
+    ranks = event.get("ranks", event.get("world_size"))
+    return f"at step {event['step']:,}" + (f" with {times(ranks, 'rank')}" if ranks else "")
+
+
+def _event(event: dict[str, Any]) -> tuple[str, ...]:
+    known = {"time", "attempt", "event", "step"}
+    more = ", ".join(f"{key} {value}" for key, value in event.items() if key not in known and value is not None)
+    step = f"step {event['step']:,}" if isinstance(event.get("step"), int) else ""
+    return clock(event["time"]), f"attempt {event['attempt']}", step, str(event["event"]), more
+
+
+def _table(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> Markup:
+    heading = element("thead", element("tr", *(element("th", text, scope="col") for text in head))) if head else ""
+    body = element("tbody", *(element("tr", *(element("td", text) for text in row)) for row in rows))
+    return element("div", element("table", heading, body, class_="words"), class_="scroll")
+
+
+def _folded(title: str, beside: str, inside: Markup) -> Markup:
+    return element("details", element("summary", title, " ", element("small", beside)), inside)

@@ -1,0 +1,114 @@
+"""The report of a run, gathered from its folder in the store and from the shards that it was trained and asked on."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_shards.index import REFUSED, Manifest, ShardSet
+from data_shards.order import make_order
+from data_shards.store import NotFound, Store
+from pipeline.augment import draw
+from pipeline.config import Config
+from pipeline.evaluate.table import Evaluation, Neighbours
+from pipeline.evaluate.tiles import Tiles, read_tiles
+from pipeline.evaluate.views import render_distorted
+from pipeline.loader import LoaderSettings, render
+from pipeline.report.data import Example, Neighbour, Refusal, ReportData
+from pipeline.report.page import write_report
+from pipeline.report.pictures import crop_strips, picture, thumbnail
+from pipeline.run import read_config, read_events, read_metrics
+
+SHOWN = 8  # images whose crops are shown
+
+
+def report_run(
+    store: Store,
+    bank_url: str,
+    held_out_url: str,
+    evaluation: Evaluation,
+    path: Path,
+    *,
+    authors: Sequence[str] = (),
+    site: str = "",
+) -> Path:
+    """Write the report of a run to `path`, and return it.
+
+    store: the run's folder. evaluation: of that run, by `evaluate_run` on the two shard sets. authors: whose the images
+    are. site: where it ran.
+    """
+    config = read_config(store)
+    shards = _open(bank_url)
+    bank, held_out = read_tiles(shards), read_tiles(_open(held_out_url))
+    data = ReportData(
+        run=store.url.rstrip("/").rpartition("/")[2],
+        config=config.dump(),
+        rows=read_metrics(store),
+        events=read_events(store),
+        evaluation=evaluation,
+        crops=first_crops(config, shards.manifest, bank) if bank_url == config.data.url else (),
+        examples=examples(evaluation, bank, held_out, config),
+        refused=[refusal for url in (bank_url, held_out_url) for refusal in refusals(Store(url))],
+        environments=environments(store),
+        authors=authors,
+        facts={"Site": site, "Run's folder": store.url, "Shards": f"{bank_url}, held out {held_out_url}"},
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_report(path, data)
+    return path
+
+
+def first_crops(config: Config, manifest: Manifest, bank: Tiles) -> list[bytes]:
+    """Images of the run's first step with the crops that the model saw, from all lanes in turn, as WebP."""
+    order = make_order(config.data, manifest.samples, manifest.mean_bytes, manifest.layout_id)
+    ids = order.batch(0)
+    index, lane = np.divmod(np.arange(min(SHOWN, ids.size)), len(ids))
+    chosen = ids[lane, index]
+    sizes, images = bank.sizes[chosen], [bank.images[i] for i in chosen]
+    draws = draw(config.augment, config.data.seed, lane, index, sizes[:, 0], sizes[:, 1])
+    crops = render(images, sizes, config.augment, draws, LoaderSettings(device="cpu"))
+    return crop_strips(crops, images, config.augment.mean, config.augment.std)
+
+
+def examples(evaluation: Evaluation, bank: Tiles, held_out: Tiles, config: Config) -> list[Example]:
+    """Pictures of the tiles whose neighbours the evaluation kept."""
+    augment = config.augment
+    distorted = render_distorted(held_out, augment, np.array([n.shown for n in evaluation.neighbours], np.int64))
+    return [
+        Example(
+            label=held_out.labels[entry.query],
+            clean=thumbnail(held_out.images[entry.query]),
+            distorted=picture(image, augment.mean, augment.std),
+            found={name: _found(entry, name, bank, held_out) for name in entry.nearest},
+        )
+        for entry, image in zip(evaluation.neighbours, distorted, strict=True)
+    ]
+
+
+def refusals(store: Store) -> list[Refusal]:
+    """What was refused when this set was packed."""
+    try:
+        lines = store.get(REFUSED).decode().splitlines()
+    except NotFound:
+        return []
+    told = map(json.loads, lines)
+    return [Refusal(one["source"], one["reason"], one.get("detail") or "") for one in told]
+
+
+def environments(store: Store) -> list[dict[str, Any]]:
+    """Machine and packages of each attempt, the first one first."""
+    return [json.loads(store.get(entry.path)) for entry in store.list("environment")]
+
+
+def _open(url: str) -> ShardSet:
+    store = Store(url)
+    return ShardSet(store, Manifest.load(store))
+
+
+def _found(entry: Neighbours, name: str, bank: Tiles, held_out: Tiles) -> list[Neighbour]:
+    return [
+        Neighbour(thumbnail(bank.images[i]), bank.labels[i], bank.labels[i] == held_out.labels[entry.query])
+        for i in entry.nearest[name]
+    ]
