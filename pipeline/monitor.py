@@ -1,22 +1,35 @@
-"""What a run tells of itself: a metrics row a step, W&B fed the same values, alarms.
+"""What a run tells of itself: a metrics row a step, W&B fed the same rows, alarms.
 
 A row has a `result` part, equal bit for bit between runs where exactness is claimed, and a `run` part (times, bytes,
-memory), never compared. W&B gets a row only when its step is above the last one sent, under one id for all attempts.
+memory), never compared. Neither the store nor W&B can hold up or stop the training: both are served by threads, and
+what they do not take is said by an event. The local lines are the truth; W&B gets from them what it has missed.
 """
 
 import json
 import math
 import netrc
 import os
+import queue
+import threading
 import time
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from urllib.parse import urlsplit
 
 from pydantic import PositiveFloat, PositiveInt
 
 from data_shards.section import Section
+
+if TYPE_CHECKING:  # pipeline.run reads a config, of which the settings below are a section
+    from pipeline.run import Run
+
+CLOSE_S = 10.0  # for the last upload and for W&B's end, together; the requeue of a preempted job waits for it
+INIT_S = 30.0  # for a W&B server to answer, before the run is recorded offline
+FLUSH_S = 1.0  # between W&B's writes to its file
+SETTLED_S = 3.0  # after that a row has certainly reached the file
+WAITING_ROWS = 100_000  # that W&B may be behind
 
 
 class MonitorSettings(Section):
@@ -25,7 +38,7 @@ class MonitorSettings(Section):
     affects_results: ClassVar[bool] = False
     log_every: PositiveInt = 10  # steps between measurements of prototype usage
     upload_seconds: PositiveFloat = 30.0  # between uploads of rows that no checkpoint took along
-    wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online with a key, else offline
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online with a key, else offline
     project: str = "farseer"
     entity: str | None = None
     collapse_band: PositiveFloat = 0.005  # a mean loss this near to ln K (relative) is a collapse
@@ -35,12 +48,13 @@ class MonitorSettings(Section):
 class Monitor:
     """Rank 0's ear: takes rows, keeps them, sends them on.
 
-    run: a pipeline.run.Run (its journals and events); wandb_id: the run's own; start_step: the step resumed from.
+    run: where rows and events go; config: what W&B shows of it; wandb_id: the run's own, for all its attempts;
+    prototypes: K; quiet_until: the step up to which a loss near ln K alarms nobody (freezing and warm-up).
     """
 
     def __init__(
         self,
-        run: Any,
+        run: "Run",
         settings: MonitorSettings,
         config: dict[str, Any],
         wandb_id: str,
@@ -52,101 +66,221 @@ class Monitor:
         self._quiet_until = quiet_until
         self._losses: deque[float] = deque(maxlen=settings.collapse_window)
         self._alarmed = False
-        self._uploads = ThreadPoolExecutor(1, thread_name_prefix="metrics upload")
-        self._upload: Future[None] | None = None
-        self._uploaded = time.monotonic()
-        self._wandb = WandbRows(
-            run.local.parent / "wandb", settings, config, wandb_id, run.store.url.rsplit("/", 1)[-1]
-        )
+        self._upload_fails = False
+        self._closing = threading.Event()
+        self._uploader = threading.Thread(target=self._upload_now_and_then, name="metrics-upload", daemon=True)
+        self._uploader.start()
+        self._wandb = WandbRows(run, settings, config, wandb_id) if settings.wandb != "disabled" else None
 
     def row(self, result: dict[str, Any], run_part: dict[str, Any]) -> None:
-        """Take one step's values."""
-        self.run.metrics.append({"result": result, "run": {**run_part, "attempt": self.run.attempt}})
-        self._wandb.row(result, run_part)
-        self._watch(result)
-        if time.monotonic() - self._uploaded > self.settings.upload_seconds and (
-            not self._upload or self._upload.done()
-        ):
-            self._uploaded = time.monotonic()
-            self._upload = self._uploads.submit(self._try_upload)
+        """Take one step's values; numbers that are not finite become None."""
+        row = self.run.metrics.append({"result": result, "run": {**run_part, "attempt": self.run.attempt}})
+        if self._wandb is not None:
+            self._wandb.row(row)
+        self._watch(row["result"])
 
     def close(self) -> None:
-        """Send what is left. The store may refuse: the local files stay."""
-        self._uploads.shutdown()
+        """Send what is left, for CLOSE_S at most; the local files stay. May be called twice."""
+        deadline = time.monotonic() + CLOSE_S
+        self._closing.set()
+        if self._wandb is not None:
+            self._wandb.close(deadline)
+        self._uploader.join(max(0.0, deadline - time.monotonic()))
+
+    def _upload_now_and_then(self) -> None:
+        while not self._closing.wait(self.settings.upload_seconds):
+            self._try_upload()
         self._try_upload()
-        self._wandb.close()
 
     def _try_upload(self) -> None:
         try:
             self.run.upload()
         except Exception as error:  # noqa: BLE001 - rows must never stop a training; they are kept and sent later
-            self.run.event("upload failed", reason=str(error))
+            if not self._upload_fails:  # said once
+                self.run.event("upload failed", reason=f"{error}; the lines are kept and sent later")
+            self._upload_fails = True
+        else:
+            self._upload_fails = False
 
     def _watch(self, result: dict[str, Any]) -> None:
-        self._losses.append(result["loss"])
-        if result["step"] <= self._quiet_until or len(self._losses) < self.settings.collapse_window:
+        """Raise the alarm of a collapse, once until the loss has left ln K again."""
+        if result["loss"] is None or result["step"] <= self._quiet_until:
             return
-        near = abs(sum(self._losses) / len(self._losses) / self._ln_k - 1) < self.settings.collapse_band
+        self._losses.append(result["loss"])
+        if len(self._losses) < self.settings.collapse_window:
+            return
+        mean = sum(self._losses) / len(self._losses)
+        near = abs(mean / self._ln_k - 1) < self.settings.collapse_band
         if near and not self._alarmed:
-            self.run.event(
-                "alarm",
-                step=result["step"],
-                reason=f"collapse: mean loss within {self.settings.collapse_band:.1%} of ln K",
-            )
+            reason = f"collapse: mean loss {mean:.4f} of {len(self._losses)} steps, ln K is {self._ln_k:.4f}"
+            self.run.event("alarm", step=result["step"], reason=reason)
         self._alarmed = near
 
 
 class WandbRows:
-    """W&B's own client, fed rows under one id; knows which step it sent last, over restarts.
+    """W&B's own client in a thread, fed each row of the run, in the order of steps, under one id.
 
-    folder: on the shared disk; keeps W&B's files and `sent.json`.
+    `wandb/sent.json` beside W&B's files on the shared disk says up to which step they are complete. A row above goes
+    out; rows of earlier attempts that W&B has missed, since it or the process died, go first. So each row goes out
+    once, or twice if it went out in the seconds before a kill. After an error, or when it is far behind, W&B gets no
+    more rows of this attempt.
     """
 
-    def __init__(
-        self, folder: Path, settings: MonitorSettings, config: dict[str, Any], wandb_id: str, name: str
-    ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._state = folder / "sent.json"
-        self.sent = json.loads(self._state.read_text())["step"] if self._state.exists() else 0
-        self._run: Any = None
-        mode = wandb_mode(settings)
-        if mode != "off":
-            import wandb
+    def __init__(self, run: "Run", settings: MonitorSettings, config: dict[str, Any], wandb_id: str) -> None:
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else a crash sends stack frames to W&B
+        self._run, self._settings, self._config, self._id = run, settings, config, wandb_id
+        self._state = run.local.parent / "wandb" / "sent.json"
+        self._rows: queue.Queue[dict[str, Any] | None] = queue.Queue(WAITING_ROWS)
+        self._behind = False
+        self._sent = 0  # the last step that W&B has got
+        self._settling = (0, 0.0)  # a step that it had got by that time
+        self._thread = threading.Thread(target=self._serve, name="wandb", daemon=True)
+        self._thread.start()
 
-            quiet = wandb.Settings(
-                silent=True, console="off", disable_git=True, x_disable_meta=True, x_disable_stats=True
-            )
-            self._run = wandb.init(
-                mode=mode, id=wandb_id, name=name, dir=str(folder), project=settings.project, entity=settings.entity,
-                resume="allow", config=config, settings=quiet,
-            )  # fmt: skip
-            self._run.define_metric("*", step_metric="step")
-
-    def row(self, result: dict[str, Any], run_part: dict[str, Any]) -> None:
-        """Send a row unless an earlier attempt sent its step."""
-        if self._run is None or result["step"] <= self.sent:
+    def row(self, row: dict[str, Any]) -> None:
+        """Take a row as it stands in metrics.jsonl. Never waits."""
+        if not self._thread.is_alive() or self._behind:
             return
-        named = {f"result/{k}": v for k, v in result.items() if k != "step"} | {
-            f"run/{k}": v for k, v in run_part.items()
-        }
-        self._run.log({"step": result["step"], **named})
-        self.sent = result["step"]
-        self._state.write_text(json.dumps({"step": self.sent}))
+        try:
+            self._rows.put_nowait(row)
+        except queue.Full:
+            self._behind = True
+            self._run.event("W&B failed", reason=f"it is {WAITING_ROWS} rows behind; they go out with the next start")
 
-    def close(self) -> None:
-        """Finish W&B's files."""
-        if self._run is not None:
-            self._run.finish(quiet=True)
+    def close(self, deadline: float) -> None:
+        """Finish W&B's files and end its process, by the deadline (monotonic). May be called twice."""
+        with suppress(queue.Full):
+            self._rows.put_nowait(None)
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _serve(self) -> None:
+        try:
+            self._sent = self._read_sent()
+            self._settling = (self._sent, time.monotonic())
+            client = self._open()
+            self._feed(client)
+            client.finish()
+            self._keep(self._sent)
+        except Exception as error:  # noqa: BLE001 - whatever befalls W&B, the training goes on
+            self._run.event("W&B failed", reason=f"{_line(error)}; its rows go out with the next start")
+        finally:
+            _end_service()
+
+    def _feed(self, client: Any) -> None:
+        """Send rows until there are no more, first those that came before the first one."""
+        row = self._rows.get()
+        if row is not None:
+            for earlier in self._missed(row["result"]["step"]):
+                self._send(client, earlier)
+        while row is not None:
+            self._send(client, row)
+            row = self._rows.get()
+
+    def _send(self, client: Any, row: dict[str, Any]) -> None:
+        step = row["result"]["step"]
+        if step <= self._sent:
+            return
+        named = {f"{part}/{key}": value for part in ("result", "run") for key, value in row[part].items()}
+        client.log({"step": step} | {k: v for k, v in named.items() if v is not None and k != "result/step"})
+        self._sent = step
+        settled, since = self._settling
+        if time.monotonic() - since > SETTLED_S:
+            self._keep(settled)
+            self._settling = (step, time.monotonic())
+
+    def _missed(self, first: int) -> list[dict[str, Any]]:
+        """Rows of earlier attempts between the last step sent and `first`, in order; a later attempt's counts."""
+        from pipeline.run import json_lines
+
+        rows: dict[int, dict[str, Any]] = {}
+        if self._sent + 1 < first:
+            folders = self._run.local.parent.glob("a[0-9]*")
+            for folder in sorted(folders, key=lambda path: int(path.name[1:])):
+                if folder != self._run.local:
+                    rows |= {
+                        row["result"]["step"]: row for row in map(json.loads, json_lines(folder / "metrics.jsonl"))
+                    }
+        return [rows[step] for step in sorted(rows) if self._sent < step < first]
+
+    def _open(self) -> Any:
+        """W&B's client; offline when there is no network to be online with."""
+        self._state.parent.mkdir(parents=True, exist_ok=True)
+        mode = wandb_mode(self._settings)
+        try:
+            return self._init(mode)
+        except Exception as error:
+            if mode == "offline":
+                raise
+            self._run.event("W&B offline", reason=f"{_line(error)}; wandb sync sends the run later")
+            _end_service()
+            return self._init("offline")
+
+    def _init(self, mode: Any) -> Any:
+        import wandb
+
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            disable_git=True,
+            disable_code=True,
+            init_timeout=INIT_S,
+            finish_timeout=CLOSE_S / 2,
+            x_disable_meta=True,
+            x_disable_stats=True,
+            x_transaction_log_flush_interval=FLUSH_S,
+        )
+        client = wandb.init(
+            mode=mode,
+            id=self._id,
+            name=self._run.store.url.rsplit("/", 1)[-1],
+            dir=self._state.parent.parent,
+            project=self._settings.project,
+            entity=self._settings.entity,
+            resume="allow",
+            config=self._config,
+            settings=settings,
+        )
+        client.define_metric("*", step_metric="step")
+        return client
+
+    def _read_sent(self) -> int:
+        try:
+            state = json.loads(self._state.read_text())
+        except FileNotFoundError:
+            return 0
+        return int(state["step"]) if state["id"] == self._id else 0  # else of a run that had the same name
+
+    def _keep(self, step: int) -> None:
+        partial = self._state.with_suffix(".partial")
+        partial.write_text(json.dumps({"id": self._id, "step": step}))
+        partial.replace(self._state)
 
 
 def wandb_mode(settings: MonitorSettings) -> str:
-    """online, offline or off; `auto` is online where a key is to be had (WANDB_API_KEY or netrc)."""
+    """online, offline or disabled; `auto` is online where a key is to be had: in WANDB_API_KEY or netrc.
+
+    In netrc it is the key of the server that WANDB_BASE_URL names, wandb.ai by default.
+    """
     if settings.wandb != "auto":
         return settings.wandb
     if os.environ.get("WANDB_API_KEY"):
         return "online"
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
     try:
-        hosts = netrc.netrc().hosts
-    except (FileNotFoundError, netrc.NetrcParseError):
-        return "offline"
-    return "online" if any("wandb" in host for host in hosts) else "offline"
+        known = netrc.netrc(Path(os.environ.get("NETRC") or "~/.netrc").expanduser()).authenticators(host)
+    except (OSError, netrc.NetrcParseError):
+        known = None
+    return "online" if known else "offline"
+
+
+def _end_service() -> None:
+    """End W&B's process, with whatever run it still has open."""
+    with suppress(Exception):
+        import wandb
+
+        wandb.teardown()
+
+
+def _line(error: Exception) -> str:
+    """The error on one line."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -2,10 +2,8 @@
 
 import json
 import os
-import socket
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from itertools import count
@@ -254,18 +252,6 @@ def test_lines_that_the_store_refuses_are_kept_and_sent_once_with_the_next_uploa
 
 def lines(store: Store, path: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in store.get(path).splitlines()]
-
-
-@pytest.fixture
-def silent_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    """An S3 whose host takes connections and never says a word."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
-        for name in ("AWS_PROFILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
-            monkeypatch.delenv(name, raising=False)
-        yield Store("s3://runs/silent", retry_seconds=600)
 
 
 @pytest.mark.slow
