@@ -98,6 +98,10 @@ checkpoints: .venv/stamp ## the checkpoints of RUN= in the store (VERIFY=1: ever
 evaluate: .venv/stamp ## what the trunk of RUN= can do: BANK= and HELD_OUT= are labelled shard sets
 	@$(FARSEER) evaluate $(run_option) $(site_option) "$(or $(BANK),$(error say what to learn from: BANK=s3://...))" "$(or $(HELD_OUT),$(error say what to ask: HELD_OUT=s3://...))"
 
+.PHONY: report
+report: .venv/stamp ## evaluate RUN= and write its report, one page (BANK= HELD_OUT= as above)
+	@$(FARSEER) report $(run_option) $(site_option) "$(or $(BANK),$(error say what to learn from: BANK=s3://...))" "$(or $(HELD_OUT),$(error say what to ask: HELD_OUT=s3://...))"
+
 .PHONY: cluster-up
 cluster-up: .venv/stamp slurm ## a real S3 server and a real SLURM on this machine: SITE=local
 	@$(BIN)/python -m jobs.cluster up

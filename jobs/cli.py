@@ -80,12 +80,19 @@ def parser() -> argparse.ArgumentParser:
     options = _verb(verbs, "status", status, "all runs: how far, how fast, what to look at")
     _site_option(options)
     _json_option(options)
-    options = _verb(verbs, "evaluate", evaluate, "what the trunk of a run can do, beside baselines")
-    options.add_argument("bank", metavar="BANK", help="labelled shards to learn from: s3://bucket/folder")
-    options.add_argument("held_out", metavar="HELD_OUT", help="labelled shards to ask about")
-    options.add_argument("--run", required=True, dest="name", help="the run's name")
-    _site_option(options)
-    _json_option(options)
+    for name, function, text in (
+        ("evaluate", evaluate, "what the trunk of a run can do, beside baselines"),
+        ("report", report, "evaluate a run and write its report, one page of HTML"),
+    ):
+        options = _verb(verbs, name, function, text)
+        options.add_argument("bank", metavar="BANK", help="labelled shards to learn from: s3://bucket/folder")
+        options.add_argument("held_out", metavar="HELD_OUT", help="labelled shards to ask about")
+        options.add_argument("--run", required=True, dest="name", help="the run's name")
+        _site_option(options)
+        if name == "report":
+            options.add_argument("--to", help="the page's file; by default var/report-<run>.html")
+        else:
+            _json_option(options)
     options = _verb(verbs, "demo", demo, "the whole product on this machine, in about six minutes")
     options.add_argument("--src", help="a folder of photographs of yours, in the place of the demo's")
     options.add_argument("--set", default="", help="overrides of conf/demo.yaml: 'train.steps=100'")
@@ -225,6 +232,21 @@ def evaluate(options: argparse.Namespace) -> int:
 
     found = evaluate_run(Store(_job(options).store), options.bank, options.held_out)
     _say(*([json.dumps(found.to_json(), indent=2)] if options.json else found.text()))
+    return 0
+
+
+def report(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from data_shards.store import Store
+    from jobs.site import ROOT
+    from pipeline.evaluate.run import evaluate_run
+    from pipeline.report.run import report_run
+
+    store = Store(_job(options).store)
+    page = Path(options.to) if options.to else ROOT / "var" / f"report-{options.name}.html"
+    found = evaluate_run(store, options.bank, options.held_out)
+    _say(*found.text(), f"report: {report_run(store, options.bank, options.held_out, found, page)}")
     return 0
 
 

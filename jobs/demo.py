@@ -28,6 +28,7 @@ from pipeline.run import read_events, read_metrics
 VAR = ROOT / "var"
 STAGES = 6
 POLL_S = 0.5
+MARGIN = 0.08  # trained over untrained by the probe; three seeds gained twice that: docs/BENCHMARKS.md
 SHARD_BYTES = 2**20  # small, so that a small set has several
 
 
@@ -86,6 +87,11 @@ def demo(src: Path | None = None, overrides: str = "", var: Path = VAR) -> Figur
     figures = _figures(store, config, evaluation, len(planted), packed, time.monotonic() - began)
     (var / "demo.json").write_text(json.dumps(asdict(figures), indent=2) + "\n")
     _say(f"report: {report}", f"figures: {var / 'demo.json'}", "", _last_line(figures))
+    if not overrides and src is None and figures.trained - figures.untrained < MARGIN:
+        raise UserError(
+            f"the trained trunk's probe is only {figures.trained - figures.untrained:.1%} above the untrained one's, "
+            f"where {MARGIN:.0%} at least is expected; {report} shows the run"
+        )
     return figures
 
 
