@@ -9,7 +9,7 @@ import signal
 from types import FrameType
 
 import pytorch_lightning as pl
-from pytorch_lightning.plugins.environments import ClusterEnvironment
+from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
 
 
 class StopRequest:
