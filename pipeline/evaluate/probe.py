@@ -15,6 +15,7 @@ from torch.nn import functional
 
 DECAYS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 _LEFT_OUT_OF = 5
+_GRADIENT = 1e-5  # a fit ends below this; those that only choose the decay, ten times earlier
 _CURVATURE = 0.1  # p (1 - p) of a softmax is 0.25 at most; of 0.2, 0.1, 1/29 and 0.01 the quickest at a like precision
 
 
@@ -47,15 +48,15 @@ def _fit(features: Tensor, labels: Tensor, classes: int, decays: Sequence[float]
     left_out = _every_fifth_of_each_class(labels)
     if not left_out.any():
         return solve(features, labels, classes, sorted(decays)[len(decays) // 2])
-    problem, probe = _Problem(features[~left_out], labels[~left_out], classes), None
-    lowest, best = math.inf, max(decays)
+    problem, best, lowest = _Problem(features[~left_out], labels[~left_out], classes), None, math.inf
     for decay in sorted(decays, reverse=True):  # each starts where the stronger one before it ended
-        probe = problem.solve(decay, probe)
+        probe = problem.solve(decay, best, gradient=10 * _GRADIENT)
         loss = functional.cross_entropy(probe.logits(features[left_out]), labels[left_out]).item()
-        if loss > lowest:  # weaker ones fit the rest ever closer, and take longest
+        if not loss < lowest:  # weaker ones fit the rest ever closer, and take longest
             break
-        lowest, best = loss, decay
-    return solve(features, labels, classes, best)
+        lowest, best = loss, probe
+    assert best is not None
+    return _Problem(features, labels, classes).solve(best.decay, best)
 
 
 def solve(features: Tensor, labels: Tensor, classes: int, decay: float) -> Probe:
@@ -73,7 +74,7 @@ class _Problem:
         self.left, self.sizes, self.axes = torch.linalg.svd((features - self.mean) / self.std, full_matrices=False)
         self.labels, self.classes = labels, classes
 
-    def solve(self, decay: float, start: Probe | None = None) -> Probe:
+    def solve(self, decay: float, start: Probe | None = None, gradient: float = _GRADIENT) -> Probe:
         """Each axis is scaled by about the root of its curvature: the optimum stays, correlated features reach it."""
         scale = (_CURVATURE * self.sizes.square() / len(self.labels) + decay).sqrt()[:, None]
         x = self.left * self.sizes
@@ -87,13 +88,13 @@ class _Problem:
             penalty: Tensor = decay / 2 * on_axes.square().sum()
             return loss + penalty
 
-        _minimise(objective, [weight.requires_grad_(), bias.requires_grad_()])
+        _minimise(objective, [weight.requires_grad_(), bias.requires_grad_()], gradient)
         return Probe(self.mean, self.std, self.axes.T @ (weight.detach() / scale), bias.detach(), decay)
 
 
-def _minimise(objective: Callable[[], Tensor], parameters: list[Tensor]) -> None:
+def _minimise(objective: Callable[[], Tensor], parameters: list[Tensor], gradient: float) -> None:
     optimizer = torch.optim.LBFGS(
-        parameters, max_iter=1000, tolerance_grad=1e-5, tolerance_change=1e-14, line_search_fn="strong_wolfe"
+        parameters, max_iter=1000, tolerance_grad=gradient, tolerance_change=1e-14, line_search_fn="strong_wolfe"
     )
 
     def evaluated() -> Tensor:
