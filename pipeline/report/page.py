@@ -18,7 +18,7 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-s
 
 def write_report(path: Path, data: ReportData) -> None:
     """Write the page: one file, complete in itself. It takes an older one's place whole, or not at all."""
-    page = join(Markup("<!DOCTYPE html>\n"), _document(data))
+    page = join(Markup("<!doctype html>\n"), _document(data))
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(page, encoding="utf-8")
     partial.replace(path)
