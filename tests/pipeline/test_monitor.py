@@ -123,7 +123,8 @@ def test_a_store_that_refuses_rows_is_told_once_and_gets_them_when_it_takes_them
     feed(monitor, range(1, 5))
     assert poll(lambda: events(run))
     feed(monitor, range(5, 9))
-    time.sleep(0.2)  # several more uploads fail
+    tried = store.counters.requests
+    assert poll(lambda: store.counters.requests > tried + 10)  # several more uploads fail
     assert events(run) == ["upload failed"]
     in_the_way.unlink()
     monitor.close()
