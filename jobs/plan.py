@@ -5,19 +5,19 @@ from collections.abc import Iterator
 import yaml
 
 from data_shards.index import Manifest
-from data_shards.order import Order, make_order
+from data_shards.order import Order
 from data_shards.store import Store
 from jobs.site import Site
 from jobs.submit import CHECK_SECONDS
 from pipeline.config import Config
+from pipeline.run import open_data
 
 
 def describe(config: Config, site: Site) -> Iterator[str]:
     """The resolved config, then its arithmetic. Raises UserError when the shards are not there or do not fit."""
-    store = Store(config.data.url, retry_seconds=CHECK_SECONDS)
-    store.check()
-    manifest = Manifest.load(store)
-    order = make_order(config.data, manifest.samples, manifest.mean_bytes, manifest.layout_id)
+    Store(config.data.url).check()  # gives up sooner than a read would
+    shards, order, config = open_data(config, CHECK_SECONDS)
+    manifest = shards.manifest
     steps = config.train.length(order)
     batch = config.data.batch
     images = steps * batch

@@ -6,8 +6,6 @@ The same command starts a run and goes on with it: where to resume is found in t
 from pathlib import Path
 
 from data_shards.errors import UserError
-from data_shards.index import Manifest
-from data_shards.order import make_order
 from data_shards.store import Store
 from jobs import slurm
 from jobs.launch import launch
@@ -15,7 +13,7 @@ from jobs.runs import Job, state
 from jobs.site import ROOT, Site
 from jobs.supervise import committed_step
 from pipeline.config import Config
-from pipeline.run import check_same
+from pipeline.run import check_same, open_data
 
 CHECK_SECONDS = 20.0  # how long a store that does not answer is asked again before a submission is refused
 
@@ -36,13 +34,10 @@ def check(config: Config, site: Site, run: str, runs: Store) -> None:
     """Raise UserError for whatever can be known to fail before anything is spent. runs: the folder of all runs."""
     run_dir, store = site.run_dir(run), runs.at(run)
     runs.check()
-    data = Store(config.data.url, retry_seconds=CHECK_SECONDS)
-    data.check()
-    manifest = Manifest.load(data)
-    order = make_order(config.data, manifest.samples, manifest.mean_bytes, manifest.layout_id)
+    Store(config.data.url).check()  # gives up sooner than a read would
+    shards, order, filled = open_data(config, CHECK_SECONDS)
     order.lanes_of(0, site.ranks)
-    filled = config.data.model_copy(update={"chunk_samples": order.chunk_samples})
-    check_same(store, config.model_copy(update={"data": filled}), manifest, force=config.checkpoint.force)
+    check_same(store, filled, shards.manifest, force=config.checkpoint.force)
     _check_free(site, run, run_dir, store.url)
 
 

@@ -31,8 +31,8 @@ import torch
 import yaml
 
 from data_shards.errors import UserError
-from data_shards.index import Manifest
-from data_shards.order import ORDER_VERSION
+from data_shards.index import Manifest, ShardSet
+from data_shards.order import ORDER_VERSION, Order, make_order
 from data_shards.store import AlreadyExists, NotFound, Store
 from pipeline.config import Config, differences, parse
 
@@ -113,6 +113,16 @@ def check_same(store: Store, config: Config, manifest: Manifest, force: bool = F
     changed = "; ".join(differences(began_with.results(), config.results()))
     if changed and not force:
         raise UserError(f"{store.url}: began with another config ({changed}); start a new RUN, or FORCE=1 to go on")
+
+
+def open_data(config: Config, retry_seconds: float) -> tuple[ShardSet, Order, Config]:
+    """The shard set, the order over it, and the config with what depended on the data filled in. Raises UserError."""
+    store = Store(config.data.url, retry_seconds=retry_seconds, connections=config.reader.connections)
+    shards = ShardSet(store, Manifest.load(store))
+    manifest = shards.manifest
+    order = make_order(config.data, manifest.samples, manifest.mean_bytes, manifest.layout_id)
+    data = config.data.model_copy(update={"chunk_samples": order.chunk_samples})
+    return shards, order, config.model_copy(update={"data": data})
 
 
 class Run:

@@ -21,8 +21,6 @@ import torch.distributed as dist
 from pytorch_lightning.strategies import DDPStrategy
 
 from data_shards.errors import UserError
-from data_shards.index import Manifest, ShardSet
-from data_shards.order import Order, make_order
 from data_shards.reader import Reader
 from data_shards.store import Store
 from pipeline.agreement import Agreement, StepSums, batch_hash, fixed_point
@@ -31,7 +29,7 @@ from pipeline.config import Config
 from pipeline.loader import Batch, Loader
 from pipeline.module import StepResult, SwAV
 from pipeline.monitor import Monitor
-from pipeline.run import Record, Run, read_record
+from pipeline.run import Record, Run, open_data, read_record
 from pipeline.signals import RankEnvironment, StopRequest, own_signals
 
 Outcome = Literal["finished", "preempted", "terminated", "cancelled"]
@@ -89,22 +87,13 @@ def _join(config: Config, launch: Launch) -> None:
     )
 
 
-def open_data(config: Config) -> tuple[ShardSet, Order, Config]:
-    """The shard set, the order over it, and the config with what depended on the data filled in."""
-    store = Store(config.data.url, retry_seconds=config.reader.retry_seconds, connections=config.reader.connections)
-    manifest = Manifest.load(store)
-    order = make_order(config.data, manifest.samples, manifest.mean_bytes, manifest.layout_id)
-    data = config.data.model_copy(update={"chunk_samples": order.chunk_samples})
-    return ShardSet(store, manifest), order, config.model_copy(update={"data": data})
-
-
 class Session:
     """One attempt of a run on this rank."""
 
     def __init__(self, config: Config, launch: Launch, request: StopRequest) -> None:
         self.launch, self.request = launch, request
         self.control = dist.new_group(backend="gloo")
-        self.shards, self.order, self.config = open_data(config)
+        self.shards, self.order, self.config = open_data(config, config.reader.retry_seconds)
         self.steps = self.config.train.length(self.order)
         self.lanes = self.order.lanes_of(launch.rank, launch.world_size)
         self.store = Store(launch.store, retry_seconds=self.config.reader.retry_seconds)
