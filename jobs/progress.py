@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jobs.start import read_lines
+from jobs.start import attempt_files, read_lines
 
 RECENT = 20  # rows over which rates are taken
 TAIL_BYTES = 16 * 1024
@@ -24,7 +24,7 @@ class Progress:
 
     def rows(self) -> list[dict[str, Any]]:
         """The newest rows of the newest attempt that has some, oldest first."""
-        files = sorted(self.run_dir.glob("a[0-9]*/metrics.jsonl"), reverse=True)
+        files = reversed(attempt_files(self.run_dir, "metrics.jsonl"))
         found: Iterator[list[dict[str, Any]]] = (read_lines(file, TAIL_BYTES)[-RECENT:] for file in files)
         return next((rows for rows in found if rows), [])
 

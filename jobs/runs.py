@@ -16,7 +16,7 @@ from data_shards.store import Store
 from jobs import daemons, local, slurm
 from jobs.daemons import Process
 from jobs.site import Site
-from jobs.start import Start, cancel_marker, events, newest_start, read_lines, write_json
+from jobs.start import Start, attempt_files, cancel_marker, events, newest_start, read_lines, write_json
 
 TAIL_BYTES = 64 * 1024
 FOLLOW_S = 0.5
@@ -149,7 +149,7 @@ def status(job: Job, queue: Sequence[slurm.Queued] | None = None) -> Status:
 
 def history(run_dir: Path) -> list[dict[str, Any]]:
     """What happened to a run, oldest first: the events of its training and of its jobs."""
-    told = [event for path in sorted(run_dir.glob("a[0-9]*/events.jsonl")) for event in read_lines(path)]
+    told = [event for path in attempt_files(run_dir, "events.jsonl") for event in read_lines(path)]
     return sorted([*told, *events(run_dir)], key=lambda event: float(event["time"]))
 
 
@@ -169,7 +169,7 @@ def logs(job: Job) -> list[Path]:
 
 
 def _last_row(run_dir: Path) -> dict[str, Any]:
-    files = sorted(run_dir.glob("a[0-9]*/metrics.jsonl"), reverse=True)
+    files = reversed(attempt_files(run_dir, "metrics.jsonl"))
     return next((rows[-1] for path in files if (rows := read_lines(path, TAIL_BYTES))), {})
 
 

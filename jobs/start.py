@@ -142,6 +142,11 @@ def events(run_dir: Path) -> list[dict[str, Any]]:
     return read_lines(run_dir / "jobs.jsonl")
 
 
+def attempt_files(run_dir: Path, name: str) -> list[Path]:
+    """The files of that name that the run's attempts left here, the oldest attempt's first."""
+    return sorted(run_dir.glob(f"a[0-9]*/{name}"), key=lambda path: int(path.parent.name[1:]))
+
+
 def newest_attempt(run_dir: Path) -> int:
     """The highest attempt that has left a folder `a<number>` here, 0 before the first."""
     return max((int(path.name[1:]) for path in run_dir.glob("a[0-9]*") if path.name[1:].isdigit()), default=0)

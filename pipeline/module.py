@@ -95,7 +95,6 @@ class SwAV(pl.LightningModule):
         for parameters in optimizer.param_groups:
             parameters["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
-        self.net.prototypes.normalise_()
         loss, assigning, codes = self.loss(batch.crops)
         self.manual_backward(loss)
         self.net.prototypes.freeze_(self.step)
@@ -104,6 +103,8 @@ class SwAV(pl.LightningModule):
         finite = norm_value < float("inf")  # False for nan too; ranks agree, since gradients are all-reduced
         if finite:
             optimizer.step()
+            if self.net.prototypes.weight.grad is not None:  # moved; a second normalisation is not the same to the bit
+                self.net.prototypes.normalise_()
             self.queue.push(assigning)
         commit_statistics(self.net, keep=finite)
         self.step += 1

@@ -174,7 +174,7 @@ class Run:
 
         Folders of this number or above are of another run that had the same name; their lines are put aside.
         """
-        for folder in sorted(self.local.parent.glob("a[0-9]*")):
+        for folder in sorted(self.local.parent.glob("a[0-9]*"), key=lambda path: int(path.name[1:])):
             for name in ("metrics", "events"):
                 path = folder / f"{name}.jsonl"
                 if int(folder.name[1:]) >= self.attempt:

@@ -204,12 +204,13 @@ class Session:
         self.checkpoints.wait(self.launch.stop_budget_s if outcome == "finished" else deadline - time.monotonic())
         if outcome == "finished":
             self._event("finished", step=module.step)
+        requeue = self.launch.requeue if outcome == "preempted" else None
+        if requeue is not None:
+            self._event("requeued", step=module.step)
         dist.barrier(group=self.control)
         watch.close()
-        if outcome == "preempted" and self.launch.rank == 0 and self.launch.requeue is not None:
-            self.run.event("requeued", step=module.step)
-            self.run.upload()
-            self.launch.requeue()
+        if requeue is not None and self.launch.rank == 0:
+            requeue()
         return outcome
 
 
