@@ -101,8 +101,8 @@ class Checkpointer:
         part = Part(self._ranks.rank, self._ranks.world_size, self._fingerprint, extra=header)
         folder = self._local / place.name / f"rank-{self._ranks.rank}"
         self._last = Save(place, part, folder, started)
+        self._sender.wake()  # the earlier ones, before this one: else it would be tried twice if its first try fails fast
         self._sender.start(self._last, tensors)
-        self._sender.wake()
 
     def wait(self, timeout_s: float) -> None:
         """Return when the last save is committed. Raises UserError if it is not after `timeout_s`, or its own error."""
