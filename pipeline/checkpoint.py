@@ -101,7 +101,7 @@ class Checkpointer:
         part = Part(self._ranks.rank, self._ranks.world_size, self._fingerprint, extra=header)
         folder = self._local / place.name / f"rank-{self._ranks.rank}"
         self._last = Save(place, part, folder, started)
-        self._sender.wake()  # the earlier ones, before this one: else it would be tried twice if its first try fails fast
+        self._sender.wake()  # before `start`, or a first try that fails fast would be followed by a second
         self._sender.start(self._last, tensors)
 
     def wait(self, timeout_s: float) -> None:
