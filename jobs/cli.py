@@ -39,60 +39,9 @@ def parser() -> argparse.ArgumentParser:
     """All verbs and their options."""
     root = argparse.ArgumentParser(prog="farseer", description="Train a vision model on unlabelled images, on SLURM.")
     verbs = root.add_subparsers(title="verbs", required=True, metavar="VERB")
-    options = _verb(verbs, "shards", shards, "pack a folder of images into shards, each image decoded once")
-    options.add_argument("source", metavar="SRC", help="a folder of images")
-    options.add_argument("target", metavar="DST", help="where the shards go: s3://bucket/folder")
-    options.add_argument("--workers", type=int, help="processes; by default one a core")
-    options.add_argument(
-        "--site", default=os.environ.get("SITE"), help="whose keys to use; by default local, if it is up"
-    )
-    _json_option(options)
-    options = _verb(verbs, "verify", verify, "whether a shard set holds what its manifest says")
-    options.add_argument("target", metavar="DST", help="the set: s3://bucket/folder")
-    options.add_argument("--full", action="store_true", help="check and decode every image; else sizes and indexes")
-    options.add_argument(
-        "--site", default=os.environ.get("SITE"), help="whose keys to use; by default local, if it is up"
-    )
-    _json_option(options)
-    plan_options(_verb(verbs, "plan", plan, "show what a run would do: the resolved config, steps, memory"))
-    options = _verb(verbs, "submit", submit, "check everything, then start a run or go on with it")
-    plan_options(options)
-    options.add_argument("--run", required=True, dest="name", help="its name")
-    options.add_argument("--force", action="store_true", help="go on under another config than the run began with")
-    for name, function, text in (
-        ("resume", resume, "go on with a run that exists, under its own config"),
-        ("logs", logs, "the logs of a run: what failed first, then all ranks"),
-        ("cancel", cancel, "stop a run after a last checkpoint"),
-        ("checkpoints", checkpoints, "the checkpoints of a run in the store"),
-    ):
-        options = _verb(verbs, name, function, text)
-        options.add_argument("--run", required=True, dest="name", help="the run's name")
-        _site_option(options)
-        if name == "logs":
-            options.add_argument("--follow", action="store_true", help="go on until the job is over")
-            options.add_argument("--events", action="store_true", help="what happened to the run, a line each")
-            options.add_argument("--lines", type=int, default=40, help="of each rank")
-        if name == "cancel":
-            options.add_argument("--now", action="store_true", help="without a last checkpoint")
-        if name == "checkpoints":
-            options.add_argument("--verify", action="store_true", help="read and hash every byte of them")
-            _json_option(options)
-    options = _verb(verbs, "status", status, "all runs: how far, how fast, what to look at")
-    _site_option(options)
-    _json_option(options)
-    for name, function, text in (
-        ("evaluate", evaluate, "what the trunk of a run can do, beside baselines"),
-        ("report", report, "evaluate a run and write its report, one page of HTML"),
-    ):
-        options = _verb(verbs, name, function, text)
-        options.add_argument("bank", metavar="BANK", help="labelled shards to learn from: s3://bucket/folder")
-        options.add_argument("held_out", metavar="HELD_OUT", help="labelled shards to ask about")
-        options.add_argument("--run", required=True, dest="name", help="the run's name")
-        _site_option(options)
-        if name == "report":
-            options.add_argument("--to", help="the page's file; by default var/report-<run>.html")
-        else:
-            _json_option(options)
+    _shard_verbs(verbs)
+    _job_verbs(verbs)
+    _result_verbs(verbs)
     options = _verb(verbs, "demo", demo, "the whole product on this machine, in about six minutes")
     options.add_argument("--src", help="a folder of photographs of yours, in the place of the demo's")
     options.add_argument("--set", default="", help="overrides of conf/demo.yaml: 'train.steps=100'")
@@ -100,6 +49,53 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("action", choices=("up", "down", "status"))
     _supervise_options(_verb(verbs, "supervise", supervise, argparse.SUPPRESS))
     return root
+
+
+def _shard_verbs(verbs: Any) -> None:
+    packing = _verb(verbs, "shards", shards, "pack a folder of images into shards, each image decoded once")
+    packing.add_argument("source", metavar="SRC", help="a folder of images")
+    packing.add_argument("target", metavar="DST", help="where the shards go: s3://bucket/folder")
+    packing.add_argument("--workers", type=int, help="processes; by default one a core")
+    verifying = _verb(verbs, "verify", verify, "whether a shard set holds what its manifest says")
+    verifying.add_argument("target", metavar="DST", help="the set: s3://bucket/folder")
+    verifying.add_argument("--full", action="store_true", help="check and decode every image; else sizes and indexes")
+    for options in (packing, verifying):
+        options.add_argument("--site", default=os.environ.get("SITE"), help="whose keys; by default local, if it is up")
+        _json_option(options)
+
+
+def _job_verbs(verbs: Any) -> None:
+    plan_options(_verb(verbs, "plan", plan, "show what a run would do: the resolved config, steps, memory"))
+    options = _run_option(_verb(verbs, "submit", submit, "check everything, then start a run or go on with it"))
+    plan_options(options)
+    options.add_argument("--force", action="store_true", help="go on under another config than the run began with")
+    _site_option(_run_option(_verb(verbs, "resume", resume, "go on with a run that exists, under its own config")))
+    options = _verb(verbs, "status", status, "all runs: how far, how fast, what to look at")
+    _site_option(options)
+    _json_option(options)
+    options = _run_option(_verb(verbs, "logs", logs, "the logs of a run: what failed first, then all ranks"))
+    _site_option(options)
+    options.add_argument("--follow", action="store_true", help="go on until the job is over")
+    options.add_argument("--events", action="store_true", help="what happened to the run, a line each")
+    options.add_argument("--lines", type=int, default=40, help="of each rank")
+    options = _run_option(_verb(verbs, "cancel", cancel, "stop a run after a last checkpoint"))
+    _site_option(options)
+    options.add_argument("--now", action="store_true", help="without a last checkpoint")
+
+
+def _result_verbs(verbs: Any) -> None:
+    options = _run_option(_verb(verbs, "checkpoints", checkpoints, "the checkpoints of a run in the store"))
+    _site_option(options)
+    options.add_argument("--verify", action="store_true", help="read and hash every byte of them")
+    _json_option(options)
+    evaluating = _run_option(_verb(verbs, "evaluate", evaluate, "what the trunk of a run can do, beside baselines"))
+    _json_option(evaluating)
+    reporting = _run_option(_verb(verbs, "report", report, "evaluate a run and write its report, one page of HTML"))
+    reporting.add_argument("--to", help="the page's file; by default var/report-<run>.html")
+    for options in (evaluating, reporting):
+        options.add_argument("bank", metavar="BANK", help="labelled shards to learn from: s3://bucket/folder")
+        options.add_argument("held_out", metavar="HELD_OUT", help="labelled shards to ask about")
+        _site_option(options)
 
 
 def plan_options(options: argparse.ArgumentParser) -> None:
@@ -310,6 +306,11 @@ def _verb(verbs: Any, name: str, function: Verb, text: str) -> argparse.Argument
         verbs.add_parser(name) if text == argparse.SUPPRESS else verbs.add_parser(name, help=text, description=text)
     )
     options.set_defaults(run_verb=function)
+    return options
+
+
+def _run_option(options: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    options.add_argument("--run", required=True, dest="name", help="the run's name")
     return options
 
 
