@@ -115,9 +115,13 @@ def check_same(store: Store, config: Config, manifest: Manifest, force: bool = F
         raise UserError(f"{store.url}: began with another config ({changed}); start a new RUN, or FORCE=1 to go on")
 
 
-def open_data(config: Config, retry_seconds: float) -> tuple[ShardSet, Order, Config]:
-    """The shard set, the order over it, and the config with what depended on the data filled in. Raises UserError."""
-    store = Store(config.data.url, retry_seconds=retry_seconds, connections=config.reader.connections)
+def open_data(config: Config, retry_seconds: float | None = None) -> tuple[ShardSet, Order, Config]:
+    """The shard set, the order over it, and the config with what depended on the data filled in. Raises UserError.
+
+    retry_seconds: how long a store that does not answer is asked again; by default as the config's reader does.
+    """
+    patience = config.reader.retry_seconds if retry_seconds is None else retry_seconds
+    store = Store(config.data.url, retry_seconds=patience, connections=config.reader.connections)
     shards = ShardSet(store, Manifest.load(store))
     manifest = shards.manifest
     order = make_order(config.data, manifest.samples, manifest.mean_bytes, manifest.layout_id)

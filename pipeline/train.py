@@ -93,7 +93,7 @@ class Session:
     def __init__(self, config: Config, launch: Launch, request: StopRequest) -> None:
         self.launch, self.request = launch, request
         self.control = dist.new_group(backend="gloo")
-        self.shards, self.order, self.config = open_data(config, config.reader.retry_seconds)
+        self.shards, self.order, self.config = open_data(config)
         self.steps = self.config.train.length(self.order)
         self.lanes = self.order.lanes_of(launch.rank, launch.world_size)
         self.store = Store(launch.store, retry_seconds=self.config.reader.retry_seconds)

@@ -24,7 +24,7 @@ from pipeline.evaluate.views import render_views
 from pipeline.loader import Batch, Loader
 from pipeline.report.pictures import crop_strips
 from pipeline.report.run import report_run
-from pipeline.train import open_data
+from pipeline.run import open_data
 from tests.photos import write_tiles
 
 pytestmark = pytest.mark.slow  # packs, starts DALI, evaluates
