@@ -69,7 +69,8 @@ def demo(src: Path | None = None, overrides: str = "", var: Path = VAR) -> Figur
 
     config = load(ROOT / "conf" / "demo.yaml", f"data.url={bank} {overrides}")
     run = time.strftime("demo-%Y%m%d-%H%M%S")
-    _stage(4, f"Pretraining: SwAV on a RegNetY, {site.nodes} nodes, preempted half way")
+    where = f"{site.nodes} nodes" if site.executor == "slurm" else f"{site.ranks} processes of this machine"
+    _stage(4, f"Pretraining: SwAV on a RegNetY, {where}, preempted half way")
     job = submit(config, site, run)
     _say(f"job {job.id} is submitted as run {run}; make logs RUN={run} shows what its ranks say")
     _follow(job, config)
