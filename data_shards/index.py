@@ -110,6 +110,11 @@ class ShardSet:
         self.manifest = manifest
         self._starts = np.concatenate([[0], np.cumsum(manifest.shard_samples, dtype=np.int64)])
 
+    @classmethod
+    def open(cls, store: Store) -> "ShardSet":
+        """The set in the store's folder, by one request. Raises UserError when there is none."""
+        return cls(store, Manifest.load(store))
+
     def locate(self, sample: int) -> tuple[int, int]:
         """Shard and place in it of a sample id."""
         if not 0 <= sample < self.manifest.samples:

@@ -122,7 +122,7 @@ def open_data(config: Config, retry_seconds: float | None = None) -> tuple[Shard
     """
     patience = config.reader.retry_seconds if retry_seconds is None else retry_seconds
     store = Store(config.data.url, retry_seconds=patience, connections=config.reader.connections)
-    shards = ShardSet(store, Manifest.load(store))
+    shards = ShardSet.open(store)
     manifest = shards.manifest
     order = make_order(config.data, manifest.samples, manifest.mean_bytes, manifest.layout_id)
     data = config.data.model_copy(update={"chunk_samples": order.chunk_samples})

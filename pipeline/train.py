@@ -4,7 +4,6 @@ Nothing about where to resume comes from the launcher: it is found in the store.
 """
 
 import datetime
-import json
 import logging
 import resource
 import time
@@ -29,6 +28,7 @@ from pipeline.config import Config
 from pipeline.loader import Batch, Loader
 from pipeline.module import StepResult, SwAV
 from pipeline.monitor import Monitor
+from pipeline.ranks import Ranks
 from pipeline.run import Record, Run, open_data, read_record
 from pipeline.signals import RankEnvironment, StopRequest, own_signals
 
@@ -93,6 +93,7 @@ class Session:
     def __init__(self, config: Config, launch: Launch, request: StopRequest) -> None:
         self.launch, self.request = launch, request
         self.control = dist.new_group(backend="gloo")
+        self.ranks = Ranks(launch.rank, launch.world_size, self.control)
         self.shards, self.order, self.config = open_data(config)
         self.steps = self.config.train.length(self.order)
         self.lanes = self.order.lanes_of(launch.rank, launch.world_size)
@@ -137,18 +138,17 @@ class Session:
 
     def _claim(self) -> Run:
         """Rank 0 opens the run for all; its error is everyone's."""
-        answer: list[Any] = [None, None]
-        run = None
-        if self.launch.rank == 0:
-            try:
-                run = Run.start(self.store, Path(self.launch.run_dir), self.config, self.shards.manifest)
-                answer = [run.attempt, None]
-            except UserError as error:
-                answer = [None, str(error)]
-        attempt, refused = _from_rank_0(answer, self.control)
-        if refused is not None:
-            raise UserError(refused)
-        return run or Run(self.store, Path(self.launch.run_dir), attempt)
+        local, opened = Path(self.launch.run_dir), []
+
+        def attempt() -> int | None:
+            if self.launch.rank != 0:
+                return None
+            opened.append(Run.start(self.store, local, self.config, self.shards.manifest))
+            return opened[0].attempt
+
+        number = self.ranks.together(attempt)[0]
+        assert number is not None
+        return opened[0] if opened else Run(self.store, local, number)
 
     def _event(self, name: str, **fields: Any) -> None:
         if self.launch.rank == 0:
@@ -189,9 +189,7 @@ class Session:
 
     def save(self, module: SwAV, bad: list[list[Any]]) -> None:
         """Start a checkpoint of the present step; training goes on once the state is copied."""
-        gathered: list[Any] = [None] * self.launch.world_size
-        dist.all_gather_object(gathered, bad, group=self.control)
-        quarantine = sorted({tuple(entry) for part in gathered for entry in part})
+        quarantine = sorted({tuple(entry) for of_rank in self.ranks.exchange(bad) for entry in of_rank})
         self.checkpoints.save(module.step, module.state(), {"quarantine": [list(entry) for entry in quarantine]})
 
     def _leave(self, module: SwAV, watch: "Watch") -> Outcome:
@@ -337,7 +335,7 @@ class Watch(pl.Callback):
     def _cancelled(self) -> bool:
         """Whether the stop was asked for by `make cancel`; rank 0's view of the marker counts."""
         marker = (Path(self.session.launch.run_dir) / "cancel").exists()
-        return bool(_from_rank_0([marker], self.session.control)[0])
+        return bool(self.session.ranks.exchange(marker)[0])
 
     def _open_monitor(self) -> Monitor:
         session, config = self.session, self.session.config
@@ -350,11 +348,3 @@ def _present(record: Record | None) -> Record:
     if record is None:
         raise UserError("run.json vanished from the run's folder while it started; start it again")
     return record
-
-
-def _from_rank_0(values: list[Any], group: dist.ProcessGroup | None) -> list[Any]:
-    """The values (JSON) of rank 0, on all ranks."""
-    payload = [json.dumps(values)]
-    dist.broadcast_object_list(payload, src=0, group=group)
-    answer: list[Any] = json.loads(payload[0])
-    return answer

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from data_shards.errors import UserError
-from data_shards.index import Manifest, ShardSet
+from data_shards.index import ShardSet
 from data_shards.store import Store
 from pipeline import commit
 from pipeline.config import Config
@@ -43,8 +43,7 @@ def evaluate_run(store: Store, bank_url: str, held_out_url: str) -> Evaluation:
 
 def open_tiles(url: str) -> Tiles:
     """All images of a labelled set."""
-    store = Store(url)
-    return read_tiles(ShardSet(store, Manifest.load(store)))
+    return read_tiles(ShardSet.open(Store(url)))
 
 
 def untrained_trunk(config: Config) -> RegNet:

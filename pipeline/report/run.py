@@ -12,6 +12,7 @@ from data_shards.order import make_order
 from data_shards.store import NotFound, Store
 from pipeline.augment import draw
 from pipeline.config import Config
+from pipeline.evaluate.run import open_tiles
 from pipeline.evaluate.table import Evaluation, Neighbours
 from pipeline.evaluate.tiles import Tiles, read_tiles
 from pipeline.evaluate.views import render_distorted
@@ -40,8 +41,8 @@ def report_run(
     are. site: where it ran.
     """
     config = read_config(store)
-    shards = _open(bank_url)
-    bank, held_out = read_tiles(shards), read_tiles(_open(held_out_url))
+    shards = ShardSet.open(Store(bank_url))
+    bank, held_out = read_tiles(shards), open_tiles(held_out_url)
     data = ReportData(
         run=store.url.rstrip("/").rpartition("/")[2],
         config=config.dump(),
@@ -100,11 +101,6 @@ def refusals(store: Store) -> list[Refusal]:
 def environments(store: Store) -> list[dict[str, Any]]:
     """Machine and packages of each attempt, the first one first."""
     return [json.loads(store.get(entry.path)) for entry in store.list("environment")]
-
-
-def _open(url: str) -> ShardSet:
-    store = Store(url)
-    return ShardSet(store, Manifest.load(store))
 
 
 def _found(entry: Neighbours, name: str, bank: Tiles, held_out: Tiles) -> list[Neighbour]:
