@@ -8,15 +8,14 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
-from pathlib import PurePosixPath
 from typing import NamedTuple
 
 import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from data_shards.index import RECORD, ShardSet, Span, shard_path
-from data_shards.store import NotFound, Truncated, Unavailable
+from data_shards.index import RECORD, ShardSet, Span, index_path
+from data_shards.store import NotFound, Store, Truncated, Unavailable
 
 TRIES = 3
 BLOCK_RECORDS = (
@@ -93,7 +92,7 @@ class Fetcher:
         """The samples `first` and following of a shard by one read; those that are wrong again, each alone."""
         start, end = int(records[0]["offset"]), int(records[-1]["offset"] + records[-1]["size"])
         try:
-            data = await self._read(shard_path(shard), start, self._inside(shard, start, end))
+            data = await self._read(*self._shards.tar(shard), start, self._inside(shard, start, end))
         except NotFound as error:
             return [Damage(f"its shard is missing ({error})")] * len(records)
         except Truncated:
@@ -112,9 +111,8 @@ class Fetcher:
             try:
                 record = (await self._records(shard, place, 1))[0]
                 start = int(record["offset"])
-                data = await self._read(
-                    shard_path(shard), start, self._inside(shard, start, start + int(record["size"]))
-                )
+                end = self._inside(shard, start, start + int(record["size"]))
+                data = await self._read(*self._shards.tar(shard), start, end)
             except NotFound as error:
                 return Damage(f"its shard is missing ({error})")
             except Truncated as error:
@@ -143,8 +141,7 @@ class Fetcher:
         if task is None or (task.done() and (task.cancelled() or task.exception())):
             first = block * BLOCK_RECORDS
             end = min(first + BLOCK_RECORDS, self._shards.manifest.shard_samples[shard])
-            path = str(PurePosixPath(shard_path(shard)).with_suffix(".idx"))
-            read = self._read(path, first * RECORD.itemsize, end * RECORD.itemsize)
+            read = self._read(self._shards.store, index_path(shard), first * RECORD.itemsize, end * RECORD.itemsize)
             task = self._blocks[key] = asyncio.get_running_loop().create_task(read)
         self._blocks.move_to_end(key)
         while len(self._blocks) > BLOCKS:
@@ -152,13 +149,13 @@ class Fetcher:
         data: bytes = await asyncio.shield(task)
         return data
 
-    async def _read(self, path: str, start: int, end: int) -> bytes:
+    async def _read(self, store: Store, path: str, start: int, end: int) -> bytes:
         """A range, asked for until `retry_seconds` are over; the store itself asks again within its own limit."""
         begun = time.monotonic()
         while True:
             self.requests += 1
             try:
-                data: bytes = await self._shards.store.read(path, start, end)
+                data: bytes = await store.read(path, start, end)
             except Unavailable:
                 if time.monotonic() - begun >= self._retry_seconds:
                     raise

@@ -1,12 +1,15 @@
 """What a shard set consists of: its manifest, and for each shard the place and the checksum of every sample.
 
-    DST/MANIFEST.json             put last: with it, the set exists
+    DST/MANIFEST.json             put last: with it, the set exists; the newest version
+    DST/manifests/<layout>.json   each version; appending makes one, and a run keeps the one that it began with
     DST/shards/3f/000012.tar      the samples; 3f is a hash of the number, which spreads requests over prefixes
     DST/shards/3f/000012.idx      RECORDs, one a sample in the order of the tar: a small range finds any chunk
     DST/shards/3f/000012.parquet  one row a sample, for people and DuckDB
     DST/refused.jsonl             sources that were not taken, and why
+    DST/removed/000001.txt        keys of samples that must not be shown any more
+    DST/plans/1/                  how the packing was laid out, and how far it is
 
-A sample's id is its rank over all shards in their order.
+A sample's id is its rank over all shards in their order. Shards that are indexed where they lie have no tar here.
 """
 
 import json
@@ -19,7 +22,7 @@ import numpy as np
 from data_shards.errors import UserError
 from data_shards.store import NotFound, Store
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "MANIFEST.json"
 REFUSED = "refused.jsonl"
 
@@ -31,6 +34,21 @@ def shard_path(number: int) -> str:
     """Where a shard's tar lies within its set; index and table lie beside it, with .idx and .parquet."""
     prefix = blake2b(b"%d" % number, digest_size=1).hexdigest()
     return f"shards/{prefix}/{number:06d}.tar"
+
+
+def index_path(number: int) -> str:
+    """Where a shard's RECORDs lie within its set."""
+    return shard_path(number).removesuffix(".tar") + ".idx"
+
+
+def table_path(number: int) -> str:
+    """Where a shard's Parquet rows lie within its set."""
+    return shard_path(number).removesuffix(".tar") + ".parquet"
+
+
+def manifest_path(layout_id: str) -> str:
+    """Where the version of the manifest with that layout lies within its set."""
+    return f"manifests/{layout_id}.json"
 
 
 def sample_key(shard: int, place: int) -> str:
@@ -45,6 +63,7 @@ class Manifest:
     layout_id: of the packing plan (which sources at which places), so it stays when contents are removed or repaired.
     contents_id: hash of the samples' sha256 in the order of their ids.
     refused: how many sources were not taken, by reason.
+    tars: urls of shards that lie elsewhere, one a shard; empty when they lie in the set's own folder.
     """
 
     layout_id: str
@@ -54,6 +73,7 @@ class Manifest:
     shard_bytes: tuple[int, ...]
     settings: dict[str, Any]
     refused: dict[str, int]
+    tars: tuple[str, ...] = ()
 
     @property
     def mean_bytes(self) -> float:
@@ -61,32 +81,41 @@ class Manifest:
         return sum(self.shard_bytes) / self.samples
 
     @classmethod
-    def load(cls, store: Store) -> "Manifest":
-        """One request. Raises UserError when there is no set, or none that can be read."""
+    def load(cls, store: Store, layout_id: str | None = None) -> "Manifest":
+        """The newest version, or the one with that layout; one request.
+
+        Raises UserError when there is no set, no such version, or none that can be read.
+        """
+        path = manifest_path(layout_id) if layout_id else MANIFEST
         try:
-            found = json.loads(store.get(MANIFEST))
+            found = json.loads(store.get(path))
             if found.pop("format") != FORMAT:
-                raise UserError(f"{store.url}: {MANIFEST} is of another version of this program; pack the set again")
+                raise UserError(f"{store.url}: {path} is of another version of this program; pack the set again")
             for name in ("shard_samples", "shard_bytes"):
                 found[name] = tuple(map(int, found[name]))
-            manifest = cls(**found)
+            manifest = cls(**{**found, "tars": tuple(map(str, found["tars"]))})
         except NotFound:
+            if layout_id:
+                raise UserError(f"{store.url}: no version of this set has the layout {layout_id} ({path})") from None
             raise UserError(
                 f"{store.url}: no {MANIFEST}, so no shard set; make shards SRC=... DST={store.url}"
             ) from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{store.url}: {MANIFEST} is damaged ({error}); pack the set again") from error
+            raise UserError(f"{store.url}: {path} is damaged ({error}); pack the set again") from error
         manifest._check(store.url)
         return manifest
 
     def save(self, store: Store, *, create_only: bool = True) -> None:
+        """Put this version under its layout, then as the newest. Raises AlreadyExists when there is a newest one."""
         data = json.dumps({"format": FORMAT, **asdict(self)}, separators=(",", ":")).encode()
+        store.put(manifest_path(self.layout_id), data)
         store.put(MANIFEST, data, create_only=create_only)
 
     def _check(self, url: str) -> None:
         if self.samples == 0:
             raise UserError(f"{url}: the shard set is empty; make shards SRC=... DST={url}")
-        if sum(self.shard_samples) != self.samples or len(self.shard_samples) != len(self.shard_bytes):
+        shards = len(self.shard_samples)
+        if sum(self.shard_samples) != self.samples or {shards} != {len(self.shard_bytes), len(self.tars) or shards}:
             raise UserError(
                 f"{url}: {MANIFEST} is damaged: {self.samples} samples, {sum(self.shard_samples)} in its shards; "
                 f"pack the set again"
@@ -108,12 +137,29 @@ class ShardSet:
     def __init__(self, store: Store, manifest: Manifest) -> None:
         self.store = store
         self.manifest = manifest
+        self._elsewhere: dict[str, Store] = {}
         self._starts = np.concatenate([[0], np.cumsum(manifest.shard_samples, dtype=np.int64)])
 
     @classmethod
-    def open(cls, store: Store) -> "ShardSet":
-        """The set in the store's folder, by one request. Raises UserError when there is none."""
-        return cls(store, Manifest.load(store))
+    def open(cls, store: Store, layout_id: str | None = None) -> "ShardSet":
+        """The set in the store's folder, by one request: the newest version, or the one with that layout.
+
+        Raises UserError when there is none.
+        """
+        return cls(store, Manifest.load(store, layout_id))
+
+    def tar(self, shard: int) -> tuple[Store, str]:
+        """The store of a shard's tar, on the event loop of the set's own, and the path in it."""
+        if not self.manifest.tars:
+            return self.store, shard_path(shard)
+        folder, _, name = self.manifest.tars[shard].rpartition("/")
+        if folder not in self._elsewhere:
+            self._elsewhere[folder] = self.store.beside(folder)
+        return self._elsewhere[folder], name
+
+    def shard_name(self, shard: int) -> str:
+        """What to call a shard in words: its path in the set, or its url when it lies elsewhere."""
+        return self.manifest.tars[shard] if self.manifest.tars else shard_path(shard)
 
     def locate(self, sample: int) -> tuple[int, int]:
         """Shard and place in it of a sample id."""
@@ -134,13 +180,10 @@ class ShardSet:
             sample = (sample + taken) % self.manifest.samples
         return found
 
-    def shard_path(self, number: int) -> str:
-        return shard_path(number)
-
     def table(self) -> Any:
         """The Parquet rows of all samples in the order of their ids, as a pyarrow Table. For small sets."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        paths = [shard_path(number).replace(".tar", ".parquet") for number in range(len(self.manifest.shard_samples))]
+        paths = map(table_path, range(len(self.manifest.shard_samples)))
         return pa.concat_tables([pq.read_table(pa.BufferReader(self.store.get(path))) for path in paths])

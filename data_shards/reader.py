@@ -21,7 +21,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from data_shards.errors import UserError
 from data_shards.fetch import Fetched, Fetcher, Payload
-from data_shards.index import ShardSet, shard_path
+from data_shards.index import ShardSet
 from data_shards.order import REPLACEMENTS, Order, Window, replacement_place
 from data_shards.permutation import Ints
 from data_shards.section import Section
@@ -344,7 +344,7 @@ class Reader:
 
     def _where(self, sample: int) -> tuple[str, int]:
         shard, place = self._shards.locate(sample)
-        return shard_path(shard), place
+        return self._shards.shard_name(shard), place
 
 
 def _refuse(order: Order, lanes: range, settings: ReaderSettings, sample_bytes: float) -> None:

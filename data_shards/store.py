@@ -13,7 +13,7 @@ import selectors
 import threading
 import time
 import weakref
-from collections.abc import Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache, partial
@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from data_shards.errors import UserError
 
 T = TypeVar("T")
+Root = tuple[str, str]  # scheme and bucket: what is connected to
 
 
 class StoreError(UserError):
@@ -107,7 +108,8 @@ class Store:
         root, self._folder = rest.partition("/")[::2] if scheme == "s3" else ("", rest)
         self._folder = _clean(self._folder, url)
         self.url = f"{scheme}://{'/' if scheme == 'file' else ''}{'/'.join(filter(None, (root, self._folder)))}"
-        self._thread = _Thread(partial(_backend, scheme, root, retry_seconds, connections))
+        self._root = (scheme, root)
+        self._thread = _Thread(partial(_backend, retry_seconds=retry_seconds, connections=connections))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopened, (self.url, *self._options)
@@ -115,15 +117,26 @@ class Store:
     @property
     def counters(self) -> Counters:
         """Shared with the stores that `at` gave."""
-        return self._thread.backend.counters
+        return self._backend.counters
+
+    @property
+    def _backend(self) -> Backend:
+        return self._thread.backend(self._root)
 
     def at(self, path: str) -> "Store":
         """The folder `path` of this one, over the same connections."""
         deeper = object.__new__(Store)
-        deeper._options, deeper._thread = self._options, self._thread
+        deeper._options, deeper._root, deeper._thread = self._options, self._root, self._thread
         deeper._folder = self._key(path)
         deeper.url = f"{self.url}/{_clean(path, self.url)}"
         return deeper
+
+    def beside(self, url: str) -> "Store":
+        """The store at another url, on this one's event loop, so that coroutines of both can wait for each other."""
+        retry_seconds, connections = self._options
+        other = Store(url, retry_seconds=retry_seconds, connections=connections)
+        other._thread = self._thread
+        return other
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> "Future[T]":
         """Run a coroutine on the store's event loop."""
@@ -136,7 +149,7 @@ class Store:
         """
         if end is not None and end <= (start or 0):
             return b""
-        return await self._thread.backend.read(self._key(path), start, end)
+        return await self._backend.read(self._key(path), start, end)
 
     def get(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
         """`read`, blocking."""
@@ -144,11 +157,11 @@ class Store:
 
     def put(self, path: str, data: bytes, *, create_only: bool = False) -> None:
         """Write an object whole. With `create_only` the first of several writers wins, the others get AlreadyExists."""
-        self._wait(self._thread.backend.put(self._key(path), data, create_only))
+        self._wait(self._backend.put(self._key(path), data, create_only))
 
     def upload(self, local: Path, path: str) -> None:
         """Put a file of any size: in parts, each of them asked for again on its own."""
-        self._wait(self._thread.backend.upload(local, self._key(path)))
+        self._wait(self._backend.upload(local, self._key(path)))
 
     def download(self, path: str, local: Path) -> None:
         """Bring an object to a file, which appears only when it is complete."""
@@ -156,7 +169,7 @@ class Store:
         from data_shards.local import beside
 
         with beside(local) as temporary:
-            self._wait(self._thread.backend.download(self._key(path), temporary))
+            self._wait(self._backend.download(self._key(path), temporary))
             temporary.replace(local)
 
     def exists(self, path: str) -> bool:
@@ -168,21 +181,21 @@ class Store:
 
     def size(self, path: str) -> int:
         """Bytes of an object."""
-        return self._wait(self._thread.backend.size(self._key(path)))
+        return self._wait(self._backend.size(self._key(path)))
 
     def list(self, prefix: str = "") -> list[Entry]:
         """All objects below the folder `prefix`, at any depth, sorted by path; empty when there are none."""
         cut = len(self._folder) + 1 if self._folder else 0
-        found = self._wait(self._thread.backend.find(self._key(prefix)))
+        found = self._wait(self._backend.find(self._key(prefix)))
         return sorted(Entry(entry.path[cut:], entry.size) for entry in found)
 
     def delete(self, paths: Iterable[str]) -> None:
         """Remove objects; what is not there already is no error."""
-        self._wait(self._thread.backend.delete([self._key(path) for path in paths]))
+        self._wait(self._backend.delete([self._key(path) for path in paths]))
 
     def check(self) -> None:
         """Raise the one line that says what is wrong with host, key or bucket; soon, whatever `retry_seconds` is."""
-        self._wait(self._thread.backend.check())
+        self._wait(self._backend.check())
 
     def close(self) -> None:
         """Close the connections, also those of `at`; the next use opens new ones."""
@@ -213,8 +226,9 @@ def _clean(path: str, url: str) -> str:
     return "/".join(parts)
 
 
-def _backend(scheme: str, bucket: str, retry_seconds: float, connections: int) -> Backend:
+def _backend(root: Root, retry_seconds: float, connections: int) -> Backend:
     """Imported here: both need this module, and a folder does not need the half second that s3fs takes."""
+    scheme, bucket = root
     if scheme == "s3":
         from data_shards.s3 import S3
 
@@ -225,13 +239,13 @@ def _backend(scheme: str, bucket: str, retry_seconds: float, connections: int) -
 
 
 class _Thread:
-    """An event loop in a daemon thread, and the backend that lives on it; both are made at first use.
+    """An event loop in a daemon thread, and the backends that live on it; all are made at first use.
 
     A forked child gets new ones. The inherited ones share sockets and the kernel's poll set with the parent: they must
     neither be used nor cleaned up there, so they are kept for ever and the child's handle of the poll set is closed.
     """
 
-    def __init__(self, make_backend: "partial[Backend]") -> None:
+    def __init__(self, make_backend: Callable[[Root], Backend]) -> None:
         self._make_backend = make_backend
         self._inherited: list[Any] = []
         self._reset()
@@ -241,15 +255,14 @@ class _Thread:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._selector: selectors.BaseSelector | None = None
-        self._backend: Backend | None = None
+        self._backends: dict[Root, Backend] = {}
         self._close: Any = None
 
-    @property
-    def backend(self) -> Backend:
+    def backend(self, root: Root) -> Backend:
         with self._lock:
-            if self._backend is None:
-                self._backend = self._make_backend()
-            return self._backend
+            if root not in self._backends:
+                self._backends[root] = self._make_backend(root)
+            return self._backends[root]
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> "Future[T]":
         with self._lock:
@@ -262,12 +275,13 @@ class _Thread:
     def close(self) -> None:
         if self._close is not None:
             self._close()
-            counters = self.backend.counters
+            closed = self._backends
             self._reset()
-            self.backend.counters = counters
+            for root, backend in closed.items():
+                self.backend(root).counters = backend.counters
 
     def after_fork(self) -> None:
-        self._inherited.append((self._loop, self._backend))
+        self._inherited.append((self._loop, self._backends))
         if self._selector is not None:
             self._selector.close()
         if self._close is not None:
@@ -278,10 +292,8 @@ class _Thread:
         self._selector = selectors.DefaultSelector()
         self._loop = asyncio.SelectorEventLoop(self._selector)
         threading.Thread(target=_run, args=(self._loop,), name="store", daemon=True).start()
-        if self._backend is None:
-            self._backend = self._make_backend()
         # runs at close, when the store is forgotten, and before the interpreter ends
-        self._close = weakref.finalize(self, _end, self._loop, self._backend)
+        self._close = weakref.finalize(self, _end, self._loop, self._backends)
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:
@@ -292,10 +304,11 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
 _threads: "weakref.WeakSet[_Thread]" = weakref.WeakSet()
 
 
-def _end(loop: asyncio.AbstractEventLoop, backend: Backend) -> None:
+def _end(loop: asyncio.AbstractEventLoop, backends: dict[Root, Backend]) -> None:
     async def end() -> None:
-        with contextlib.suppress(Exception):
-            await backend.close()
+        for backend in backends.values():
+            with contextlib.suppress(Exception):
+                await backend.close()
         loop.call_soon(loop.stop)
 
     with contextlib.suppress(Exception):

@@ -7,16 +7,16 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from data_shards.errors import UserError
+from jobs.shard_verbs import shard_verbs
+from jobs.verbs import add_verb, json_option, say, site_option, table
 
 if TYPE_CHECKING:
     from jobs.runs import Status
     from pipeline.config import Config
-
-Verb = Callable[[argparse.Namespace], int]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,101 +39,57 @@ def parser() -> argparse.ArgumentParser:
     """All verbs and their options."""
     root = argparse.ArgumentParser(prog="farseer", description="Train a vision model on unlabelled images, on SLURM.")
     verbs = root.add_subparsers(title="verbs", required=True, metavar="VERB")
-    _shard_verbs(verbs)
+    shard_verbs(verbs)
     _job_verbs(verbs)
     _result_verbs(verbs)
-    options = _verb(verbs, "demo", demo, "the whole product on this machine, in about six minutes")
+    options = add_verb(verbs, "demo", demo, "the whole product on this machine, in about six minutes")
     options.add_argument("--src", help="a folder of photographs of yours, in the place of the demo's")
     options.add_argument("--set", default="", help="overrides of conf/demo.yaml: 'train.steps=100'")
-    options = _verb(verbs, "cluster", cluster, "an S3 server and a SLURM on this machine: SITE=local")
+    options = add_verb(verbs, "cluster", cluster, "an S3 server and a SLURM on this machine: SITE=local")
     options.add_argument("action", choices=("up", "down", "status"))
-    _supervise_options(_verb(verbs, "supervise", supervise, argparse.SUPPRESS))
+    _supervise_options(add_verb(verbs, "supervise", supervise, argparse.SUPPRESS))
     return root
 
 
-def _shard_verbs(verbs: Any) -> None:
-    packing = _verb(verbs, "shards", shards, "pack a folder of images into shards, each image decoded once")
-    packing.add_argument("source", metavar="SRC", help="a folder of images")
-    packing.add_argument("target", metavar="DST", help="where the shards go: s3://bucket/folder")
-    packing.add_argument("--workers", type=int, help="processes; by default one a core")
-    verifying = _verb(verbs, "verify", verify, "whether a shard set holds what its manifest says")
-    verifying.add_argument("target", metavar="DST", help="the set: s3://bucket/folder")
-    verifying.add_argument("--full", action="store_true", help="check and decode every image; else sizes and indexes")
-    for options in (packing, verifying):
-        options.add_argument("--site", default=os.environ.get("SITE"), help="whose keys; by default local, if it is up")
-        _json_option(options)
-
-
 def _job_verbs(verbs: Any) -> None:
-    plan_options(_verb(verbs, "plan", plan, "show what a run would do: the resolved config, steps, memory"))
-    options = _run_option(_verb(verbs, "submit", submit, "check everything, then start a run or go on with it"))
+    plan_options(add_verb(verbs, "plan", plan, "show what a run would do: the resolved config, steps, memory"))
+    options = _run_option(add_verb(verbs, "submit", submit, "check everything, then start a run or go on with it"))
     plan_options(options)
     options.add_argument("--force", action="store_true", help="go on under another config than the run began with")
-    _site_option(_run_option(_verb(verbs, "resume", resume, "go on with a run that exists, under its own config")))
-    options = _verb(verbs, "status", status, "all runs: how far, how fast, what to look at")
-    _site_option(options)
-    _json_option(options)
-    options = _run_option(_verb(verbs, "logs", logs, "the logs of a run: what failed first, then all ranks"))
-    _site_option(options)
+    site_option(_run_option(add_verb(verbs, "resume", resume, "go on with a run that exists, under its own config")))
+    options = add_verb(verbs, "status", status, "all runs: how far, how fast, what to look at")
+    site_option(options)
+    json_option(options)
+    options = _run_option(add_verb(verbs, "logs", logs, "the logs of a run: what failed first, then all ranks"))
+    site_option(options)
     options.add_argument("--follow", action="store_true", help="go on until the job is over")
     options.add_argument("--events", action="store_true", help="what happened to the run, a line each")
     options.add_argument("--lines", type=int, default=40, help="of each rank")
-    options = _run_option(_verb(verbs, "cancel", cancel, "stop a run after a last checkpoint"))
-    _site_option(options)
+    options = _run_option(add_verb(verbs, "cancel", cancel, "stop a run after a last checkpoint"))
+    site_option(options)
     options.add_argument("--now", action="store_true", help="without a last checkpoint")
 
 
 def _result_verbs(verbs: Any) -> None:
-    options = _run_option(_verb(verbs, "checkpoints", checkpoints, "the checkpoints of a run in the store"))
-    _site_option(options)
+    options = _run_option(add_verb(verbs, "checkpoints", checkpoints, "the checkpoints of a run in the store"))
+    site_option(options)
     options.add_argument("--verify", action="store_true", help="read and hash every byte of them")
-    _json_option(options)
-    evaluating = _run_option(_verb(verbs, "evaluate", evaluate, "what the trunk of a run can do, beside baselines"))
-    _json_option(evaluating)
-    reporting = _run_option(_verb(verbs, "report", report, "evaluate a run and write its report, one page of HTML"))
+    json_option(options)
+    evaluating = _run_option(add_verb(verbs, "evaluate", evaluate, "what the trunk of a run can do, beside baselines"))
+    json_option(evaluating)
+    reporting = _run_option(add_verb(verbs, "report", report, "evaluate a run and write its report, one page of HTML"))
     reporting.add_argument("--to", help="the page's file; by default var/report-<run>.html")
     for options in (evaluating, reporting):
         options.add_argument("bank", metavar="BANK", help="labelled shards to learn from: s3://bucket/folder")
         options.add_argument("held_out", metavar="HELD_OUT", help="labelled shards to ask about")
-        _site_option(options)
+        site_option(options)
 
 
 def plan_options(options: argparse.ArgumentParser) -> None:
     """What names a config and a site."""
     options.add_argument("config", metavar="CONF", help="a config file, such as conf/demo.yaml")
     options.add_argument("--set", default="", help="overrides: 'optim.lr=2.4 data.lanes=64'")
-    _site_option(options)
-
-
-def shards(options: argparse.Namespace) -> int:
-    from dataclasses import asdict
-
-    from data_shards.pack import shards as pack
-
-    _use_keys(options.site)
-    report = pack(options.source, options.target, progress=_progress(), workers=options.workers)
-    if options.json:
-        _say(json.dumps(asdict(report), indent=2))
-    else:
-        _say(*report.refused_lines(), f"{report.url}: {report.summary()}")
-    return 0
-
-
-def verify(options: argparse.Namespace) -> int:
-    from dataclasses import asdict
-
-    from data_shards.store import Store
-    from data_shards.verify import verify as check
-
-    _use_keys(options.site)
-    report = check(Store(options.target), full=options.full, progress=_progress())
-    if options.json:
-        _say(json.dumps(asdict(report), indent=2))
-    else:
-        how = "every image decoded" if report.full else "sizes and indexes; FULL=1 decodes every image"
-        verdict = f"{len(report.faults)} faults" if report.faults else "as its manifest says"
-        _say(*report.faults, f"{report.url}: {report.samples:,} images in {report.shards:,} shards: {verdict} ({how})")
-    return 1 if report.faults else 0
+    site_option(options)
 
 
 def plan(options: argparse.Namespace) -> int:
@@ -142,7 +98,7 @@ def plan(options: argparse.Namespace) -> int:
 
     site = load_site(options.site)
     site.activate()
-    _say(*describe(_config(options), site))
+    say(*describe(_config(options), site))
     return 0
 
 
@@ -176,12 +132,12 @@ def status(options: argparse.Namespace) -> int:
     site.activate()
     found = statuses(site)
     if options.json:
-        _say(json.dumps([asdict(one) for one in found], indent=2))
+        say(json.dumps([asdict(one) for one in found], indent=2))
     elif not found:
-        _say(f"no runs in {site.shared_dir}; make submit CONF=... RUN=... starts one")
+        say(f"no runs in {site.shared_dir}; make submit CONF=... RUN=... starts one")
     else:
-        _say(
-            *_table(
+        say(
+            *table(
                 ("RUN", "STATE", "STEP", "LOSS", "IMAGES/S", "WAIT", "SAVED", "STARTS", "LAST STEP"), map(_row, found)
             )
         )
@@ -193,10 +149,10 @@ def logs(options: argparse.Namespace) -> int:
 
     job = _job(options)
     if options.events:
-        _say(*(runs.sentence(event) for event in runs.history(job.run_dir)))
+        say(*(runs.sentence(event) for event in runs.history(job.run_dir)))
         return 0
     for failure in job.start.failures():
-        _say(f"{failure}", failure.trace)
+        say(f"{failure}", failure.trace)
     runs.show(job, options.lines, options.follow, sys.stdout)
     return 0
 
@@ -205,7 +161,7 @@ def cancel(options: argparse.Namespace) -> int:
     from jobs import runs
 
     job = _job(options)
-    _say(runs.cancel(job, options.now))
+    say(runs.cancel(job, options.now))
     return 0
 
 
@@ -215,10 +171,10 @@ def checkpoints(options: argparse.Namespace) -> int:
     job = _job(options)
     found = stored_checkpoints(job.store, options.verify)
     if options.json:
-        _say(json.dumps(found, indent=2))
+        say(json.dumps(found, indent=2))
     else:
         rows = ([row["name"], f"{row['bytes'] / 1e6:.1f} MB", row["state"]] for row in found)
-        _say(*_table(("CHECKPOINT", "SIZE", "STATE"), rows))
+        say(*table(("CHECKPOINT", "SIZE", "STATE"), rows))
     return 0
 
 
@@ -227,7 +183,7 @@ def evaluate(options: argparse.Namespace) -> int:
     from pipeline.evaluate.run import evaluate_run
 
     found = evaluate_run(Store(_job(options).store), options.bank, options.held_out)
-    _say(*([json.dumps(found.to_json(), indent=2)] if options.json else found.text()))
+    say(*([json.dumps(found.to_json(), indent=2)] if options.json else found.text()))
     return 0
 
 
@@ -242,7 +198,7 @@ def report(options: argparse.Namespace) -> int:
     store = Store(_job(options).store)
     page = Path(options.to) if options.to else ROOT / "var" / f"report-{options.name}.html"
     found = evaluate_run(store, options.bank, options.held_out)
-    _say(*found.text(), f"report: {report_run(store, options.bank, options.held_out, found, page)}")
+    say(*found.text(), f"report: {report_run(store, options.bank, options.held_out, found, page)}")
     return 0
 
 
@@ -261,9 +217,9 @@ def cluster(options: argparse.Namespace) -> int:
 
     if options.action == "down":
         cluster.down(LOCAL.parent)
-        _say("down; what is stored stays until make clean")
+        say("down; what is stored stays until make clean")
     else:
-        _say(*(cluster.up if options.action == "up" else cluster.status)(LOCAL.parent))
+        say(*(cluster.up if options.action == "up" else cluster.status)(LOCAL.parent))
     return 0
 
 
@@ -275,7 +231,7 @@ def supervise(options: argparse.Namespace) -> int:
 
     start = Start.here()
     if options.when == "before":
-        _say(str(supervise.before(start)))
+        say(str(supervise.before(start)))
         return 0
     if options.when == "serve":
         return local.serve(
@@ -301,35 +257,9 @@ def _supervise_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--max-cycles", type=int, default=3)
 
 
-def _verb(verbs: Any, name: str, function: Verb, text: str) -> argparse.ArgumentParser:
-    options: argparse.ArgumentParser = (
-        verbs.add_parser(name) if text == argparse.SUPPRESS else verbs.add_parser(name, help=text, description=text)
-    )
-    options.set_defaults(run_verb=function)
-    return options
-
-
 def _run_option(options: argparse.ArgumentParser) -> argparse.ArgumentParser:
     options.add_argument("--run", required=True, dest="name", help="the run's name")
     return options
-
-
-def _site_option(options: argparse.ArgumentParser) -> None:
-    options.add_argument(
-        "--site", default=os.environ.get("SITE") or "local", help="conf/sites/<name>.yaml, or its path"
-    )
-
-
-def _json_option(options: argparse.ArgumentParser) -> None:
-    options.add_argument("--json", action="store_true", help="for scripts")
-
-
-def _use_keys(site: str | None) -> None:
-    """Those of a site; without one those of the local site if it is up, else whatever the AWS chain finds."""
-    from jobs.site import LOCAL, load_site
-
-    if site or LOCAL.exists():
-        load_site(site or "local").activate()
 
 
 def _config(options: argparse.Namespace, more: str = "") -> "Config":
@@ -349,23 +279,11 @@ def _job(options: argparse.Namespace) -> Any:
 
 def _submitted(job: Any, site: str) -> int:
     where = "" if site == "local" else f" SITE={site}"
-    _say(
+    say(
         f"job {job.id} is submitted; logs in {job.run_dir / 'logs'}",
         f"next: make logs RUN={job.run}{where} FOLLOW=1, make status{where}, make cancel RUN={job.run}{where}",
     )
     return 0
-
-
-def _progress() -> Callable[[str, int, int], None] | None:
-    """A line on stderr that is written over, where a terminal shows it."""
-    if not sys.stderr.isatty():
-        return None
-
-    def show(what: str, done: int, total: int) -> None:
-        sys.stderr.write(f"\r\x1b[2K{what} {done:,}/{total:,}" + ("\n" if done == total else ""))
-        sys.stderr.flush()
-
-    return show
 
 
 def _row(one: "Status") -> list[str]:
@@ -384,17 +302,6 @@ def _row(one: "Status") -> list[str]:
         str(one.starts),
         text(one.seconds_ago, "{:.0f} s ago"),
     ]
-
-
-def _table(head: Sequence[str], rows: Any) -> list[str]:
-    lines = [list(head), *map(list, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-
-
-def _say(*lines: str) -> None:
-    sys.stdout.write("".join(f"{line}\n" for line in lines))
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -43,7 +43,8 @@ def read_tiles(shards: ShardSet) -> Tiles:
         )
     images: list[bytes] = []
     for shard, samples in enumerate(shards.manifest.shard_samples):
-        data = shards.store.get(shards.shard_path(shard))
+        store, path = shards.tar(shard)
+        data = store.get(path)
         for row in range(len(images), len(images) + samples):
             start = table["offset"][row]
             images.append(data[start : start + table["size"][row]])

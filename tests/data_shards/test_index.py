@@ -35,6 +35,29 @@ def test_a_second_manifest_does_not_replace_the_first(store: Store) -> None:
     assert Manifest.load(store).samples == 3
 
 
+def test_every_version_stays_under_its_layout(store: Store) -> None:
+    manifest(3).save(store)
+    replace(manifest(3, 2), layout_id="appended").save(store, create_only=False)
+    assert Manifest.load(store).samples == 5
+    assert Manifest.load(store, "layout").samples == 3
+    with pytest.raises(UserError, match="no version of this set has the layout gone"):
+        Manifest.load(store, "gone")
+
+
+def test_shards_may_lie_elsewhere(store: Store) -> None:
+    store.put("there/b.tar", b"12345")
+    elsewhere = replace(manifest(1, 1), tars=(f"{store.url}/here/a.tar", f"{store.url}/there/b.tar"))
+    elsewhere.save(store)
+    shards = ShardSet.open(store)
+    found, path = shards.tar(1)
+    assert found.get(path, 1, 3) == b"23"
+    assert store.submit(found.read(path)).result() == b"12345"  # on the event loop of the set's own store
+    assert shards.shard_name(0) == f"{store.url}/here/a.tar"
+    replace(elsewhere, tars=elsewhere.tars[:1]).save(store, create_only=False)
+    with pytest.raises(UserError, match="damaged"):
+        Manifest.load(store)
+
+
 def test_opening_a_set_costs_one_request(store: Store) -> None:
     manifest(3, 2).save(store)
     before = store.counters.requests
@@ -53,7 +76,7 @@ def test_an_empty_set_is_refused(store: Store) -> None:
         Manifest.load(store)
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", "null", "{}", '{"format": 1}', '{"format": 1, "layout_id": "x"}'])
+@pytest.mark.parametrize("damage", ["{", "[]", "null", "{}", '{"format": 2}', '{"format": 2, "layout_id": "x"}'])
 def test_a_damaged_manifest_is_refused_in_one_line(store: Store, damage: str) -> None:
     store.put(MANIFEST, damage.encode())
     with pytest.raises(UserError, match="damaged") as error:
@@ -68,7 +91,7 @@ def test_a_manifest_whose_sums_disagree_is_damaged(store: Store) -> None:
 
 
 def test_a_manifest_of_another_format_is_refused(store: Store) -> None:
-    store.put(MANIFEST, json.dumps({"format": 2}).encode())
+    store.put(MANIFEST, json.dumps({"format": 99}).encode())
     with pytest.raises(UserError, match="another version"):
         Manifest.load(store)
 

@@ -1,0 +1,60 @@
+"""The verbs for shard sets. Each imports what it needs when it is called."""
+
+import argparse
+import json
+import os
+from typing import Any
+
+from jobs.verbs import add_verb, json_option, progress, say
+
+
+def shard_verbs(verbs: Any) -> None:
+    packing = add_verb(verbs, "shards", shards, "pack a folder of images into shards, each image decoded once")
+    packing.add_argument("source", metavar="SRC", help="a folder of images")
+    packing.add_argument("target", metavar="DST", help="where the shards go: s3://bucket/folder")
+    packing.add_argument("--workers", type=int, help="processes; by default one a core")
+    verifying = add_verb(verbs, "verify", verify, "whether a shard set holds what its manifest says")
+    verifying.add_argument("target", metavar="DST", help="the set: s3://bucket/folder")
+    verifying.add_argument("--full", action="store_true", help="check and decode every image; else sizes and indexes")
+    for options in (packing, verifying):
+        options.add_argument("--site", default=os.environ.get("SITE"), help="whose keys; by default local, if it is up")
+        json_option(options)
+
+
+def shards(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from data_shards.pack import shards as pack
+
+    use_keys(options.site)
+    report = pack(options.source, options.target, progress=progress(), workers=options.workers)
+    if options.json:
+        say(json.dumps(asdict(report), indent=2))
+    else:
+        say(*report.refused_lines(), f"{report.url}: {report.summary()}")
+    return 0
+
+
+def verify(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from data_shards.store import Store
+    from data_shards.verify import verify as check
+
+    use_keys(options.site)
+    report = check(Store(options.target), full=options.full, progress=progress())
+    if options.json:
+        say(json.dumps(asdict(report), indent=2))
+    else:
+        how = "every image decoded" if report.full else "sizes and indexes; FULL=1 decodes every image"
+        verdict = f"{len(report.faults)} faults" if report.faults else "as its manifest says"
+        say(*report.faults, f"{report.url}: {report.samples:,} images in {report.shards:,} shards: {verdict} ({how})")
+    return 1 if report.faults else 0
+
+
+def use_keys(site: str | None) -> None:
+    """Those of a site; without one those of the local site if it is up, else whatever the AWS chain finds."""
+    from jobs.site import LOCAL, load_site
+
+    if site or LOCAL.exists():
+        load_site(site or "local").activate()
