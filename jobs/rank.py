@@ -44,11 +44,11 @@ def run(config: dict[str, Any], store: str, signal_delay_s: int) -> str:
             master_port=int(os.environ["MASTER_PORT"]),
             stop_budget_s=max(1.0, signal_delay_s - LEAVE_S),
             requeue=(lambda: requeue(start)) if rank == 0 else None,
+            hung=lambda hang: _fail(start, rank, hang),
         )
         outcome = run_rank(parse(config, f"{store}/config.yaml"), launch)
     except Exception as error:  # noqa: BLE001 - whatever it is, the supervisor has to know
-        start.fail(rank, error)
-        _leave(error)
+        _fail(start, rank, error)
     if rank == 0 and start.outcome() is None:
         start.end(outcome)
     return outcome
@@ -85,7 +85,9 @@ def _handle_early_signals(start: Start, rank: int) -> None:
     signal.signal(signal.SIGCONT, signal.SIG_DFL)
 
 
-def _leave(error: Exception) -> NoReturn:
+def _fail(start: Start, rank: int, error: Exception) -> NoReturn:
+    """Leave word, and the process, whatever its other threads wait for."""
+    start.fail(rank, error)
     if isinstance(error, UserError):
         sys.stderr.write(f"farseer: {error}\n")
     else:

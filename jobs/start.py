@@ -43,7 +43,10 @@ class RankRecord:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a rank left. `exit_code` is set for an error that the user can mend: trying again would not help."""
+    """Why a rank left. `exit_code` is set for an error that the user can mend: trying again would not help.
+
+    suspects: hosts that are to blame, as far as the error tells.
+    """
 
     rank: int
     host: str
@@ -51,6 +54,7 @@ class Failure:
     message: str
     trace: str
     exit_code: int | None
+    suspects: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         said = self.message if self.exit_code is not None else textwrap.shorten(self.message, 160, placeholder=" ...")
@@ -99,7 +103,8 @@ class Start:
         code = error.exit_code if isinstance(error, UserError) else None
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         trace = "" if isinstance(error, UserError) else "".join(traceback.format_exception(error))
-        failure = Failure(rank, _host(), time.time(), f"{kind}{error}", trace, code)
+        suspects = tuple(getattr(error, "hosts", ()))
+        failure = Failure(rank, _host(), time.time(), f"{kind}{error}", trace, code, suspects)
         write_json(self.folder / f"failure-{rank:04d}.json", asdict(failure))
 
     def end(self, outcome: str, requeued: bool = False) -> None:

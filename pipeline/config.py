@@ -27,6 +27,7 @@ from pipeline.monitor import MonitorSettings
 from pipeline.optim import OptimSettings
 from pipeline.regnet import ModelSettings
 from pipeline.swav import SwAVSettings
+from pipeline.watchdog import WatchdogSettings
 
 
 class TrainSettings(Section):
@@ -79,6 +80,7 @@ class Config(Section):
     efficiency: EfficiencySettings = EfficiencySettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     monitor: MonitorSettings = MonitorSettings()
+    watchdog: WatchdogSettings = WatchdogSettings()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "Config":

@@ -5,7 +5,9 @@ Nothing about where to resume comes from the launcher: it is found in the store.
 
 import datetime
 import logging
+import os
 import resource
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -31,14 +33,16 @@ from pipeline.monitor import Monitor
 from pipeline.ranks import Ranks
 from pipeline.run import Record, Run, open_data, read_record
 from pipeline.signals import RankEnvironment, StopRequest, own_signals
+from pipeline.watchdog import Hang, Watchdog
 
 Outcome = Literal["finished", "preempted", "terminated", "cancelled"]
 SKIPS_ALLOWED = 3  # steps in a row whose gradients are not finite
+SAVE_S = 300.0  # a save that stops training for longer hangs
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What the launcher knows and the trainer does not. Plain values, but for `requeue`, called on rank 0."""
+    """What the launcher knows and the trainer does not. Plain values, but for `requeue` (called on rank 0), `hung`."""
 
     run_dir: str  # on the shared disk
     store: str  # the run's folder in the object store
@@ -50,6 +54,7 @@ class Launch:
     master_port: int
     stop_budget_s: float = 60.0  # from the signal to the end: save, upload, commit
     requeue: Callable[[], None] | None = field(default=None, compare=False)
+    hung: Callable[[Hang], None] | None = field(default=None, compare=False)  # must end the process; in a thread
 
 
 def run_rank(config: Config, launch: Launch) -> Outcome:
@@ -99,6 +104,7 @@ class Session:
         self.lanes = self.order.lanes_of(launch.rank, launch.world_size)
         self.store = Store(launch.store, retry_seconds=self.config.reader.retry_seconds)
         self.run = self._claim()
+        self.watchdog = self._watched()
         self.record = _present(read_record(self.store))
         self.checkpoints = Checkpointer(
             self.store,
@@ -123,10 +129,12 @@ class Session:
             self._event("finished", step=start)
             if self.launch.rank == 0:
                 self.run.upload()
+            self.watchdog.close()
             return "finished"
         module = SwAV(self.config, self.lanes, self.launch.rank, self.launch.world_size, self.steps)
         quarantine = {int(sample) for sample, *_ in found.extra["quarantine"]} if found else set()
         with ExitStack() as opened:
+            opened.callback(self.watchdog.close)
             reader = Reader(self.shards, self.order, self.lanes, start, self.config.reader, quarantine)
             opened.callback(reader.close)
             loader = Loader(reader, self.config.augment, self.config.data.seed, start, self.steps, self.config.loader)
@@ -149,6 +157,12 @@ class Session:
         number = self.ranks.together(attempt)[0]
         assert number is not None
         return opened[0] if opened else Run(self.store, local, number)
+
+    def _watched(self) -> Watchdog:
+        """The patience that each thing has of itself: a store that is away is asked again, and is no hang."""
+        patience = {"data": self.config.reader.retry_seconds, "save": SAVE_S, "leave": self.launch.stop_budget_s}
+        ranks = (self.launch.rank, self.launch.world_size)
+        return Watchdog(self.run.local, *ranks, self.config.watchdog, patience, self.launch.hung or _leave_hung)
 
     def _event(self, name: str, **fields: Any) -> None:
         if self.launch.rank == 0:
@@ -193,6 +207,7 @@ class Session:
         self.checkpoints.save(module.step, module.state(), {"quarantine": [list(entry) for entry in quarantine]})
 
     def _leave(self, module: SwAV, watch: "Watch") -> Outcome:
+        self.watchdog.now("leave")
         deadline = time.monotonic() + self.launch.stop_budget_s
         outcome = "finished" if module.step >= self.steps else watch.outcome or "finished"
         if outcome != "finished":
@@ -218,6 +233,7 @@ class Watch(pl.Callback):
     def __init__(self, session: Session, module: SwAV, loader: Loader, found: Found | None) -> None:
         self.session, self.module, self.loader = session, module, loader
         self.agreement = Agreement(session.control)
+        self._watchdog = session.watchdog
         self.outcome: Outcome | None = None
         self._found = found
         self._quarantine = found.extra["quarantine"] if found else []
@@ -235,6 +251,7 @@ class Watch(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        self._watchdog.now("step")
         self._finish_step()
         self.module.stop = self.outcome is not None
 
@@ -243,10 +260,13 @@ class Watch(pl.Callback):
     ) -> None:
         result = self.module.result
         assert result is not None
+        self._watchdog.step(result.step)
         self._begin(result, batch)
         self._check_finite(result)
         if result.step % self.session.config.checkpoint.every_steps == 0:
+            self._watchdog.now("save")
             self.save(self.module)
+        self._watchdog.now("data")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._finish_step()
@@ -342,6 +362,12 @@ class Watch(pl.Callback):
         quiet = max(config.swav.freeze_prototypes_steps, config.optim.warmup_steps)
         wandb_id, prototypes = session.record.wandb_id, config.swav.prototypes
         return Monitor(session.run, config.monitor, config.dump(), wandb_id, prototypes, quiet)
+
+
+def _leave_hung(hang: Hang) -> None:
+    sys.stderr.write(f"farseer: {hang}\n")
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _present(record: Record | None) -> Record:

@@ -36,6 +36,7 @@ class Launch:
     master_port: int
     stop_budget_s: float = 60.0
     requeue: Callable[[], None] | None = None
+    hung: Callable[[Exception], None] | None = None
 
 
 def run_rank(config, launch):

@@ -1,0 +1,169 @@
+"""Notices that training stands still, names the ranks that are silent, saves stacks, and ends the process.
+
+A rank that hangs makes all others wait for it in a collective, for ever. So each rank has a thread that writes a *beat*
+(a number that grows, the step, what the rank is at) to the run's folder on the shared disk, also while its trainer
+waits. When no step has ended for too long, the thread saves the Python stacks of its process and looks at the beats of
+the others twice: a process that was stopped, or whose node is gone, does not beat. No clock is compared between hosts.
+
+What has a deadline of its own (reading data, saving, starting) is no hang as long as the rank that is at it beats.
+"""
+
+import faulthandler
+import json
+import os
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import PositiveFloat
+
+from data_shards.section import Section
+
+MEDIANS = 20  # a step that takes so many times the median is none any more
+SILENT_BEATS = 3  # without a new one in this time a rank is silent
+
+
+class WatchdogSettings(Section):
+    """When training counts as hanging. Nothing here changes what is learned."""
+
+    affects_results: ClassVar[bool] = False
+    floor_s: PositiveFloat = 60.0  # a step may take so long, or 20 times the median step if that is longer
+    start_s: PositiveFloat = 1800.0  # from the first sign of life to the end of the first step
+    beat_s: PositiveFloat = 5.0  # between two signs of life
+
+
+@dataclass(frozen=True)
+class Beat:
+    """A sign of life. `at`: "step", or what else the rank is at; `patience_s`: how long that may take by itself."""
+
+    number: int
+    host: str
+    step: int
+    at: str
+    patience_s: float
+
+
+class Hang(Exception):
+    """Training stands still. `hosts` are those of the silent ranks, none when all of them beat."""
+
+    def __init__(self, message: str, hosts: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.hosts = hosts
+
+
+class Watchdog:
+    """Watches over this rank until `close`. `leave` is called in a thread with a Hang; it must end the process.
+
+    folder: of this attempt, on the disk that all ranks share. patience: what a rank may be at besides "step", and for
+    how many seconds; `now` takes these names.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        world_size: int,
+        settings: WatchdogSettings,
+        patience: dict[str, float],
+        leave: Callable[[Hang], None],
+    ) -> None:
+        self._folder, self._rank, self._world_size, self._settings = folder, rank, world_size, settings
+        self._patience, self._leave = {**patience, "start": settings.start_s}, leave
+        self._step, self._at = 0, "start"
+        self._moved = time.monotonic()
+        self._seconds: deque[float] = deque(maxlen=100)
+        self._number = 0
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def step(self, number: int) -> None:
+        """A step has ended; the rank is at the next one."""
+        now = time.monotonic()
+        if self._at == "step":
+            self._seconds.append(now - self._moved)
+        self._step, self._at, self._moved = number, "step", now
+
+    def now(self, at: str) -> None:
+        """From here on the rank is at something that takes its own time, until the next step ends."""
+        self._at, self._moved = at, time.monotonic()
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(self._settings.beat_s):
+            self._beat()
+            if time.monotonic() - self._moved > self._limit(self._at):
+                self._suspect()
+
+    def _limit(self, at: str) -> float:
+        """Seconds without a step after which something is wrong."""
+        own = self._patience.get(at, 0.0)
+        median = statistics.median(self._seconds) if self._seconds else 0.0
+        return own + max(self._settings.floor_s, MEDIANS * median)
+
+    def _suspect(self) -> None:
+        """Look at the others; leave if nobody among them is at something that takes its own time."""
+        stood = time.monotonic() - self._moved
+        before = self._beats()
+        if self._closed.wait(SILENT_BEATS * self._settings.beat_s):
+            return
+        self._beat()
+        after = self._beats()
+        silent = [rank for rank in range(self._world_size) if rank != self._rank and before[rank] == after[rank]]
+        patient = max((after[rank].patience_s for rank in range(self._world_size) if rank not in silent), default=0.0)
+        moved = time.monotonic() - self._moved < stood
+        if moved or self._closed.is_set() or stood < self._limit("step") + patient:
+            return
+        stacks = self._save_stacks()
+        self._closed.wait(2 * self._settings.beat_s)  # the first to leave takes all along: they have stacks to save too
+        self._leave(_describe(self._step, stood, [(rank, after[rank]) for rank in silent], after, stacks))
+
+    def _beat(self) -> None:
+        self._number += 1
+        patience = self._patience.get(self._at, 0.0)
+        beat = Beat(self._number, os.uname().nodename, self._step, self._at, patience)
+        with suppress(OSError):  # a full disk ends nothing; others may then call this rank silent if training hangs
+            self._folder.mkdir(parents=True, exist_ok=True)
+            beside = self._path(self._rank).with_suffix(f".{os.getpid()}")
+            beside.write_text(json.dumps(asdict(beat)))
+            beside.replace(self._path(self._rank))
+
+    def _beats(self) -> list[Beat]:
+        return [_read(self._path(rank)) for rank in range(self._world_size)]
+
+    def _path(self, rank: int) -> Path:
+        return self._folder / f"beat-{rank:04d}.json"
+
+    def _save_stacks(self) -> Path:
+        path = self._folder / f"stacks-{self._rank:04d}.txt"
+        with suppress(OSError), path.open("w") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+        return path
+
+
+def _read(path: Path) -> Beat:
+    try:
+        return Beat(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return Beat(0, "unknown", -1, "start", 0.0)
+
+
+def _describe(step: int, stood: float, silent: list[tuple[int, Beat]], beats: list[Beat], stacks: Path) -> Hang:
+    hosts = tuple(sorted({beat.host for _, beat in silent} - {"unknown"}))
+    if silent:
+        who = "silent: " + ", ".join(f"rank {rank} on {beat.host}" for rank, beat in silent)
+    else:
+        last = min(beat.step for beat in beats)
+        behind = [f"rank {rank} on {beat.host}" for rank, beat in enumerate(beats) if beat.step == last]
+        all_alike = len(behind) == len(beats)
+        who = "all ranks beat" + ("" if all_alike else f", behind: {', '.join(behind[:4])} (step {last})")
+    return Hang(f"training stood still for {stood:.0f} s after step {step}; {who}; stacks: {stacks}", hosts)

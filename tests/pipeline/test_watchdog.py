@@ -1,0 +1,106 @@
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from jobs.daemons import wait_until
+from pipeline.watchdog import Hang, Watchdog, WatchdogSettings
+
+QUICK = WatchdogSettings(floor_s=0.3, start_s=0.3, beat_s=0.05)
+DEADLINE_S = 20.0
+
+
+class Watched:
+    """Watchdogs of ranks in one process; a rank is silenced by closing its watchdog."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.hangs: dict[int, Hang] = {}
+        self.dogs: list[Watchdog] = []
+
+    def start(self, world_size: int, settings: WatchdogSettings = QUICK, patience: float = 1000.0) -> list[Watchdog]:
+        def note(rank: int) -> Callable[[Hang], None]:
+            return lambda hang: self.hangs.setdefault(rank, hang) and None
+
+        self.dogs = [
+            Watchdog(self.folder, rank, world_size, settings, {"data": patience}, note(rank))
+            for rank in range(world_size)
+        ]
+        return self.dogs
+
+    def beats(self) -> int:
+        path = self.folder / "beat-0000.json"
+        return int(json.loads(path.read_text())["number"]) if path.exists() else 0
+
+    def wait(self, rank: int) -> Hang:
+        assert wait_until(lambda: rank in self.hangs, DEADLINE_S)
+        return self.hangs[rank]
+
+
+@pytest.fixture
+def watched(tmp_path: Path) -> Iterator[Watched]:
+    watched = Watched(tmp_path / "a01")
+    yield watched
+    for dog in watched.dogs:
+        dog.close()
+
+
+def test_a_silent_rank_is_named_and_the_stacks_of_the_others_are_saved(watched: Watched) -> None:
+    first, second = watched.start(2)
+    for dog in (first, second):
+        dog.step(7)
+    assert wait_until((watched.folder / "beat-0001.json").exists, DEADLINE_S)
+    second.close()  # as a process that was stopped: it does not beat
+    hang = watched.wait(0)
+    assert "after step 7; silent: rank 1 on " in str(hang)
+    assert len(hang.hosts) == 1
+    assert "test_watchdog.py" in (watched.folder / "stacks-0000.txt").read_text()
+
+
+def test_a_rank_that_is_stuck_but_alive_is_named_by_its_step(watched: Watched) -> None:
+    first, second = watched.start(2)
+    first.step(8)
+    second.step(7)
+    hang = watched.wait(0)
+    assert "all ranks beat, behind: rank 1 on " in str(hang)
+    assert hang.hosts == ()
+
+
+def test_waiting_for_the_store_is_no_hang(watched: Watched) -> None:
+    first, second = watched.start(2)
+    first.step(3)
+    second.step(3)
+    second.now("data")  # has a deadline of its own
+    assert wait_until(lambda: watched.beats() > 30, DEADLINE_S)  # five times the floor
+    assert watched.hangs == {}
+
+
+def test_patience_ends(watched: Watched) -> None:
+    (only,) = watched.start(1, patience=0.2)
+    only.now("data")
+    assert "all ranks beat" in str(watched.wait(0))
+
+
+def test_a_run_that_never_takes_its_first_step_hangs(watched: Watched) -> None:
+    watched.start(1)
+    assert "after step 0" in str(watched.wait(0))
+
+
+def test_steps_keep_it_quiet_and_slow_ones_set_the_measure(watched: Watched) -> None:
+    (only,) = watched.start(1, QUICK.model_copy(update={"floor_s": 0.05, "start_s": 20.0}))
+    pause = threading.Event()
+    for number in range(1, 6):
+        pause.wait(0.1)  # the median; twenty of them are two seconds
+        only.step(number)
+    pause.wait(0.5)  # ten times the floor
+    assert watched.hangs == {}
+
+
+def test_a_folder_that_cannot_be_written_does_not_stop_the_watch(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    watched = Watched(tmp_path / "file" / "a01")
+    watched.start(1)
+    assert "stood still" in str(watched.wait(0))
+    watched.dogs[0].close()
