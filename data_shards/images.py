@@ -1,4 +1,5 @@
-"""Is this file one whole image that every decoder reads alike? Files come from outside and are not trusted.
+"""Is this file one whole image that every decoder reads alike, and one that we want? Files come from outside and are
+not trusted.
 
 Limits on bytes and pixels are checked before anything is decoded; then the image is decoded once, in full. What passes
 is stored as it came; GIF, which DALI does not read, becomes PNG. DALI and Pillow gave equal pixels and sizes, EXIF
@@ -10,8 +11,13 @@ import io
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 from PIL import Image, UnidentifiedImageError
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from data_shards.phash import perceptual_hash
+from data_shards.section import Section
 
 # What Pillow calls a format, and the extension that stands for it in a shard. MPO: a JPEG with more pictures behind it.
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif", "GIF": "png"}
@@ -22,6 +28,20 @@ _PNG_END = b"IEND\xae\x42\x60\x82"
 _TIFF_MODES = {"L", "P", "RGB", "RGBA", "CMYK"}
 _ORIENTATION = 0x0112
 _JPEG_CODINGS = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive; GPU decoders give zeros for lossless ones
+
+
+class Rules(Section):
+    """Which images are taken, and what is made of them."""
+
+    affects_results: ClassVar[bool] = False
+
+    min_side: PositiveInt = 32  # pixels
+    max_aspect: PositiveFloat = 10.0  # of the longer side to the shorter
+    max_pixels: PositiveInt = Field(default=100_000_000, le=PILLOW_MAX_PIXELS)
+    max_bytes: PositiveInt = 64 * 2**20  # of a file
+    decode: Literal["full", "header"] = "full"  # header: damage behind it shows only when training meets it
+    longest_side: PositiveInt | None = None  # pixels; larger images are shrunk to it, and stored as JPEG
+    drop_exif: bool = False  # and XMP, IPTC and comments: where and by whom a photograph was taken
 
 
 class Refused(Exception):
@@ -35,13 +55,17 @@ class Refused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Photo:
-    """An accepted image: its bytes as they are stored, and its size in pixels as seen."""
+    """An accepted image: its bytes as they are stored, and its size in pixels as seen.
+
+    converted: whether these are other bytes than the source's. phash: what it shows, when it was decoded in full.
+    """
 
     data: bytes
     extension: str
     converted: bool
     width: int
     height: int
+    phash: int | None = None
 
     @property
     def sha256(self) -> bytes:
@@ -68,8 +92,11 @@ def read_file(path: Path, max_bytes: int) -> bytes:
         raise Refused("cannot be read", error.strerror or type(error).__name__) from error
 
 
-def examine(data: bytes, *, min_side: int, max_pixels: int) -> Photo:
-    """Check and decode. Raises Refused, whatever the bytes are."""
+def examine(data: bytes, rules: Rules | None = None, **changed: Any) -> Photo:
+    """Check and decode. `changed`: of the rules. Raises Refused, whatever the bytes are."""
+    rules = (rules or Rules()).model_copy(update=changed)
+    if len(data) > rules.max_bytes:
+        raise Refused("too many bytes", f"{len(data)} bytes; {rules.max_bytes} is the limit")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about bad metadata, and sizes that have a limit of their own here
         try:
@@ -81,7 +108,7 @@ def examine(data: bytes, *, min_side: int, max_pixels: int) -> Photo:
         except Exception as error:  # noqa: BLE001  # parsers of hostile bytes raise anything
             raise Refused("damaged", _line(error)) from None
         with image:
-            return _decode(image, data, min_side, max_pixels)
+            return _decode(image, data, rules)
 
 
 def convert(data: bytes) -> bytes:
@@ -92,26 +119,29 @@ def convert(data: bytes) -> bytes:
     return out.getvalue()
 
 
-def _decode(image: Image.Image, data: bytes, min_side: int, max_pixels: int) -> Photo:
+def _decode(image: Image.Image, data: bytes, rules: Rules) -> Photo:
     kind = str(image.format)
-    _check_header(image, data, kind, min_side, max_pixels)
+    _check_header(image, data, kind, rules)
     try:
         image.load()
         # after load(), because TIFF's orientation is applied, and taken out, there
         turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
         stored = convert(data) if kind in CONVERTED else data
+        phash = perceptual_hash(image)
     except Exception as error:  # noqa: BLE001
         raise Refused("damaged", _line(error)) from None
     width, height = image.size[::-1] if turned else image.size
-    return Photo(stored, EXTENSIONS[kind], kind in CONVERTED, width, height)
+    return Photo(stored, EXTENSIONS[kind], kind in CONVERTED, width, height, phash)
 
 
-def _check_header(image: Image.Image, data: bytes, kind: str, min_side: int, max_pixels: int) -> None:
+def _check_header(image: Image.Image, data: bytes, kind: str, rules: Rules) -> None:
     width, height = image.size
-    if min(width, height) < min_side:
-        raise Refused("too small", f"{width} x {height} pixels; {min_side} a side is the limit")
-    if width * height > max_pixels:
-        raise Refused("too many pixels", f"{width} x {height}; {max_pixels} in all is the limit")
+    if min(width, height) < rules.min_side:
+        raise Refused("too small", f"{width} x {height} pixels; {rules.min_side} a side is the limit")
+    if max(width, height) > rules.max_aspect * min(width, height):
+        raise Refused("too elongated", f"{width} x {height} pixels; {rules.max_aspect:g} to 1 is the limit")
+    if width * height > rules.max_pixels:
+        raise Refused("too many pixels", f"{width} x {height}; {rules.max_pixels} in all is the limit")
     try:
         frames = getattr(image, "n_frames", 1)
     except Exception as error:  # noqa: BLE001

@@ -1,0 +1,182 @@
+"""Files of others, by url: an absolute path or file://, s3:// through the store, anything else through fsspec.
+
+A file that is missing or no file is Refused: it is one of many. A place that does not answer, or lets nobody in, raises
+a StoreError: the next million of files would fare no better. Limits on bytes are kept while reading.
+"""
+
+import contextlib
+import io
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import aiohttp
+import fsspec
+
+from data_shards.errors import UserError
+from data_shards.images import Refused, read_file
+from data_shards.store import Denied, NotFound, Store, StoreError, Truncated, Unavailable
+
+T = TypeVar("T")
+
+READ_AHEAD = 4 * 2**20  # bytes asked of a store at once while an archive's headers are walked through
+ATTEMPTS = 5  # of fsspec's places; the store has its own patience
+_DENIED = (401, 403, 407)
+_TRANSIENT = (408, 425, 429)
+_TIMEOUT = aiohttp.ClientTimeout(total=600, sock_connect=10, sock_read=30)
+
+
+def is_remote(url: str) -> bool:
+    """Whether it is a url of anything but this machine's files."""
+    return "://" in url and not url.startswith("file://")
+
+
+def store_of(url: str) -> tuple[Store, str] | None:
+    """The store that a url belongs to and the path in it; None when it is none of a store."""
+    scheme, _, rest = url.partition("://")
+    if scheme not in ("s3", "memory"):
+        return None
+    root, _, path = rest.partition("/") if scheme == "s3" else ("", "", rest)
+    return _store(f"{scheme}://{root}"), path
+
+
+@cache
+def _store(root: str) -> Store:
+    return Store(root)
+
+
+def read_whole(url: str, max_bytes: int) -> bytes:
+    """All bytes of a file. Raises Refused, or StoreError when the place cannot be read at all."""
+    if not is_remote(url):
+        return read_file(Path(url.removeprefix("file://")), max_bytes)
+    if (place := store_of(url)) is None:
+        return _checked(_patiently(url, lambda: _stream(url, max_bytes)), max_bytes)
+    store, path = place
+    try:
+        size = store.size(path)
+        return _checked(store.get(path) if size <= max_bytes else size, max_bytes)
+    except NotFound:
+        raise Refused("cannot be read", "no such object") from None
+
+
+def read_range(url: str, start: int, size: int) -> bytes:
+    """Bytes of a file that was longer when it was listed. Raises UserError when it is no more."""
+    if not is_remote(url):
+        with _named(url), Path(url.removeprefix("file://")).open("rb") as file:
+            file.seek(start)
+            data = file.read(size)
+    elif (place := store_of(url)) is not None:
+        return place[0].get(place[1], start, start + size)
+    else:
+        data = _patiently(url, lambda: _filesystem(url)[0].cat_file(_filesystem(url)[1], start, start + size))
+    if len(data) != size:
+        raise Truncated(f"{url}: ends before byte {start + size}, though it was longer when it was listed; pack again")
+    return data
+
+
+@contextlib.contextmanager
+def opened(url: str) -> Iterator[BinaryIO]:
+    """A file to seek and read in. Raises UserError."""
+    with _named(url):
+        if not is_remote(url):
+            file: Any = Path(url.removeprefix("file://")).open("rb")  # noqa: SIM115
+        elif (place := store_of(url)) is not None:
+            file = io.BufferedReader(_Object(*place), READ_AHEAD)
+        else:
+            file = _patiently(url, lambda: _filesystem(url)[0].open(_filesystem(url)[1], "rb"))
+        with file:
+            yield file
+
+
+class _Object(io.RawIOBase):
+    """An object of a store as a file."""
+
+    def __init__(self, store: Store, path: str) -> None:
+        self._store, self._path, self._at = store, path, 0
+        self._size = store.size(path)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + (0, self._at, self._size)[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self._at + len(buffer), self._size)
+        data = self._store.get(self._path, self._at, end) if end > self._at else b""
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+def _checked(found: bytes | int, max_bytes: int) -> bytes:
+    """The bytes, or Refused; of what is too large, its size is enough."""
+    size = found if isinstance(found, int) else len(found)
+    if size > max_bytes:
+        raise Refused("too many bytes", f"{size} bytes or more; {max_bytes} is the limit")
+    if isinstance(found, int) or not found:
+        raise Refused("empty")
+    return found
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    """fsspec keeps one a thread and process."""
+    kind = url.partition("://")[0]
+    options = {"client_kwargs": {"timeout": _TIMEOUT}} if kind in ("http", "https") else {}
+    filesystem, path = fsspec.core.url_to_fs(url, **options)
+    return filesystem, str(path)
+
+
+def _stream(url: str, max_bytes: int) -> bytes:
+    filesystem, path = _filesystem(url)
+    # without asking for the size first, which costs a request and need not be true
+    options = {"block_size": 0, "size": 1} if url.startswith("http") else {}
+    parts, room = [], max_bytes + 1
+    with filesystem.open(path, "rb", **options) as file:
+        while room and (part := file.read(min(room, 2**20))):
+            parts.append(part)
+            room -= len(part)
+    return b"".join(parts)
+
+
+def _patiently(url: str, call: Callable[[], T]) -> T:
+    for attempt in range(ATTEMPTS):
+        try:
+            return call()
+        except FileNotFoundError:
+            raise Refused("cannot be read", "no such file") from None
+        except aiohttp.ClientResponseError as error:
+            if error.status in _DENIED:
+                raise Denied(f"{url}: access denied ({error.status} {error.message})") from error
+            if error.status < 500 and error.status not in _TRANSIENT:
+                raise Refused("cannot be read", f"{error.status} {error.message}") from None
+            problem = f"{error.status} {error.message}"
+        except PermissionError as error:
+            raise Denied(f"{url}: access denied ({error})") from error
+        except aiohttp.InvalidURL:
+            raise Refused("cannot be read", "not a url") from None
+        except (ValueError, ImportError) as error:  # no such protocol, or what it needs is not installed
+            raise StoreError(f"{url}: {' '.join(str(error).split())}") from error
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            problem = " ".join(str(error).split()) or type(error).__name__
+        if attempt + 1 < ATTEMPTS:
+            time.sleep(random.uniform(0.5, 1.5) * 0.25 * 2**attempt)
+    raise Unavailable(f"{url}: not to be had after {ATTEMPTS} tries ({problem}); pack again when it answers")
+
+
+@contextlib.contextmanager
+def _named(url: str) -> Iterator[None]:
+    try:
+        yield
+    except Refused as refused:
+        raise UserError(f"{url}: {refused.detail}") from None
+    except OSError as error:
+        raise UserError(f"{url}: {error.strerror or error}") from error
