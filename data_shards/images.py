@@ -2,30 +2,37 @@
 not trusted.
 
 Limits on bytes and pixels are checked before anything is decoded; then the image is decoded once, in full. What passes
-is stored as it came; GIF, which DALI does not read, becomes PNG. DALI and Pillow gave equal pixels and sizes, EXIF
-orientation applied, for each kind that is accepted here (JPEG, PNG, WebP, BMP, TIFF of 8 bits).
+is stored as it came: DALI and Pillow gave equal pixels and sizes, EXIF orientation applied, for each kind that is
+accepted so. Others are converted: what is lossy already (AVIF, JPEG 2000) to JPEG, the rest (GIF, PNM, TIFF of unusual
+modes) to PNG. An orientation that stands in XMP alone is not applied, as it is not by DALI.
 """
 
 import hashlib
 import io
 import warnings
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from data_shards.exif import jpeg_segments, without_exif
 from data_shards.phash import perceptual_hash
 from data_shards.section import Section
 
 # What Pillow calls a format, and the extension that stands for it in a shard. MPO: a JPEG with more pictures behind it.
-EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif", "GIF": "png"}
-CONVERTED = {"GIF"}
+KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif"}
+CONVERTED = {"GIF": "PNG", "PPM": "PNG", "AVIF": "JPEG", "JPEG2000": "JPEG"}
+JPEG_QUALITY = 90  # of what is encoded here
+JPEG_SCANS = 256  # DALI's limit too: each scan of a progressive JPEG costs a pass over all pixels
 PILLOW_MAX_PIXELS = 178_956_970  # above, Pillow itself refuses
 
 _PNG_END = b"IEND\xae\x42\x60\x82"
-_TIFF_MODES = {"L", "P", "RGB", "RGBA", "CMYK"}
+_TIFF_KEPT = {"L", "RGB", "RGBA"}
+_TIFF_CONVERTED = {"1", "P", "LA", "PA", "CMYK", "YCbCr", "I;16", "I;16B", "I;16L"}
 _ORIENTATION = 0x0112
 _JPEG_CODINGS = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive; GPU decoders give zeros for lossless ones
 
@@ -97,10 +104,12 @@ def examine(data: bytes, rules: Rules | None = None, **changed: Any) -> Photo:
     rules = (rules or Rules()).model_copy(update=changed)
     if len(data) > rules.max_bytes:
         raise Refused("too many bytes", f"{len(data)} bytes; {rules.max_bytes} is the limit")
+    if data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1"):
+        raise Refused("unusual coding", "HEIC; convert it to JPEG first")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about bad metadata, and sizes that have a limit of their own here
         try:
-            image = Image.open(io.BytesIO(data), formats=sorted(set(EXTENSIONS) - {"MPO"}))
+            image = Image.open(io.BytesIO(data), formats=_formats())
         except UnidentifiedImageError:
             raise Refused("not an image", data[:16].hex(" ")) from None
         except Image.DecompressionBombError as error:
@@ -108,47 +117,90 @@ def examine(data: bytes, rules: Rules | None = None, **changed: Any) -> Photo:
         except Exception as error:  # noqa: BLE001  # parsers of hostile bytes raise anything
             raise Refused("damaged", _line(error)) from None
         with image:
-            return _decode(image, data, rules)
+            _check_size(*image.size, rules)
+            try:
+                _check_coding(image, data)
+                return _accepted(image, data, rules)
+            except Refused:
+                raise
+            except Exception as error:  # noqa: BLE001
+                raise Refused("damaged", _line(error)) from None
 
 
 def convert(data: bytes) -> bytes:
     """PNG of the first frame, in RGB; the same bytes each time."""
-    out = io.BytesIO()
     with Image.open(io.BytesIO(data)) as image:
-        image.convert("RGB").save(out, "PNG")
+        return _encoded(image, "PNG")
+
+
+@cache
+def _formats() -> list[str]:
+    Image.init()
+    return sorted((KEPT | CONVERTED).keys() & Image.OPEN.keys() - {"MPO"})  # which Pillow finds behind JPEG
+
+
+def _accepted(image: Image.Image, data: bytes, rules: Rules) -> Photo:
+    kind, target = str(image.format), _target(image, rules)
+    if rules.decode == "full" or target:
+        image.load()
+    orientation = 1 if kind == "TIFF" else _orientation(image)  # Pillow gives a TIFF as it is to be seen
+    phash = None
+    if rules.decode == "full" or target:
+        image.getexif()[_ORIENTATION] = orientation
+        phash = perceptual_hash(image)
+    if target:
+        upright = ImageOps.exif_transpose(image)
+        if rules.longest_side:
+            upright.thumbnail((rules.longest_side, rules.longest_side), Image.Resampling.LANCZOS, reducing_gap=3.0)
+        return Photo(_encoded(upright, target), KEPT[target], True, *upright.size, phash)
+    stored = without_exif(data, kind, orientation) if rules.drop_exif else data
+    width, height = image.size[::-1] if orientation >= 5 else image.size
+    return Photo(stored, KEPT[kind], stored != data, width, height, phash)
+
+
+def _orientation(image: Image.Image) -> int:
+    exif = Image.Exif()
+    exif.load(image.info.get("exif", b""))
+    found = exif.get(_ORIENTATION, 1)
+    return found if found in range(1, 9) else 1
+
+
+def _target(image: Image.Image, rules: Rules) -> str | None:
+    """The format to convert it to; None when the file is stored as it came."""
+    kind = str(image.format)
+    if rules.longest_side and max(image.size) > rules.longest_side:
+        return "JPEG"
+    if kind == "TIFF" and (rules.drop_exif or image.mode not in _TIFF_KEPT):
+        return "PNG"
+    return CONVERTED.get(kind)
+
+
+def _encoded(image: Image.Image, kind: str) -> bytes:
+    """Without any metadata; the same bytes each time with one version of Pillow."""
+    if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    out = io.BytesIO()
+    clean = image.convert("RGB")
+    clean.info = {}
+    clean.save(out, kind, **({"quality": JPEG_QUALITY} if kind == "JPEG" else {}))
     return out.getvalue()
 
 
-def _decode(image: Image.Image, data: bytes, rules: Rules) -> Photo:
-    kind = str(image.format)
-    _check_header(image, data, kind, rules)
-    try:
-        image.load()
-        # after load(), because TIFF's orientation is applied, and taken out, there
-        turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-        stored = convert(data) if kind in CONVERTED else data
-        phash = perceptual_hash(image)
-    except Exception as error:  # noqa: BLE001
-        raise Refused("damaged", _line(error)) from None
-    width, height = image.size[::-1] if turned else image.size
-    return Photo(stored, EXTENSIONS[kind], kind in CONVERTED, width, height, phash)
-
-
-def _check_header(image: Image.Image, data: bytes, kind: str, rules: Rules) -> None:
-    width, height = image.size
+def _check_size(width: int, height: int, rules: Rules) -> None:
     if min(width, height) < rules.min_side:
         raise Refused("too small", f"{width} x {height} pixels; {rules.min_side} a side is the limit")
     if max(width, height) > rules.max_aspect * min(width, height):
         raise Refused("too elongated", f"{width} x {height} pixels; {rules.max_aspect:g} to 1 is the limit")
     if width * height > rules.max_pixels:
         raise Refused("too many pixels", f"{width} x {height}; {rules.max_pixels} in all is the limit")
-    try:
-        frames = getattr(image, "n_frames", 1)
-    except Exception as error:  # noqa: BLE001
-        raise Refused("damaged", _line(error)) from None
+
+
+def _check_coding(image: Image.Image, data: bytes) -> None:
+    kind = str(image.format)
+    frames = getattr(image, "n_frames", 1)
     if frames > 1 and kind != "MPO":
         raise Refused("several frames", f"{frames} frames or pages")
-    if kind == "TIFF" and image.mode not in _TIFF_MODES:
+    if kind == "TIFF" and image.mode not in _TIFF_KEPT | _TIFF_CONVERTED:
         raise Refused("unusual coding", f"TIFF of mode {image.mode}")
     if kind == "PNG" and _PNG_END not in data[-65536:]:
         raise Refused("damaged", "PNG without its end")  # Pillow does not miss it, libpng under DALI does
@@ -157,20 +209,16 @@ def _check_header(image: Image.Image, data: bytes, kind: str, rules: Rules) -> N
 
 
 def _jpeg_coding(data: bytes) -> str | None:
-    """What is unusual about a JPEG's frame, by its header; None when nothing is."""
-    at = 2
-    while at + 4 < len(data):
-        if data[at] != 0xFF:
-            return "without a frame header"
-        marker = data[at + 1]
-        if marker == 0xFF or 0xD0 <= marker <= 0xD8 or marker == 0x01:  # filling, and markers without a length
-            at += 1 if marker == 0xFF else 2
-            continue
+    """What is unusual about a JPEG's frame, by its headers; None when nothing is."""
+    frame, scans = "without a frame header", 0
+    for marker, start, _ in jpeg_segments(data):
+        scans += marker == 0xDA
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            usual = marker in _JPEG_CODINGS and data[at + 4] == 8
-            return None if usual else f"of type SOF{marker - 0xC0} with {data[at + 4]} bits"
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return "without a frame header"
+            bits = data[start + 4]
+            frame = "" if marker in _JPEG_CODINGS and bits == 8 else f"of type SOF{marker - 0xC0} with {bits} bits"
+            if frame:
+                return frame
+    return frame or (f"of {scans} scans; {JPEG_SCANS} is the limit" if scans > JPEG_SCANS else None)
 
 
 def _line(error: BaseException) -> str:

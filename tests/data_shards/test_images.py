@@ -1,8 +1,12 @@
 """Which files become samples: each rule with real bytes that break it."""
 
+import ast
 import io
 import os
+import pickle
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
-from data_shards.images import Refused, convert, examine, read_file, read_photo
+from data_shards.exif import jpeg_segments
+from data_shards.images import Refused, Rules, convert, examine, read_file, read_photo
+from data_shards.phash import perceptual_hash
+from tests.photos import photographs
 
-LIMITS = {"min_side": 16, "max_pixels": 10_000}
+LIMITS: dict[str, Any] = {"min_side": 16, "max_pixels": 10_000}
 
 
 def picture(width: int = 64, height: int = 40, mode: str = "RGB") -> Image.Image:
@@ -33,8 +40,12 @@ def several(kind: str) -> bytes:
 
 
 def reason(data: bytes) -> str:
+    return reason_of(data, Rules(**LIMITS))
+
+
+def reason_of(data: bytes, rules: Rules) -> str:
     with pytest.raises(Refused) as refused:
-        examine(data, **LIMITS)
+        examine(data, rules)
     assert "\n" not in refused.value.detail
     return refused.value.reason
 
@@ -128,14 +139,61 @@ def test_a_side_below_and_an_area_above_the_limit_are_refused_and_at_the_limit_t
     assert examine(encoded("PNG", picture(100, 100)), **LIMITS).width == 100
 
 
-def test_a_bomb_is_refused_by_its_header_before_it_is_decoded() -> None:
+def bombs() -> dict[str, bytes]:
+    """Small files that are, or claim to be, images of 900 million pixels and more."""
+
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    for side in (30_000, 5_000):
-        header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
-        bomb = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
-        assert reason(bomb) == "too many pixels"
+    side = 30_000
+    rows = zlib.compress(bytes(side * (1 + side // 8)))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0))
+    jpeg, gif, lossless, canvas = map(bytearray, (encoded("JPEG"), encoded("GIF"), webp(lossless=True), webp()))
+    frame = jpeg.index(b"\xff\xc0")
+    jpeg[frame + 5 : frame + 9] = struct.pack(">HH", 65_000, 65_000)
+    gif[6:10] = struct.pack("<HH", 65_000, 65_000)
+    lossless[21:25] = struct.pack("<I", 16_382 | 16_382 << 14)
+    canvas[24:30] = (40_000).to_bytes(3, "little") * 2
+    lossy = bytearray(encoded("WEBP"))
+    lossy[26:30] = struct.pack("<HH", 16_383, 16_383)
+    tiff = encoded("TIFF")
+    for size in (64, 40):
+        tiff = tiff.replace(struct.pack("<HII", 4, 1, size), struct.pack("<HII", 4, 1, 60_000))
+    return {
+        "PNG": b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", rows) + chunk(b"IEND", b""),
+        "JPEG": bytes(jpeg),
+        "GIF": bytes(gif),
+        "WebP": bytes(lossy),
+        "lossless WebP": bytes(lossless),
+        "extended WebP": bytes(canvas),
+        "TIFF": tiff,
+    }
+
+
+def webp(**options: Any) -> bytes:
+    return encoded("WEBP", **options) if options else encoded("WEBP", exif=oriented(6))
+
+
+def test_a_bomb_is_refused_by_its_header_before_it_takes_memory(tmp_path: Path) -> None:
+    (tmp_path / "bombs").write_bytes(pickle.dumps(bombs()))
+    assert (tmp_path / "bombs").stat().st_size < 200_000
+    program = f"""
+import pickle, resource
+from data_shards.images import Refused, Rules, examine
+def reason(data):
+    try:
+        return examine(data, Rules(max_aspect=1e9)).width
+    except Refused as refused:
+        return refused.reason
+bombs = pickle.load(open({str(tmp_path / "bombs")!r}, "rb"))
+reason(b"loads Pillow's parts")
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 48 * 2**20,) * 2)
+print({{kind: reason(data) for kind, data in bombs.items()}})
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    found = ast.literal_eval(done.stdout)
+    assert found == dict.fromkeys(bombs(), "too many pixels")
 
 
 @pytest.mark.parametrize("marker", [0xC3, 0xC9, 0xCA])
@@ -145,8 +203,177 @@ def test_jpegs_of_a_coding_that_decoders_differ_on_are_refused(marker: int) -> N
     assert reason(bytes(data)) == "unusual coding"
 
 
-def test_a_tiff_of_one_bit_is_refused() -> None:
-    assert reason(encoded("TIFF", picture(mode="1"))) == "unusual coding"
+def test_a_jpeg_of_more_scans_than_dali_takes_is_refused() -> None:
+    data = encoded("JPEG", progressive=True)
+    scan = next(data[start:end] for marker, start, end in jpeg_segments(data) if marker == 0xDA)
+    assert reason(data[:-2] + scan * 300 + data[-2:]) == "unusual coding"
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_a_tiff_whose_range_nobody_knows_is_refused(mode: str) -> None:
+    assert reason(encoded("TIFF", picture(mode="L").convert(mode))) == "unusual coding"
+
+
+def test_an_orientation_in_xmp_alone_is_not_applied_as_dali_does_not_either() -> None:
+    assert (examine(encoded("JPEG", xmp=XMP), **LIMITS).width, examine(encoded("WEBP", xmp=XMP), **LIMITS).width) == (
+        64,
+        64,
+    )
+
+
+def small_photo(mode: str = "RGB") -> Image.Image:
+    return photographs()[1].resize((64, 40)).convert(mode)
+
+
+CONVERSIONS: list[tuple[str, Callable[[], bytes], str]] = [
+    ("AVIF", lambda: encoded("AVIF", small_photo()), "jpg"),
+    ("JPEG 2000", lambda: encoded("JPEG2000", small_photo()), "jpg"),
+    ("PPM", lambda: encoded("PPM", small_photo()), "png"),
+    ("TIFF of 1 bit", lambda: encoded("TIFF", small_photo("1")), "png"),
+    ("TIFF of 16 bits", lambda: encoded("TIFF", Image.fromarray(np.full((40, 64), 0x8001, np.uint16))), "png"),
+    ("TIFF of CMYK", lambda: encoded("TIFF", small_photo("CMYK")), "png"),
+]
+
+
+@pytest.mark.parametrize(("make", "extension"), [(c[1], c[2]) for c in CONVERSIONS], ids=[c[0] for c in CONVERSIONS])
+def test_what_dali_does_not_read_is_converted_to_the_same_bytes_each_time(
+    make: Callable[[], bytes], extension: str
+) -> None:
+    photo = examine(make(), **LIMITS)
+    assert (photo.extension, photo.converted, photo.width, photo.height) == (extension, True, 64, 40)
+    assert photo.phash is not None
+    assert examine(make(), **LIMITS).data == photo.data
+    with Image.open(io.BytesIO(make())) as before, Image.open(io.BytesIO(photo.data)) as after:
+        expected = np.asarray(before) >> 8 if before.mode == "I;16" else np.asarray(before.convert("RGB"))
+        difference = np.asarray(after.convert("L" if expected.ndim == 2 else "RGB")).astype(int) - expected
+        assert np.abs(difference).mean() < (6 if extension == "jpg" else 1e-9)
+
+
+def test_elongated_images_are_refused_and_those_at_the_limit_taken() -> None:
+    assert reason(encoded("PNG", picture(16, 161))) == "too elongated"
+    assert reason(encoded("PNG", picture(161, 16))) == "too elongated"
+    assert examine(encoded("PNG", picture(16, 160)), **LIMITS).height == 160
+
+
+def test_more_bytes_than_the_limit_are_refused() -> None:
+    with pytest.raises(Refused, match="too many bytes"):
+        examine(encoded("PNG"), Rules(max_bytes=100))
+
+
+def test_only_the_header_is_read_when_that_is_asked_for() -> None:
+    data = encoded("JPEG", photographs()[1])
+    cut = data[: len(data) // 2]
+    assert reason_of(cut, Rules()) == "damaged"
+    photo = examine(cut, Rules(decode="header"))
+    assert (photo.width, photo.height, photo.phash, photo.data) == (451, 300, None, cut)
+
+
+def test_a_photograph_is_hashed_as_it_is_seen() -> None:
+    photo = photographs()[1]
+    plain, turned = encoded("PNG", photo), encoded("PNG", photo.rotate(90, expand=True), exif=oriented(6))
+    assert examine(plain).phash == examine(turned).phash == perceptual_hash(photo)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "BMP"])
+def test_a_larger_image_is_shrunk_upright_to_the_longest_side_and_a_smaller_one_stays(
+    kind: str, orientation: int
+) -> None:
+    photo, rules = photographs()[1], Rules(longest_side=128)
+    options: dict[str, Any] = {"tiffinfo": {0x0112: orientation}} if kind == "TIFF" else {"exif": oriented(orientation)}
+    data = encoded(kind, photo, **({} if kind == "BMP" else options))
+    with Image.open(io.BytesIO(data)) as image:
+        seen = ImageOps.exif_transpose(image).convert("RGB")
+    small = examine(data, rules)
+    assert (small.extension, max(small.width, small.height)) == ("jpg", 128)
+    assert abs(small.width / small.height - seen.width / seen.height) < 0.02
+    with Image.open(io.BytesIO(small.data)) as image:
+        assert (image.size, image.getexif().get(0x0112)) == ((small.width, small.height), None)
+        reference = seen.resize(image.size, Image.Resampling.LANCZOS)
+        assert np.abs(np.asarray(image).astype(int) - np.asarray(reference)).mean() < 3
+    assert examine(data, rules).data == small.data
+    fits = encoded("PNG", photo.resize((128, 80)))
+    assert examine(fits, rules).data == fits
+
+
+XMP = b"""<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6" note="SECRET"/>
+</rdf:RDF></x:xmpmeta>"""
+
+
+def oriented(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+def with_secrets(kind: str, orientation: int) -> bytes:
+    """A photograph that tells where it was taken, in every way that its format has."""
+    exif = oriented(orientation)
+    exif[0x010E] = "SECRET"
+    exif.get_ifd(0x8825).update({1: "N", 2: (52.0, 31.0, 12.0), 29: "SECRET"})
+    options: dict[str, Any] = {"exif": exif, "xmp": XMP}
+    if kind == "PNG":
+        info = PngImagePlugin.PngInfo()
+        info.add_text("Comment", "SECRET")
+        info.add_itxt("XML:com.adobe.xmp", XMP.decode())
+        options["pnginfo"] = info
+    if kind == "TIFF":
+        options = {"tiffinfo": {0x0112: orientation, 0x010E: "SECRET", 700: XMP}}
+    if kind in ("JPEG", "MPO"):
+        options["comment"] = b"SECRET"
+    if kind == "MPO":
+        options |= {"save_all": True, "append_images": [photographs()[1].resize((90, 60))]}
+    data = encoded(kind, photographs()[1].resize((90, 60)), **options)
+    if kind in ("JPEG", "MPO"):
+        iptc = b"Photoshop 3.0\x00SECRET"
+        data = data[:2] + b"\xff\xed" + struct.pack(">H", 2 + len(iptc)) + iptc + data[2:] + b"SECRET"
+    assert b"SECRET" in data
+    return data
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "MPO", "PNG", "WEBP", "TIFF"])
+def test_nothing_but_the_picture_is_left_when_exif_is_dropped_and_it_is_seen_the_same(
+    kind: str, orientation: int
+) -> None:
+    data = with_secrets(kind, orientation)
+    photo = examine(data, Rules(drop_exif=True))
+    assert b"SECRET" not in photo.data
+    assert b"xmp" not in photo.data.lower()
+    with Image.open(io.BytesIO(data)) as before, Image.open(io.BytesIO(photo.data)) as after:
+        left = {tag: value for tag, value in after.getexif().items() if value != 1}
+        assert left == ({} if orientation == 1 or kind == "TIFF" else {0x0112: orientation})
+        assert not after.getexif().get_ifd(0x8825)
+        seen, expected = (np.asarray(ImageOps.exif_transpose(image).convert("RGB")) for image in (after, before))
+        assert (photo.width, photo.height) == seen.shape[1::-1]
+        assert np.array_equal(seen, expected)
+    assert examine(data, Rules(drop_exif=True)).data == photo.data
+    assert examine(photo.data, Rules(drop_exif=True)).data == photo.data
+
+
+@pytest.mark.slow
+def test_dali_shows_what_pillow_shows_with_and_without_exif() -> None:
+    dali = pytest.importorskip("nvidia.dali")
+    kinds = [(kind, orientation) for kind in ("JPEG", "PNG", "WEBP") for orientation in range(1, 9)]
+    files = [with_secrets(kind, orientation) for kind, orientation in kinds]
+    stored = [examine(data, Rules(drop_exif=drop)).data for drop in (False, True) for data in files]
+
+    @dali.pipeline_def(batch_size=len(stored), num_threads=1, device_id=None)
+    def decode() -> Any:
+        data = dali.fn.external_source(source=lambda: [np.frombuffer(data, np.uint8) for data in stored])
+        return dali.fn.decoders.image(data)
+
+    pipeline = decode()
+    pipeline.build()
+    (decoded,) = pipeline.run()
+    for number, data in enumerate(stored):
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            image.info.pop("xmp", None)  # whose orientation is EXIF's in some of them, and 6 in the others
+            image.info.pop("XML:com.adobe.xmp", None)
+            seen = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        assert np.array_equal(np.asarray(decoded.at(number)), seen), kinds[number % len(kinds)]
 
 
 def test_files_that_are_empty_too_large_or_no_files_are_refused_without_reading_them(tmp_path: Path) -> None:
