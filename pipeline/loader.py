@@ -20,7 +20,7 @@ from torch import Tensor
 from data_shards.reader import BadSample, Reader, Sample
 from data_shards.section import Section
 from pipeline.augment import AugmentSettings, Draws, draw, philox
-from pipeline.pixels import Graph, UndecodableError, digests, finish, graph_inputs
+from pipeline.pixels import Encoded, Graph, UndecodableError, digests
 
 
 class LoaderSettings(Section):
@@ -28,7 +28,7 @@ class LoaderSettings(Section):
 
     affects_results: ClassVar[bool] = False
 
-    threads: PositiveInt = 1  # DALI's
+    threads: PositiveInt = 1  # DALI's; on a CPU, as many others cut and colour
     queue: PositiveInt = 2  # batches that DALI works on ahead of the training step
     device: Literal["cpu", "cuda", "auto"] = "auto"
     # Share of JPEGs that the GPU's decoding engine takes. It writes out of stream order, which has corrupted images in
@@ -112,10 +112,9 @@ class Loader:
             raise StopIteration
         graph = self._graph or self._open()
         work = self._pending.popleft()
-        pixels = self._collect(graph, work)
-        if pixels is None:
-            work, pixels = self._repair(work)
-        crops = finish(pixels, work.draws, self._augment)
+        crops = self._collect(graph, work)
+        if crops is None:
+            work, crops = self._repair(work)
         return Batch(
             step=work.step,
             crops=crops,
@@ -143,20 +142,27 @@ class Loader:
         self._graph.schedule()
         return self._graph
 
-    def _build(self, depth: int, feed: Callable[[], list[Any]] | None = None) -> Graph:
+    def _build(self, depth: int, feed: Callable[[], Encoded] | None = None) -> Graph:
         threads, hardware_jpeg = self._settings.threads, self._settings.hardware_jpeg
         return Graph(
-            self._sizes, self._batch, self._device, threads=threads, hardware_jpeg=hardware_jpeg, depth=depth, feed=feed
+            self._augment,
+            self._sizes,
+            self._batch,
+            self._device,
+            threads=threads,
+            hardware_jpeg=hardware_jpeg,
+            depth=depth,
+            feed=feed,
         )
 
-    def _feed(self) -> list[Any]:
-        """The graph's next input. DALI calls it whenever a batch is scheduled."""
+    def _feed(self) -> Encoded:
+        """The graph's next batch. DALI calls it whenever a batch is scheduled."""
         if self._replay:
-            return self._replay.popleft().inputs
+            return self._replay.popleft().encoded
         if self._next_step == self._end_step:
             raise StopIteration
         self._pending.append(self._fetch())
-        return self._pending[-1].inputs
+        return self._pending[-1].encoded
 
     def _fetch(self) -> "_Work":
         work = self._work(self._next_step, self._reader.batch(self._next_step))
@@ -166,14 +172,14 @@ class Loader:
     def _work(self, step: int, samples: Sequence[Sample]) -> "_Work":
         lanes, indices, height, width = np.array([(s.lane, s.index, s.height, s.width) for s in samples], np.int64).T
         draws = draw(self._augment, self._seed, lanes, indices, height, width)
-        inputs = graph_inputs([sample.data for sample in samples], draws, self._augment)
-        return _Work(step, samples, lanes, indices, np.stack([height, width], axis=1), draws, inputs)
+        encoded = Encoded([sample.data for sample in samples], np.stack([height, width], axis=1), draws)
+        return _Work(step, samples, lanes, indices, encoded)
 
     def _collect(self, graph: Graph, work: "_Work") -> list[Tensor] | None:
         """The crops of the oldest batch in the graph, or None when its run failed; schedules another."""
-        pixels: list[Tensor] | None = None
+        crops: list[Tensor] | None = None
         try:
-            pixels = graph.collect(work.sizes)
+            crops = graph.collect(work.encoded)
             self._failures = 0
         except UndecodableError:
             self._failures += 1
@@ -183,7 +189,7 @@ class Loader:
             self._counters["graphs_rebuilt"] += 1
         else:
             graph.schedule()
-        return pixels
+        return crops
 
     def _repair(self, work: "_Work") -> tuple["_Work", list[Tensor]]:
         """Replace what does not decode and run the batch again; raises RuntimeError when that fails as well."""
@@ -214,7 +220,7 @@ class Loader:
         """Run a batch, or a part of one, with nothing ahead of it or behind."""
         if self._spare is None:
             self._spare = self._build(1)
-        return self._spare.run(work.inputs, work.sizes)
+        return self._spare.run(work.encoded)
 
 
 def render(
@@ -231,25 +237,22 @@ def render(
     `augment` only mean, std and the largest sigma count. Returns one (n, count, 3, s, s) tensor a size, as in Batch.
     Raises ValueError when an image does not decode or is of another size than said.
     """
-    graph = Graph([d.size for d in draws], len(images), _device(device), threads=settings.threads)
+    graph = Graph(augment, [d.size for d in draws], len(images), _device(device), threads=settings.threads)
     try:
-        pixels = graph.run(graph_inputs(images, draws, augment), np.asarray(sizes, np.int64))
+        return graph.run(Encoded(images, np.asarray(sizes, np.int64), draws))
     except UndecodableError as error:
         raise ValueError(str(error)) from error
-    return finish(pixels, draws, augment)
 
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """A batch on its way: its samples, what was drawn for them, and both as the graph's inputs."""
+    """A batch on its way: its samples, their places, and what the graph takes of them."""
 
     step: int
     samples: Sequence[Sample]
     lanes: NDArray[np.int64]
     indices: NDArray[np.int64]
-    sizes: NDArray[np.int64]
-    draws: list[Draws]
-    inputs: list[Any]
+    encoded: Encoded
 
 
 def _device(name: str) -> torch.device:

@@ -1,15 +1,14 @@
-"""From encoded images and draws to finished crops: decoding and cutting by DALI, colour by torch.
+"""From encoded images and draws to finished crops.
 
-One graph serves CPU and GPU: each image is decoded once, each crop cut, resized and flipped out of it in one
-antialiased step, and blurred where that was drawn. Colour and normalisation are one linear step on the finished crops,
-clipped to the range of a pixel. SwAV has the blur after the colour; both are linear, so that only clipped pixels next
-to an edge differ, and colour costs no pass of its own. DALI draws no random number. It has no limit on the size of an
-image either: packing has, and the reader's checksums see to it that the bytes are those that were packed.
+DALI decodes, on a CPU or a GPU. On a GPU its graph also cuts, resizes and flips each crop in one antialiased step, and
+blurs where that was drawn; on a CPU pipeline.crops does, faster. DALI draws no random number. It has no limit on the
+size of an image either: packing has, and the reader's checksums see to it that the bytes are those that were packed.
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
 from math import ceil
 from typing import Any
 
@@ -22,26 +21,39 @@ from nvidia.dali.pipeline import pipeline_def
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from pipeline.augment import AugmentSettings, Draws, blur_kernels, colour, philox
-
-# Colour runs over this many pixels at a time on a CPU, so that a piece stays in its cache
-_PIECE_PIXELS = 300_000
+from pipeline.augment import AugmentSettings, Draws, blur_kernels, philox
+from pipeline.crops import from_crops, from_images
 
 
 class UndecodableError(Exception):
     """The run of a batch failed: an image does not decode, or not to the size that its boxes were drawn for."""
 
 
-class Graph:
-    """The DALI graph: encoded images and draws in, uint8 crops out.
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """n images before they are decoded, and what becomes of them.
 
-    sizes: of each crop, pixels. batch: samples at most. depth: batches in work at a time. feed: gives the inputs of the
-    next batch (StopIteration: there is none), called whenever one is scheduled; without it the graph takes single
-    batches, by `run`. threads: DALI's. hardware_jpeg: the share of JPEGs that a GPU's decoding engine takes.
+    images: bytes. sizes: (n, 2), heights and widths as they should be. draws: one a crop, equal sizes side by side.
+    """
+
+    images: Sequence[Any]
+    sizes: NDArray[np.int64]
+    draws: list[Draws]
+
+
+class Graph:
+    """DALI's graph and what follows it: encoded images and draws in, finished crops out.
+
+    augment: gives mean, std and the largest sigma. sizes: of each crop, pixels. batch: samples at most. depth: batches
+    in work at a time. feed: gives the next batch (StopIteration: there is none), called whenever one is scheduled;
+    without it the graph takes single batches, by `run`. threads: for decoding, on a CPU also for cutting.
+    hardware_jpeg: the share of JPEGs that a GPU's decoding engine takes. dali_cuts: whether DALI makes the crops on a
+    CPU as it does on a GPU.
     """
 
     def __init__(
         self,
+        augment: AugmentSettings,
         sizes: list[int],
         batch: int,
         device: torch.device,
@@ -49,13 +61,16 @@ class Graph:
         threads: int = 1,
         hardware_jpeg: float = 0.0,
         depth: int = 1,
-        feed: Callable[[], list[Any]] | None = None,
+        feed: Callable[[], Encoded] | None = None,
+        dali_cuts: bool = False,
     ) -> None:
-        self._device = device
-        self._single: list[Any] = []
+        self._augment, self._device = augment, device
+        self._dali_cuts = dali_cuts or device.type == "cuda"
+        self._single: list[Encoded] = []
+        self._pool = ThreadPoolExecutor(threads) if threads > 1 and not self._dali_cuts else None
         self._pipeline: Any = _define(
-            sizes,
-            feed or (lambda: self._single),
+            sizes if self._dali_cuts else [],
+            lambda: self._inputs(feed() if feed else self._single[0]),
             hardware_jpeg if device.type == "cuda" else None,
             batch_size=batch,
             num_threads=threads,
@@ -66,31 +81,41 @@ class Graph:
     def schedule(self) -> None:
         self._pipeline.schedule_run()
 
-    def collect(self, sizes: NDArray[np.int64]) -> list[Tensor]:
-        """(n, s, s, 3) uint8 for each crop of the oldest batch scheduled. sizes: (n, 2) of its images as indexed."""
+    def collect(self, batch: Encoded) -> list[Tensor]:
+        """(n, count, 3, s, s) float32 for each size, of the oldest batch scheduled, which is this one."""
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         try:
-            *crops, shapes = self._pipeline.share_outputs(stream)
+            *pixels, shapes = self._pipeline.share_outputs(stream)
         except RuntimeError as error:
             raise UndecodableError(_reason(error)) from error
         finally:
             self._pipeline.release_outputs()
         decoded = np.array(shapes.as_tensor())[:, :2]
-        for i in np.flatnonzero((decoded != sizes).any(axis=1)):
-            raise UndecodableError("decodes to {} x {} pixels, not {} x {}".format(*decoded[i], *sizes[i]))
+        for i in np.flatnonzero((decoded != batch.sizes).any(axis=1)):
+            raise UndecodableError("decodes to {} x {} pixels, not {} x {}".format(*decoded[i], *batch.sizes[i]))
         # no copy: DALI's default executor does not touch the memory of an output that someone holds
-        return [from_dlpack(crop.as_tensor()) for crop in crops]
+        if self._dali_cuts:
+            return from_crops([from_dlpack(crop.as_tensor()) for crop in pixels], batch.draws, self._augment)
+        return from_images([from_dlpack(image) for image in pixels[0]], batch.draws, self._augment, self._pool)
 
-    def run(self, inputs: list[Any], sizes: NDArray[np.int64]) -> list[Tensor]:
+    def run(self, batch: Encoded) -> list[Tensor]:
         """The crops of this batch alone."""
-        self._single = inputs
+        self._single = [batch]
         self.schedule()
-        return self.collect(sizes)
+        return self.collect(batch)
+
+    def _inputs(self, batch: Encoded) -> list[Any]:
+        """What DALI is fed: n encoded images, and five arguments a crop where it cuts."""
+        encoded = [np.frombuffer(image, np.uint8) for image in batch.images]
+        return [encoded, *(_arguments(batch.draws, self._augment) if self._dali_cuts else [])]
 
 
 @pipeline_def(enable_conditionals=True)
 def _define(sizes: list[int], feed: Callable[[], list[Any]], hardware_jpeg: float | None) -> Any:
-    """Encoded images and five arguments a crop, in the order of `graph_inputs`. hardware_jpeg: None on the CPU."""
+    """The images as they are when there are no sizes, else the crops; and the images' shapes.
+
+    hardware_jpeg: None on the CPU.
+    """
     encoded, *arguments = fn.external_source(source=feed, num_outputs=1 + 5 * len(sizes), batch=True)
     images = fn.decoders.image(
         encoded,
@@ -99,80 +124,27 @@ def _define(sizes: list[int], feed: Callable[[], list[Any]], hardware_jpeg: floa
         jpeg_fancy_upsampling=True,  # as the decoder of the CPU always does
         hw_decoder_load=hardware_jpeg or 0.0,
     )
-    crops = []
+    pixels = []
     for k, size in enumerate(sizes):
         start, end, blurred, across, down = arguments[5 * k : 5 * k + 5]
         crop = fn.resize(images, roi_start=start, roi_end=end, size=[size, size], antialias=True)
         if blurred:
             # gaussian_blur takes 6 to 8 times as long on a CPU
             crop = fn.filter(fn.filter(crop, across, border="clamp"), down, border="clamp")  # type: ignore[arg-type]
-        crops.append(crop)
-    return (*crops, images.shape())  # type: ignore[no-untyped-call]
+        pixels.append(crop)
+    return (*(pixels or [images]), images.shape())  # type: ignore[no-untyped-call]
 
 
-def graph_inputs(images: Sequence[Any], draws: list[Draws], augment: AugmentSettings) -> list[Any]:
-    """The graph's inputs. A box that is read from right to left comes out flipped."""
+def _arguments(draws: list[Draws], augment: AugmentSettings) -> list[Any]:
+    """Five of each crop, for `_define`. A box that is read from right to left comes out flipped."""
     radius = ceil(3 * augment.sigma[1])  # the same for all batches: a longer kernel may round otherwise
-    inputs: list[Any] = [[np.frombuffer(image, np.uint8) for image in images]]
+    arguments: list[Any] = []
     for crop in draws:
         start, end = crop.box[:, :2].astype(np.float32), (crop.box[:, :2] + crop.box[:, 2:]).astype(np.float32)
         start[crop.flip, 1], end[crop.flip, 1] = end[crop.flip, 1], start[crop.flip, 1]
         kernels = blur_kernels(crop.sigma, radius)
-        inputs += [start, end, crop.sigma > 0, kernels[:, None, :], kernels[:, :, None]]
-    return inputs
-
-
-def finish(pixels: list[Tensor], draws: list[Draws], augment: AugmentSettings) -> list[Tensor]:
-    """Colour and normalise: (n, s, s, 3) uint8 for each crop to (n, count, 3, s, s) float32 for each size."""
-    finished = []
-    for size, group in groupby(zip(draws, pixels, strict=True), key=lambda pair: pair[0].size):
-        members = list(group)
-        n, device = len(members[0][1]), members[0][1].device
-        crops = torch.empty(n, len(members), size, 3 * size, device=device)
-        low, high = (torch.from_numpy(bound).to(device).repeat(size) for bound in _range(augment))
-        for k, (crop, image) in enumerate(members):
-            taps, offset = (torch.from_numpy(x).to(device).repeat(1, 1, size) for x in _taps(crop, augment))
-            piece = n if device.type == "cuda" else max(1, _PIECE_PIXELS // size**2)
-            for i in range(0, n, piece):
-                rows = slice(i, i + piece)
-                _colour(image[rows].view(-1, size, 3 * size), taps[rows], offset[rows], low, high, crops[rows, k])
-        finished.append(crops.view(n, len(members), size, size, 3).permute(0, 1, 4, 2, 3))
-    return finished
-
-
-def _colour(pixels: Tensor, taps: Tensor, offset: Tensor, low: Tensor, high: Tensor, out: Tensor) -> None:
-    """out = pixels times a 3 x 3 matrix each, plus offset, clipped; rows of interleaved channels, (n, s, 3 s).
-
-    A channel's neighbours in memory are the other two of its pixel, so the matrix is a filter of five taps along the
-    row whose weights repeat every three values: no transposition, and the same sums wherever a crop lies in a batch.
-    """
-    x = pixels.float()
-    torch.addcmul(offset, x, taps[:, 2:3], out=out)
-    for shift in (1, 2):
-        out[..., shift:].addcmul_(x[..., :-shift], taps[:, 2 - shift : 3 - shift, shift:])
-        out[..., :-shift].addcmul_(x[..., shift:], taps[:, 2 + shift : 3 + shift, :-shift])
-    torch.clamp(out, low, high, out=out)
-
-
-def _taps(crop: Draws, augment: AugmentSettings) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Colour and normalisation in one, for `_colour`: taps (n, 5, 3) and offset (n, 1, 3).
-
-    taps[:, 2 + d, c] is the weight in channel c of channel c + d.
-    """
-    matrix, offset = colour(crop)
-    scale = 1 / (255 * np.array(augment.std))
-    taps = np.zeros((len(matrix), 5, 3))
-    for to in range(3):
-        for source in range(3):
-            taps[:, 2 + source - to, to] = matrix[:, to, source] * scale[to]
-    black = -np.array(augment.mean) / np.array(augment.std)
-    return taps.astype(np.float32), (offset * scale + black)[:, None, :].astype(np.float32)
-
-
-def _range(augment: AugmentSettings) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Normalised black and white, (3,) each."""
-    mean, std = np.array(augment.mean), np.array(augment.std)
-    return (-mean / std).astype(np.float32), ((1 - mean) / std).astype(np.float32)
+        arguments += [start, end, crop.sigma > 0, kernels[:, None, :], kernels[:, :, None]]
+    return arguments
 
 
 def digests(crops: list[Tensor]) -> Tensor:
