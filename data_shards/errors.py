@@ -5,3 +5,4 @@ class UserError(Exception):
     """An error whose message is enough for the user; the program prints that line alone and leaves with `exit_code`."""
 
     exit_code = 2
+    passing = False  # nobody did anything wrong: asking again later may help

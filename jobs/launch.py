@@ -18,7 +18,8 @@ import submitit
 import yaml
 
 from data_shards.errors import UserError
-from jobs import daemons, rank
+from jobs import daemons, rank, slurm
+from jobs.blame import START_LINE, excluded
 from jobs.runs import Job
 from jobs.site import CARRIED, INHERITED, ROOT, Site, export_lines
 from jobs.start import cancel_marker, note
@@ -65,10 +66,12 @@ def batch_script(site: Site, run_dir: Path, store: str) -> tuple[list[str], list
         *head,
         "export FARSEER_JOB=$SLURM_JOB_ID FARSEER_START=${SLURM_RESTART_COUNT:-0}",
         "export MASTER_ADDR=${MASTER_ADDR:-$SLURMD_NODENAME}",  # this script runs on the first node, as rank 0 does
+        f'echo "{START_LINE} $FARSEER_START of job $FARSEER_JOB on $SLURM_JOB_NODELIST"',
         f"MASTER_PORT=$({supervise} before) || exit 2",
         "export MASTER_PORT",
     ]
-    return slurm_head, [f"{supervise} after --exit $? --max-cycles {site.max_cycles} --store {shlex.quote(store)}"]
+    told = f"--max-cycles {site.max_cycles} --exclude-hours {site.exclude_hours:g} --store {shlex.quote(store)}"
+    return slurm_head, [f"{supervise} after --exit $? {told}"]
 
 
 def slurm_executor(site: Site, run: str, store: str) -> submitit.SlurmExecutor:
@@ -85,6 +88,7 @@ def slurm_executor(site: Site, run: str, store: str) -> submitit.SlurmExecutor:
         "qos": site.qos,
         "constraint": site.constraint,
         "gpus_per_node": site.gpus_per_node or None,
+        "exclude": ",".join(_excluded(site)) or None,
         "mem": None if site.memory_gb is None else f"{round(site.memory_gb * 1024)}MB",
     }
     executor.update_parameters(
@@ -109,6 +113,22 @@ def slurm_executor(site: Site, run: str, store: str) -> submitit.SlurmExecutor:
         **{name: value for name, value in optional.items() if value is not None},
     )
     return executor
+
+
+def _excluded(site: Site) -> list[str]:
+    """Hosts to keep off, as long as enough others are left."""
+    hosts = excluded(Path(site.shared_dir), site.exclude_hours)
+    return hosts[: slurm.spare_nodes(site.partition, site.nodes)] if hosts else []
+
+
+def script_text(site: Site, run: str, store: str) -> str:
+    """The batch script as it would be submitted; for a site without SLURM, what starts the ranks here."""
+    if site.executor == "local":
+        return "\n".join(batch_script(site, site.run_dir(run), store)[0])
+    if shutil.which("srun") is None:
+        return "# no SLURM on this machine: submitit writes the script where srun is"
+    executor = slurm_executor(site, run, store)
+    return str(executor._make_submission_file_text(executor._submitit_command_str, "0"))
 
 
 def _on_slurm(site: Site, run: str, store: str, config: dict[str, Any]) -> Job:

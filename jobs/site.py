@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import yaml
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, field_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+)
 from pydantic_core import ErrorDetails
 
 from data_shards.errors import UserError
@@ -54,11 +62,16 @@ class Site(Section):
     time_limit_min: PositiveInt = 24 * 60
     signal_delay_s: PositiveInt = 120  # from the signal to the end: twice what a save and its upload take
     max_cycles: PositiveInt = 3  # failed starts without a new committed checkpoint, after which the job stops
+    exclude_hours: PositiveFloat = 12.0  # a host to blame for two failed starts is kept out for so long
     interface: str | None = None  # network interface of the collectives
     python: str | None = None  # by default the one that submits
     setup: tuple[str, ...] = ()  # shell lines before the ranks start, such as `module load cuda`
     environment: dict[str, str] = Field(default_factory=dict)  # here and in the job: AWS_PROFILE, SLURM_CONF, ...
     extra: dict[str, str | int | bool] = Field(default_factory=dict)  # more sbatch options, without the dashes
+    # for `plan` alone:
+    images_per_s: PositiveFloat | None = None  # of all ranks, where no earlier run tells
+    price_per_gpu_hour: PositiveFloat | None = None  # in your currency
+    failures_per_node_day: NonNegativeFloat = 2 / 128  # OPT-175B's logbook: two a day among 124 to 128 nodes
 
     @field_validator("environment")
     @classmethod

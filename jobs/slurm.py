@@ -3,6 +3,7 @@
 import getpass
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,6 +49,25 @@ def check_partition(name: str | None, nodes: int) -> None:
 def requeue(job: str) -> None:
     """Put a running job back into the queue under its id. Called from inside the job, this ends it."""
     _call(["scontrol", "requeue", job])
+
+
+def requeue_without(job: str, hosts: Sequence[str]) -> None:
+    """Requeue the job that this process is part of, off these hosts as far as its partition has others.
+
+    Only a job that waits can be told so, and a requeued one does at once; SLURM then ends this process, which must live
+    until it has said so.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    spare = spare_nodes(os.environ["SLURM_JOB_PARTITION"], int(os.environ["SLURM_JOB_NUM_NODES"]))
+    requeue(job)
+    _call(["scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(hosts[:spare])}"])
+
+
+def spare_nodes(partition: str | None, needed: int) -> int:
+    """How many nodes of a partition (of all, without one) a job that needs so many can do without."""
+    where = ["--partition", partition] if partition else []
+    rows = _call(["sinfo", "--noheader", "--summarize", *where, "--format", "%D"]).split()
+    return max(0, max(map(int, rows), default=0) - needed)
 
 
 def signal_ranks(job: str, name: str = "USR2") -> None:

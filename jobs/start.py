@@ -25,6 +25,8 @@ from typing import Any
 from data_shards.errors import UserError
 from jobs.daemons import Process
 
+CODE_ERRORS = (AttributeError, ImportError, NameError, NotImplementedError, SyntaxError, TypeError)
+
 
 @dataclass(frozen=True)
 class RankRecord:
@@ -43,7 +45,7 @@ class RankRecord:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a rank left. `exit_code` is set for an error that the user can mend: trying again would not help.
+    """Why a rank left. `exit_code` is set for an error of the config or the code: trying again would not help.
 
     suspects: hosts that are to blame, as far as the error tells.
     """
@@ -100,7 +102,8 @@ class Start:
 
     def fail(self, rank: int, error: BaseException) -> None:
         """Leave word why this rank leaves."""
-        code = error.exit_code if isinstance(error, UserError) else None
+        code = error.exit_code if isinstance(error, UserError) and not error.passing else None
+        code = 1 if isinstance(error, CODE_ERRORS) else code
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         trace = "" if isinstance(error, UserError) else "".join(traceback.format_exception(error))
         suspects = tuple(getattr(error, "hosts", ()))

@@ -5,13 +5,13 @@ them (jobs.local). `decide` is pure; everything it needs was left on the shared 
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from data_shards.errors import UserError
 from data_shards.store import Store
-from jobs import daemons
+from jobs import blame, daemons
 from jobs.start import Failure, Outcome, Start, events
 
 
@@ -31,11 +31,13 @@ def decide(
     cancelled: bool = False,
     stalled: int = 0,
     max_cycles: int = 3,
+    suspects: Mapping[str, str] | None = None,
 ) -> Decision:
     """Judge a start that has ended.
 
     exit_code: srun's, the highest of all ranks. outcome: what rank 0 left, None when it could not. failures: what ranks
     said, the first one first. stalled: failed starts just before this one, and with it, without a new checkpoint.
+    suspects: hosts that may be to blame, and for each what happened.
     """
     if outcome is not None and (outcome.outcome in ("finished", "cancelled") or outcome.requeued):
         return Decision("end", outcome.outcome)
@@ -46,9 +48,12 @@ def decide(
     mendable = next((failure for failure in failures if failure.exit_code is not None), None)
     if mendable is not None:
         return Decision("stop", str(mendable))
-    cause = str(failures[0]) if failures else f"the ranks left without a word ({_in_words(exit_code)})"
+    words = [*(suspects or {}).values(), *map(str, failures)]  # whom the others wait for knows better than they do
+    cause = words[0] if words else f"the ranks left without a word ({_in_words(exit_code)})"
     if stalled >= max_cycles:
-        return Decision("stop", f"{stalled} starts without a new checkpoint; the last one: {cause}")
+        return Decision(
+            "stop", f"{stalled} starts without a new checkpoint ({blame.kind(cause)}); the last one: {cause}"
+        )
     return Decision("requeue", cause)
 
 
@@ -73,9 +78,12 @@ def after(start: Start, exit_code: int, store: Store, max_cycles: int) -> Decisi
         return decide(exit_code, outcome, [], cancelled=start.cancelled)
     committed = _newest(store, noted)
     stalled = stalled_starts(noted, committed)
-    decision = decide(exit_code, None, start.failures(), stalled=stalled, max_cycles=max_cycles)
+    failures = start.failures()
+    suspects = blame.suspects(start, failures)
+    decision = decide(exit_code, None, failures, stalled=stalled, max_cycles=max_cycles, suspects=suspects)
     event = "requeued" if decision.action == "requeue" else "failed"
-    start.note(event, reason=decision.reason, committed=committed)
+    start.note(event, reason=decision.reason, committed=committed, **({"suspects": [*suspects]} if suspects else {}))
+    blame.blame(start.run_dir.parent, start.run_dir.name, suspects)
     _publish(start, store)
     return decision
 

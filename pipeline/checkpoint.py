@@ -38,6 +38,12 @@ class CheckpointSettings(Section):
     affects_results: ClassVar[bool] = False
 
 
+class NotCommitted(UserError):
+    """The last save did not reach the store in time. It is on the nodes' disks, and the next start sends it."""
+
+    passing = True
+
+
 @dataclass(frozen=True)
 class Found:
     """A checkpoint that was verified. `path` is its folder in the run's store, `extra` what `save` was given."""
@@ -105,14 +111,14 @@ class Checkpointer:
         self._sender.start(self._last, tensors)
 
     def wait(self, timeout_s: float) -> None:
-        """Return when the last save is committed. Raises UserError if it is not after `timeout_s`, or its own error."""
+        """Return when the last save is committed. Raises NotCommitted if it is not after `timeout_s`."""
         if self._last is None:
             return
         place, deadline = self._last.place, time.monotonic() + max(timeout_s, 0.0)
         self._sender.wake()
         if not (self._sender.wait(self._last, deadline) and self._exists(place, deadline)):
             reason = f" ({self._last.error})" if self._last.error else ""
-            raise UserError(
+            raise NotCommitted(
                 f"{self._store.url}/{place.path}: not committed after {timeout_s:.0f} s{reason}; what this rank saved "
                 f"is in {self._last.folder}, and the next start on this node sends it"
             )

@@ -46,6 +46,7 @@ export AWS_PROFILE=farseer
 module load cuda/13
 export FARSEER_JOB=$SLURM_JOB_ID FARSEER_START=${SLURM_RESTART_COUNT:-0}
 export MASTER_ADDR=${MASTER_ADDR:-$SLURMD_NODENAME}
+echo "farseer: start $FARSEER_START of job $FARSEER_JOB on $SLURM_JOB_NODELIST"
 MASTER_PORT=$(/env/bin/python -m jobs.cli supervise before) || exit 2
 export MASTER_PORT
 
@@ -56,7 +57,7 @@ srun --unbuffered --output /shared/first/logs/%j_%t_log.out --kill-on-bad-exit=1
 
 
 # teardown
-/env/bin/python -m jobs.cli supervise after --exit $? --max-cycles 3 --store s3://runs/first"""
+/env/bin/python -m jobs.cli supervise after --exit $? --max-cycles 3 --exclude-hours 12 --store s3://runs/first"""
 
 
 @pytest.fixture(autouse=True)

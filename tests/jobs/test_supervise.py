@@ -45,8 +45,9 @@ def test_the_reason_names_what_failed_first_or_how_the_ranks_ended():
     assert decide(143, None, [CRASH, MENDABLE]).reason == "rank 0 on node1: conf/x.yaml: data.lanes: 3"
     assert decide(137, None, []).reason == "the ranks left without a word (ended by signal 9)"
     assert decide(1, None, []).reason == "the ranks left without a word (exit code 1)"
+    assert decide(137, None, [], suspects={"node2": "it left first"}).reason == "it left first"
     assert decide(1, None, [CRASH], stalled=3).reason.startswith(
-        "3 starts without a new checkpoint; the last one: rank 1"
+        "3 starts without a new checkpoint (collective); the last one: rank 1"
     )
 
 

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import yaml
 
-from data_shards.index import Manifest
+from data_shards.index import ShardSet
 from data_shards.store import Store
 from jobs import runs
 from jobs import slurm as slurm_commands
+from jobs.blame import excluded
 from jobs.cli import main
 from jobs.daemons import wait_until
 from jobs.launch import launch
@@ -116,6 +117,17 @@ def test_a_killed_rank_takes_the_others_along_and_the_job_is_requeued_from_its_c
     assert ended(job, 1) == "finished"
     requeued = [event for event in events(job.run_dir) if event["event"] == "requeued"]
     assert [event["committed"] for event in requeued] == [10]
+
+
+def test_a_host_that_failed_twice_is_kept_out_and_three_starts_without_progress_end_the_job(scene):
+    job = scene.start(die_at=12, die_rank=1, die_how="kill")
+    wait(job)
+    first, *others = [one["node"] for one in said(job, 1)]
+    assert len(others) == 3, tails(job)
+    assert others[0] == first
+    assert all(node != first for record in (0, 1) for node in [one["node"] for one in said(job, record)][2:])
+    assert excluded(Path(scene.site.shared_dir), scene.site.exclude_hours)[0] == first
+    assert runs.status(job).state.startswith("failed (3 starts without a new checkpoint (out of memory); the last")
 
 
 def test_all_ranks_killed_at_once_are_requeued(scene):
@@ -229,7 +241,7 @@ def another_config(setting: Setting, patch: pytest.MonkeyPatch) -> None:
     setting.conf.write_text(yaml.safe_dump(setting.values))
     config = load(setting.conf)
     Run.start(
-        Store(setting.store).at("run"), setting.conf.parent / "before", config, Manifest.load(Store(setting.data))
+        Store(setting.store).at("run"), setting.conf.parent / "before", config, ShardSet.open(Store(setting.data))
     )
     setting.values["optim"] = {"lr": 0.7}
 

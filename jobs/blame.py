@@ -1,0 +1,72 @@
+"""What a failed start says about machines: which hosts are suspect, and which stay out of the next starts.
+
+A host that was to blame twice within some hours is excluded for as long. What is known lies in one file of the shared
+disk, for all runs of the site: <shared_dir>/hosts.jsonl, a line for each blame.
+"""
+
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from jobs.start import Failure, Start, read_lines
+
+BLAMED = "hosts.jsonl"
+TWICE = 2
+START_LINE = "farseer: start"  # the batch script begins each start with it; its log is that of all starts
+_LEFT = re.compile(r"srun: error: (\S+): tasks? [\d,-]+: (.+)")
+
+
+def last_words(start: Start) -> tuple[str, str] | None:
+    """The host whose rank left first in this start, and how, by what srun said of it; None where srun said nothing."""
+    log = start.run_dir / "logs" / f"{start.job}_0_log.out"
+    text = log.read_text(errors="replace") if log.exists() else ""
+    found = _LEFT.search(text, max(text.rfind(START_LINE), 0))
+    return (found[1], found[2].strip()) if found else None
+
+
+def suspects(start: Start, failures: Sequence[Failure]) -> dict[str, str]:
+    """Hosts that may be to blame for the end of a start, and for each what happened, in words.
+
+    Those that a rank names (silent in a hang); else the one whose rank left first, without a word of its own: who can
+    say what went wrong is not the one that broke.
+    """
+    named = {host: str(failure) for failure in reversed(failures) for host in failure.suspects}
+    left = last_words(start)
+    spoke = {failure.host for failure in failures}
+    if named or left is None or left[0] in spoke:
+        return named
+    return {left[0]: f"a rank on {left[0]} left first, without a word ({left[1]})"}
+
+
+def blame(shared_dir: Path, run: str, hosts: dict[str, str]) -> None:
+    """Note the hosts for all runs of the site."""
+    lines = [{"time": time.time(), "host": host, "run": run, "reason": reason} for host, reason in hosts.items()]
+    if lines:
+        with (shared_dir / BLAMED).open("a") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def excluded(shared_dir: Path, hours: float) -> list[str]:
+    """Hosts that were to blame twice within the last `hours`, the worst first."""
+    since = time.time() - hours * 3600
+    recent = Counter(line["host"] for line in read_lines(shared_dir / BLAMED) if line["time"] > since)
+    return [host for host, count in recent.most_common() if count >= TWICE]
+
+
+def kind(message: str) -> str:
+    """What sort of trouble a failure is, in the words of the runbook."""
+    return next((name for name, pattern in _KINDS if re.search(pattern, message, re.IGNORECASE)), "unknown")
+
+
+_KINDS = (
+    ("out of memory", r"out ?of ?memory|oom|MemoryError|cannot allocate|ended by signal 9|\(Killed\)"),
+    ("hang", r"stood still"),
+    ("disk", r"No space left|Errno 28|Read-only file system|Errno 30"),
+    ("store", r"s3://|not committed|did not answer"),
+    ("not finite", r"not finite|nan\b"),
+    ("collective", r"gloo|nccl|connection (closed|reset)|timed out"),
+    ("node", r"node failure|Bus error|CUDA error|ECC|uncorrectable"),
+)

@@ -1,0 +1,67 @@
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from jobs.blame import BLAMED, START_LINE, blame, excluded, kind, last_words, suspects
+from jobs.start import Failure, Start
+
+LOG = f"""{START_LINE} 0 of job 7 on node[1-2]
+srun: error: node1: task 0: Exited with exit code 1
+{START_LINE} 1 of job 7 on node[1-2]
+srun: error: node2: task 1: Killed
+srun: launch/slurm: _step_signal: Terminating StepId=7.0
+srun: error: node1: task 0: Terminated
+"""
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Start:
+    (tmp_path / "run" / "logs").mkdir(parents=True)
+    (tmp_path / "run" / "logs" / "7_0_log.out").write_text(LOG)
+    return Start(tmp_path / "run", "7", 1)
+
+
+def failure(host: str, *named: str) -> Failure:
+    return Failure(0, host, 1.0, "gloo", "", None, named)
+
+
+def test_the_rank_that_left_first_in_the_last_start_is_found_in_the_log(start: Start) -> None:
+    assert last_words(start) == ("node2", "Killed")
+    assert last_words(Start(start.run_dir, "8", 0)) is None
+
+
+def test_silent_hosts_are_suspect_then_the_one_that_left_without_a_word(start: Start) -> None:
+    assert list(suspects(start, [failure("node1", "node3")])) == ["node3"]
+    assert suspects(start, [failure("node1")]) == {"node2": "a rank on node2 left first, without a word (Killed)"}
+    assert suspects(start, [failure("node2")]) == {}  # it could say what went wrong
+
+
+def test_a_host_to_blame_twice_stays_out_until_it_is_forgotten(tmp_path: Path) -> None:
+    assert excluded(tmp_path, 12) == []
+    for run, hosts in (("a", {"node2": "x"}), ("b", {"node2": "y", "node3": "z"}), ("c", {})):
+        blame(tmp_path, run, hosts)
+    assert excluded(tmp_path, 12) == ["node2"]
+    old = {"time": time.time() - 13 * 3600, "host": "node3", "run": "a", "reason": "x"}
+    with (tmp_path / BLAMED).open("a") as file:
+        file.write(json.dumps(old) + "\n")
+    assert excluded(tmp_path, 12) == ["node2"]
+    assert excluded(tmp_path, 14) == ["node2", "node3"]
+
+
+@pytest.mark.parametrize(
+    ("message", "name"),
+    [
+        ("torch.OutOfMemoryError: CUDA out of memory", "out of memory"),
+        ("a rank on node2 left first, without a word (Killed)", "out of memory"),
+        ("rank 0 on node1: Hang: training stood still for 61 s", "hang"),
+        ("OSError: [Errno 28] No space left on device", "disk"),
+        ("s3://runs/x: the store did not answer", "store"),
+        ("RuntimeError: [gloo] Connection closed by peer", "collective"),
+        ("RuntimeError: CUDA error: uncorrectable ECC error", "node"),
+        ("something else", "unknown"),
+    ],
+)
+def test_trouble_has_a_name(message: str, name: str) -> None:
+    assert kind(message) == name
