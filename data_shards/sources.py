@@ -4,19 +4,31 @@ A listing streams, in an order that depends on names alone, and holds no more th
 at a time. Nothing of an image is read for it. Names of sources are for people: none is ever used as a path.
 """
 
+import glob
 import os
+import re
+import stat
+import zlib
 from collections import Counter
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 import pyarrow as pa
+from braceexpand import braceexpand
 
+from data_shards.archives import archive_kind, images
 from data_shards.errors import UserError
-from data_shards.files import read_range, read_whole
+from data_shards.files import is_remote, opened, read_range, read_whole, store_of
 from data_shards.images import Refused
+from data_shards.lists import Row, parquet_rows, parquet_schema, text_rows
 from data_shards.section import Section
 from data_shards.store import Denied, Unavailable
+
+_ARCHIVE = re.compile(r"\.(tar|zip|tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst|lz4))$", re.IGNORECASE)
+_PEEKED = 1000  # sources that are looked at to see what an archive says of its images
 
 
 class Source(NamedTuple):
@@ -44,10 +56,11 @@ class SourceOptions(Section):
 def list_sources(
     src: str, options: SourceOptions | None = None, ignored: Counter[str] | None = None
 ) -> Iterator[Source]:
-    """The sources of a folder (here or in a store), of archives, or of a list.
+    """The sources of a folder (here or in a store), of archives, of WebDataset shards, or of a list.
 
-    ignored: counts members of archives that are no images, by extension. Raises UserError when `src` is not there, is
-    empty, or cannot be read as what it is.
+    src: also several by `*`, `?` or `{000..099}`. Archives within a folder are opened, too.
+    ignored: counts members of archives that are no images, by extension.
+    Raises UserError when `src` is not there, is empty, or cannot be read as what it is.
     """
     options = options or SourceOptions()
     source = None
@@ -57,43 +70,122 @@ def list_sources(
         raise UserError(f"{src}: there is no file in it; make shards SRC=/folder/of/images DST=...")
 
 
+def metadata_schema(src: str, options: SourceOptions | None = None) -> pa.Schema | None:
+    """Names and types of `Source.columns`, of which a source may lack some; None when there are none."""
+    options = options or SourceOptions()
+    first, _ = next(_expanded(src))
+    if not _is_folder(first):
+        with opened(first) as file:
+            if _kind(file, first) == "parquet":
+                return parquet_schema(file, first, options.path_column, _label_column(options))
+    found = {name for source in islice(list_sources(src, options), _PEEKED) for name in source.columns or ()}
+    return pa.schema([(name, pa.string()) for name in sorted(found)]) if found else None
+
+
 def read_source(source: Source, max_bytes: int, *, skip_unreachable: bool = False) -> bytes:
     """A source's bytes. Raises Refused, or UserError when where it lies does not answer or is no longer what it was."""
+    if source.size is not None and source.size > max_bytes:
+        raise Refused("too many bytes", f"{source.size} bytes; {max_bytes} is the limit")
+    if source.size == 0:
+        raise Refused("empty")
     try:
-        if source.offset is None:
-            if source.size is not None and source.size > max_bytes:
-                raise Refused("too many bytes", f"{source.size} bytes; {max_bytes} is the limit")
+        if source.offset is None or source.size is None:
             return read_whole(source.url, max_bytes)
-        return _member(source, source.offset, source.size or 0, max_bytes)
+        data = read_range(source.url, source.offset, source.size)
     except (Denied, Unavailable) as error:
         if skip_unreachable:
             raise Refused("cannot be read", str(error)) from error
         raise
+    return _inflated(data, max_bytes) if source.deflated else data
 
 
-def metadata_schema(src: str, options: SourceOptions | None = None) -> pa.Schema | None:
-    """Names and types of `Source.columns`; None when there are none."""
-    return None
-
-
-def _member(source: Source, offset: int, size: int, max_bytes: int) -> bytes:
-    if not size:
-        raise Refused("empty")
-    if size > max_bytes:
-        raise Refused("too many bytes", f"{size} bytes; {max_bytes} is the limit")
-    return read_range(source.url, offset, size)
+def _inflated(data: bytes, max_bytes: int) -> bytes:
+    inflater = zlib.decompressobj(-15)
+    try:
+        whole = inflater.decompress(data, max_bytes + 1)
+    except zlib.error as error:
+        raise Refused("damaged", str(error)) from None
+    if len(whole) > max_bytes:
+        raise Refused("too many bytes", f"more than {max_bytes}, which is the limit")
+    if not inflater.eof:
+        raise Refused("damaged", "its deflated bytes end too soon")
+    return whole
 
 
 def _listed(src: str, options: SourceOptions, ignored: Counter[str]) -> Iterator[Source]:
-    folder = Path(src.removeprefix("file://")).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"{src}: no such file or folder; make shards SRC=/folder/of/images DST=...")
-    for path, name in _files(str(folder.absolute()), ""):
-        yield Source(path, name=name, label=_folder_of(name) if options.label in ("auto", "folder") else None)
+    for url, prefix in _expanded(src):
+        if not _is_folder(url):
+            yield from _contents(url, prefix, options, ignored)
+            continue
+        for file, name, size in _files(url):
+            if _ARCHIVE.search(name):
+                yield from _contents(file, f"{prefix}{name}/", options, ignored)
+            else:
+                label = _folder_of(name) if _wants_folder(options, url) else None
+                yield Source(file, size=size, name=prefix + name, label=label)
 
 
-def _files(folder: str, name: str) -> Iterator[tuple[str, str]]:
-    """All files below a folder and their names from there, sorted as whole names are; links to folders are left out."""
+def _expanded(src: str) -> Iterator[tuple[str, str]]:
+    """Each url that a pattern stands for, and what goes before the names of what is in it. Raises UserError."""
+    special = re.search(r"[*?\[{]", src)
+    if not special or (not is_remote(src) and Path(_local(src)).exists()):
+        yield (src if is_remote(src) else _local(src)), ""
+        return
+    fixed = src[: special.start()].rpartition("/")[0]
+    for pattern in braceexpand(src) if "{" in src else [src]:
+        for url in _matches(pattern):
+            yield url, f"{url[len(fixed if is_remote(src) else _local(fixed)) :].lstrip('/')}/"
+
+
+def _local(src: str) -> str:
+    return str(Path(src.removeprefix("file://")).expanduser().absolute())
+
+
+def _matches(pattern: str) -> list[str]:
+    special = re.search(r"[*?\[]", pattern)
+    if not special:
+        return [pattern if is_remote(pattern) else _local(pattern)]
+    if not is_remote(pattern):
+        found = sorted(glob.glob(_local(pattern), recursive=True), key=os.fsencode)  # noqa: PTH207
+    elif (place := store_of(pattern)) is not None:
+        store, path = place
+        folder = path[: len(path) - len(pattern) + special.start()].rpartition("/")[0]
+        depth = None if "**" in path else path.count("/")
+        entries = [entry.path for entry in store.list(folder) if depth in (None, entry.path.count("/"))]
+        found = [f"{store.url}/{entry}" for entry in entries if fnmatchcase(entry, path)]
+    else:
+        raise UserError(f"{pattern}: only folders and s3:// are searched; write the names out, as in {{000..099}}")
+    if not found:
+        raise UserError(f"{pattern}: nothing has such a name; make shards SRC=/folder/of/images DST=...")
+    return found
+
+
+def _is_folder(url: str) -> bool:
+    """In a store, what is no object is a folder. Raises UserError when there is neither."""
+    if is_remote(url):
+        place = store_of(url)
+        return place is not None and (not place[1] or not place[0].exists(place[1]))
+    try:
+        return stat.S_ISDIR(Path(url).stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{url}: no such file, and no such folder; make shards SRC=/folder/of/images DST=...") from None
+    except OSError as error:
+        raise UserError(f"{url}: {error.strerror}") from error
+
+
+def _files(folder: str) -> Iterator[tuple[str, str, int | None]]:
+    """All files below a folder: url, name from there, bytes (in a store)."""
+    if (place := store_of(folder)) is None:
+        yield from ((path, name, None) for path, name in _walk(folder, ""))
+        return
+    store, path = place
+    cut = len(path.strip("/")) + 1 if path.strip("/") else 0
+    for entry in store.list(path):
+        yield f"{store.url}/{entry.path}", entry.path[cut:], entry.size
+
+
+def _walk(folder: str, name: str) -> Iterator[tuple[str, str]]:
+    """Files and their names from there on, sorted as whole names are; links to folders are left out."""
     try:
         with os.scandir(folder) as found:
             entries = sorted((os.fsencode(e.name) + b"/" * e.is_dir(follow_symlinks=False), e.is_dir()) for e in found)
@@ -102,9 +194,68 @@ def _files(folder: str, name: str) -> Iterator[tuple[str, str]]:
     for entry, is_folder in entries:
         child = os.fsdecode(entry)
         if entry.endswith(b"/"):
-            yield from _files(f"{folder}/{child[:-1]}", name + child)
+            yield from _walk(f"{folder}/{child[:-1]}", name + child)
         elif not is_folder:
             yield f"{folder}/{child}", name + child
+
+
+def _contents(url: str, prefix: str, options: SourceOptions, ignored: Counter[str]) -> Iterator[Source]:
+    """What an archive or a list holds."""
+    with opened(url) as file:
+        kind = _kind(file, url)
+        if kind == "parquet":
+            yield from _rows(parquet_rows(file, url, options.path_column, _label_column(options)), url, options)
+        elif kind == "text":
+            _wants_folder(options, url)
+            yield from _rows(text_rows(file), url, options)
+        elif kind in ("tar", "zip"):
+            for member in images(file, url, kind, ignored):
+                texts = dict(member.texts or {})
+                label = _member_label(member.name, texts, options, url)
+                yield Source(
+                    url, member.offset, member.size, prefix + member.name, label, texts or None, member.deflated
+                )
+
+
+def _kind(file: BinaryIO, url: str) -> str:
+    if found := archive_kind(file, url):
+        return found
+    head = file.read(512)
+    file.seek(0)
+    if head.startswith(b"PAR1"):
+        return "parquet"
+    if b"\0" in head or _ARCHIVE.search(url):
+        raise UserError(f"{url}: neither a tar, a zip nor a list of files; make shards SRC=/folder/of/images DST=...")
+    return "text"
+
+
+def _rows(rows: Iterator[Row], url: str, options: SourceOptions) -> Iterator[Source]:
+    folder = url.rpartition("/")[0]
+    for row in rows:
+        place = row.path if "://" in row.path or row.path.startswith("/") else f"{folder}/{row.path}"
+        label = place.split("/")[-2] if options.label == "folder" else row.label
+        yield Source(place, name=row.path, label=label, columns=row.columns)
+
+
+def _label_column(options: SourceOptions) -> str | None:
+    return None if options.label in ("auto", "folder", "none") else options.label
+
+
+def _wants_folder(options: SourceOptions, url: str) -> bool:
+    if _label_column(options):
+        raise UserError(f"{url}: has no columns, so no {options.label}; --label folder, or none")
+    return options.label != "none"
+
+
+def _member_label(name: str, texts: dict[str, str], options: SourceOptions, url: str) -> str | None:
+    """Takes its text out of `texts`."""
+    if options.label == "auto" and "cls" in texts:
+        return texts.pop("cls")
+    if options.label in texts:
+        return texts.pop(options.label)
+    if _label_column(options):
+        raise UserError(f"{url}: {name!r} has no .{options.label}; --label folder, or none")
+    return None if options.label == "none" else _folder_of(name)
 
 
 def _folder_of(name: str) -> str | None:

@@ -1,0 +1,67 @@
+"""Lists of files: text, a path or url a line, or Parquet with a column of them, and with what else is said of each."""
+
+from collections.abc import Iterator
+from typing import Any, BinaryIO, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_shards.errors import UserError
+
+# Of a shard's table; a list's columns of these names get `source_` before them.
+OURS = {"key", "offset", "size", "width", "height", "format", "sha256", "phash", "label", "source"}
+_PATHS = ("path", "url")
+
+
+class Row(NamedTuple):
+    """A file of a list: where it is, its label and its other columns."""
+
+    path: str
+    label: str | None
+    columns: dict[str, Any] | None
+
+
+def text_rows(file: BinaryIO) -> Iterator[Row]:
+    """The lines that are not empty."""
+    for line in file:
+        if path := line.rstrip(b"\r\n").decode("utf-8", "surrogateescape"):
+            yield Row(path, None, None)
+
+
+def parquet_rows(file: BinaryIO, url: str, path_column: str | None, label_column: str | None) -> Iterator[Row]:
+    """The rows, a batch at a time. Raises UserError when a column is not there, or the file is no Parquet."""
+    table = _opened(file, url)
+    path_column = _column(table.schema_arrow, url, path_column, label_column)
+    for batch in table.iter_batches(batch_size=1024):
+        for row in batch.to_pylist():
+            path, label = row.pop(path_column), row.pop(label_column) if label_column else None
+            columns = {_renamed(name): value for name, value in row.items()}
+            yield Row(str(path or ""), None if label is None else str(label), columns or None)
+
+
+def parquet_schema(file: BinaryIO, url: str, path_column: str | None, label_column: str | None) -> pa.Schema | None:
+    """Names and types of what is in `Row.columns`."""
+    schema = _opened(file, url).schema_arrow
+    path_column = _column(schema, url, path_column, label_column)
+    fields = [f.with_name(_renamed(f.name)) for f in schema if f.name not in (path_column, label_column)]
+    return pa.schema(fields) if fields else None
+
+
+def _opened(file: BinaryIO, url: str) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(file)
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{url}: not a whole Parquet file: {error}; fetch it again") from None
+
+
+def _column(schema: pa.Schema, url: str, path_column: str | None, label_column: str | None) -> str:
+    names = schema.names
+    wanted = path_column or next((name for name in _PATHS if name in names), None)
+    for what, name in (("--path-column", wanted), ("--label", label_column)):
+        if (name is None and what == "--path-column") or (name is not None and name not in names):
+            raise UserError(f"{url}: no column {name or ' or '.join(_PATHS)}; it has {', '.join(names)}: {what} NAME")
+    return str(wanted)
+
+
+def _renamed(name: str) -> str:
+    return f"source_{name}" if name in OURS else name

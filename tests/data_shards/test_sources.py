@@ -1,0 +1,289 @@
+"""What is listed of folders and lists, and how it is read: from this machine, from HTTP, from anything fsspec knows."""
+
+import os
+import threading
+import tracemalloc
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_shards.errors import UserError
+from data_shards.images import Refused
+from data_shards.sources import Source, SourceOptions, list_sources, metadata_schema, read_source
+from data_shards.store import Denied, StoreError, Unavailable
+from tests.photos import write_tiles
+
+MB = 10**6
+
+
+@pytest.fixture(scope="module")
+def tiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiles(tmp_path_factory.mktemp("tiles"), 12)
+
+
+def names(src: object, **options: Any) -> list[str]:
+    return [source.name for source in list_sources(str(src), SourceOptions(**options))]
+
+
+def refused(source: Source, max_bytes: int = MB, **options: Any) -> str:
+    with pytest.raises(Refused) as found:
+        read_source(source, max_bytes, **options)
+    return found.value.reason
+
+
+def test_a_folder_is_listed_in_the_order_of_whole_names_with_subfolders_as_labels(tiles: Path) -> None:
+    found = list(list_sources(str(tiles)))
+    expected = sorted(path.relative_to(tiles).as_posix() for path in tiles.rglob("*.jpg"))
+    assert [source.name for source in found] == expected
+    assert [source.label for source in found] == [name.split("/")[0] for name in expected]
+    assert [read_source(source, MB) for source in found] == [(tiles / name).read_bytes() for name in expected]
+
+
+def test_the_order_is_that_of_names_as_bytes_even_where_a_folder_is_named_like_a_file(tmp_path: Path) -> None:
+    for name in ("a/x", "a.jpg", "a!b", "a/b/c", "é", os.fsdecode(b"\xff.jpg"), "Z"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode("utf-8", "surrogateescape"))
+    found = list(list_sources(str(tmp_path)))
+    assert [source.name for source in found] == sorted((source.name for source in found), key=os.fsencode)
+    assert len(found) == 7
+    for source in found:
+        assert read_source(source, MB) == os.fsencode(source.name)
+    assert {source.name: source.label for source in found}["a/b/c"] == "a/b"
+
+
+def test_links_to_folders_are_left_out_so_that_a_circle_ends(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.jpg").write_bytes(b"x")
+    (tmp_path / "a" / "again").symlink_to(tmp_path)
+    (tmp_path / "link.jpg").symlink_to(tmp_path / "a" / "x.jpg")
+    assert names(tmp_path) == ["a/x.jpg", "link.jpg"]
+
+
+def test_listing_does_not_hold_what_it_has_listed(tmp_path: Path) -> None:
+    for folder in range(20):
+        (tmp_path / f"{folder:02d}").mkdir()
+        for file in range(250):
+            (tmp_path / f"{folder:02d}" / f"{file:04d}.jpg").touch()
+    tracemalloc.start()
+    count = sum(1 for _ in list_sources(str(tmp_path)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 5000
+    assert peak < 250 * 1000  # one folder's names; all of them would be four times that
+
+
+def test_labels_can_be_left_out(tiles: Path) -> None:
+    assert {source.label for source in list_sources(str(tiles), SourceOptions(label="none"))} == {None}
+
+
+@pytest.mark.parametrize(
+    ("make", "src", "words"),
+    [
+        (lambda at: None, "nowhere", "no such file, and no such folder; make shards SRC="),
+        (lambda at: None, "x" * 300, "File name too long"),
+        (lambda at: (at / "empty").mkdir(), "empty", "there is no file in it; make shards SRC="),
+        (lambda at: None, "no*thing", "nothing has such a name"),
+        (lambda at: None, "{0..3}.tar", "0.tar: no such file"),
+        (lambda at: (at / "x").write_bytes(b"\xff\xd8\xff\0"), "x", "neither a tar, a zip nor a list"),
+        (lambda at: (at / "x").touch(), "x", "there is no file in it"),
+        (lambda at: (at / "x").write_bytes(b"PAR1 and so on"), "x", "not a whole Parquet file"),
+    ],
+)
+def test_what_cannot_be_listed_is_one_line(make: Any, src: str, words: str, tmp_path: Path) -> None:
+    make(tmp_path)
+    with pytest.raises(UserError, match=words) as error:
+        names(tmp_path / src)
+    assert "\n" not in str(error.value)
+
+
+def test_a_text_list_has_paths_from_its_own_folder_and_urls(tiles: Path, tmp_path: Path) -> None:
+    images = sorted(tiles.rglob("*.jpg"))
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/a.jpg").write_bytes(b"near")
+    (tmp_path / "list.txt").write_bytes(
+        b"here/a.jpg\n\n" + os.fsencode(images[0]) + b"\r\nfile://" + os.fsencode(images[1]) + b"\n\xff\n"
+    )
+    found = list(list_sources(str(tmp_path / "list.txt")))
+    assert [source.name for source in found] == ["here/a.jpg", str(images[0]), f"file://{images[1]}", "\udcff"]
+    assert [read_source(source, MB) for source in found[:3]] == [b"near"] + [path.read_bytes() for path in images[:2]]
+    assert refused(found[3]) == "not a file"
+    assert {source.label for source in found} == {None}
+    by_folder = list(list_sources(str(tmp_path / "list.txt"), SourceOptions(label="folder")))
+    assert [source.label for source in by_folder[:2]] == ["here", images[0].parent.name]
+
+
+def parquet_list(folder: Path, tiles: Path, column: str = "path") -> tuple[Path, pa.Table]:
+    images = sorted(map(str, tiles.rglob("*.jpg")))
+    table = pa.table(
+        {
+            "class": [f"c{n % 3}" for n in range(len(images))],
+            column: images,
+            "caption": [None if n == 3 else f"photo {n}" for n in range(len(images))],
+            "score": pa.array(range(len(images)), pa.float32()),
+            "width": pa.array(range(len(images)), pa.int16()),
+            "tags": [["a", "b"]] * len(images),
+        }
+    )
+    pq.write_table(table, folder / "list.parquet")
+    return folder / "list.parquet", table
+
+
+def test_a_parquet_list_keeps_its_other_columns_with_their_types(tiles: Path, tmp_path: Path) -> None:
+    path, table = parquet_list(tmp_path, tiles)
+    options = SourceOptions(label="class")
+    found = list(list_sources(str(path), options))
+    assert [source.url for source in found] == table["path"].to_pylist()
+    assert [source.label for source in found] == table["class"].to_pylist()
+    schema = metadata_schema(str(path), options)
+    assert schema is not None
+    assert {field.name: field.type for field in schema} == {
+        "caption": pa.string(),
+        "score": pa.float32(),
+        "source_width": pa.int16(),  # the shard's own column is called width
+        "tags": pa.list_(pa.string()),
+    }
+    kept = pa.Table.from_pylist([source.columns for source in found], schema)
+    assert kept.rename_columns({"source_width": "width"}).equals(table.select(["caption", "score", "width", "tags"]))
+
+
+def test_the_column_of_paths_can_be_named_or_is_called_url(tiles: Path, tmp_path: Path) -> None:
+    path, table = parquet_list(tmp_path, tiles, "url")
+    assert names(path) == table["url"].to_pylist()
+    path, table = parquet_list(tmp_path, tiles, "where it is")
+    assert names(path, path_column="where it is") == table["where it is"].to_pylist()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"path_column": "file"},
+            "no column file; it has class, path, caption, score, width, tags: --path-column NAME",
+        ),
+        ({"label": "kind"}, "no column kind; it has class, path, .*: --label NAME"),
+    ],
+)
+def test_a_wrong_column_is_told_with_those_there_are(
+    options: dict[str, str], words: str, tiles: Path, tmp_path: Path
+) -> None:
+    path, _ = parquet_list(tmp_path, tiles)
+    with pytest.raises(UserError, match=words):
+        names(path, **options)
+
+
+def test_a_list_without_a_column_of_paths_and_a_folder_without_columns_are_told(tiles: Path, tmp_path: Path) -> None:
+    path, _ = parquet_list(tmp_path, tiles, "file")
+    with pytest.raises(UserError, match="no column path or url; it has class, file"):
+        names(path)
+    with pytest.raises(UserError, match="has no columns, so no class"):
+        names(tiles, label="class")
+
+
+def test_several_lists_are_taken_by_a_pattern(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"part-{number}.txt").write_text(f"{number}.jpg\n")
+    assert names(tmp_path / "part-*.txt") == ["0.jpg", "1.jpg", "2.jpg"]
+    assert names(tmp_path / "part-{2,0}.txt") == ["2.jpg", "0.jpg"]
+
+
+def test_files_too_large_empty_or_missing_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    (tmp_path / "large").write_bytes(b"." * 101)
+    assert [refused(Source(str(tmp_path / name)), 100) for name in ("empty", "large", "none")] == [
+        "empty",
+        "too many bytes",
+        "not a file",
+    ]
+
+
+def test_an_fsspec_url_of_any_kind_is_read(tiles: Path) -> None:
+    data = next(tiles.rglob("*.jpg")).read_bytes()
+    fsspec.filesystem("memory").pipe_file("/sources/a.jpg", data)
+    assert read_source(Source("memory://sources/a.jpg"), MB) == data
+    assert read_source(Source(f"local://{next(tiles.rglob('*.jpg'))}"), MB) == data
+    assert refused(Source("memory://sources/b.jpg")) == "cannot be read"
+    with pytest.raises(StoreError, match=r"nosuch://a: .*nosuch"):
+        read_source(Source("nosuch://a"), MB)
+
+
+class Site(BaseHTTPRequestHandler):
+    """Answers by the first part of a path: a status, or a way to misbehave. Counts what was asked."""
+
+    asked: Counter[str]
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self.asked[self.path] += 1
+        kind = self.path.split("/")[1]
+        if kind == "endless":
+            self.send_response(200)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            block = b"10000\r\n" + b"x" * 65536 + b"\r\n"
+            try:
+                while True:
+                    self.wfile.write(block)
+            except OSError:
+                self.close_connection = True
+            return
+        first = self.asked[self.path] == 1
+        status = {"once503": 503 if first else 200}.get(kind) or (int(kind) if kind.isdigit() else 200)
+        body = b"" if kind == "empty" else b"photograph"
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[:4] if kind == "oncecut" and first else body)
+        if kind == "oncecut" and first:
+            self.close_connection = True
+
+    def log_message(self, *args: object) -> None:
+        """Nothing on the terminal."""
+
+
+@pytest.fixture
+def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr("data_shards.files.ATTEMPTS", 2)
+    Site.asked = Counter()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Site)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_file_behind_http_is_read_once_and_again_when_it_came_badly(site: str) -> None:
+    for kind, asked in (("plain", 1), ("once503", 2), ("oncecut", 2)):
+        assert read_source(Source(f"{site}/{kind}/é x.jpg"), MB) == b"photograph"
+        assert sum(n for path, n in Site.asked.items() if path.startswith(f"/{kind}/")) == asked
+
+
+def test_what_a_server_does_not_have_is_refused_at_once(site: str) -> None:
+    assert [refused(Source(f"{site}/{status}/x")) for status in (404, 410, 400)] == ["cannot be read"] * 3
+    assert refused(Source(f"{site}/empty/x")) == "empty"
+    assert set(Site.asked.values()) == {1}
+
+
+def test_a_file_without_end_is_refused_when_the_limit_is_reached(site: str) -> None:
+    tracemalloc.start()
+    assert refused(Source(f"{site}/endless/x"), 2 * MB) == "too many bytes"
+    assert tracemalloc.get_traced_memory()[1] < 10 * MB
+    tracemalloc.stop()
+
+
+def test_a_server_that_is_down_or_lets_nobody_in_stops_the_packing_unless_that_is_wanted(site: str) -> None:
+    for url, error in (
+        (f"{site}/500/x", Unavailable),
+        (f"{site}/403/x", Denied),
+        ("http://127.0.0.1:9/x", Unavailable),
+    ):
+        with pytest.raises(error, match=url):
+            read_source(Source(url), MB)
+        assert refused(Source(url), skip_unreachable=True) == "cannot be read"
