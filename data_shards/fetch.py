@@ -14,7 +14,7 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from data_shards.index import RECORD, ShardSet, Span, index_path
+from data_shards.index import RECORD, ShardSet, Span
 from data_shards.store import NotFound, Store, Truncated, Unavailable
 
 TRIES = 3
@@ -39,6 +39,7 @@ class Damage(NamedTuple):
 
 
 Fetched = Payload | Damage
+EMPTY = Damage("its place is empty")  # the sample was removed and its bytes are gone: nothing to try again
 
 
 class Fetcher:
@@ -100,7 +101,9 @@ class Fetcher:
         found: list[Fetched] = []
         for i, record in enumerate(records):
             sample = _proven(data, start, record)
-            found.append(sample if isinstance(sample, Payload) else await self._again(shard, first + i, sample))
+            if isinstance(sample, Damage) and sample is not EMPTY:
+                sample = await self._again(shard, first + i, sample)
+            found.append(sample)
         return found
 
     async def _again(self, shard: int, place: int, wrong: Damage) -> Fetched:
@@ -119,7 +122,7 @@ class Fetcher:
                 wrong = Damage(f"its shard is cut short ({error})")
                 continue
             sample = _proven(data, start, record)
-            if isinstance(sample, Payload):
+            if isinstance(sample, Payload) or sample is EMPTY:
                 return sample
             wrong = sample
         return wrong
@@ -141,7 +144,7 @@ class Fetcher:
         if task is None or (task.done() and (task.cancelled() or task.exception())):
             first = block * BLOCK_RECORDS
             end = min(first + BLOCK_RECORDS, self._shards.manifest.shard_samples[shard])
-            read = self._read(self._shards.store, index_path(shard), first * RECORD.itemsize, end * RECORD.itemsize)
+            read = self._read(*self._shards.index(shard), first * RECORD.itemsize, end * RECORD.itemsize)
             task = self._blocks[key] = asyncio.get_running_loop().create_task(read)
         self._blocks.move_to_end(key)
         while len(self._blocks) > BLOCKS:
@@ -166,11 +169,16 @@ class Fetcher:
                 return data
 
 
+def emptied(record: np.void) -> bool:
+    """Whether a sample was there that compaction has taken away: it leaves the offset, and nothing else."""
+    return bool(record["offset"]) and not any(record[name] for name in ("size", "crc32c", "width", "height"))
+
+
 def _proven(data: bytes, start: int, record: np.void) -> Fetched:
     """The sample that the record describes, out of the bytes from `start` on."""
     offset, size = int(record["offset"]) - start, int(record["size"])
     if size == 0:
-        return Damage("its place is empty")  # removed, or a damaged index; the CRC32C of nothing is 0 too
+        return EMPTY if emptied(record) else Damage("its index record is damaged")
     if not 0 <= offset < offset + size <= len(data):
         return Damage("its index record points outside its shard" if data else "its shard is cut short")
     sample = data[offset : offset + size]

@@ -148,6 +148,20 @@ class ShardSet:
         """
         return cls(store, Manifest.load(store, layout_id))
 
+    @property
+    def sets(self) -> tuple["ShardSet", ...]:
+        """The sets that it is made of: itself, but of a mixture (data_shards.mixture) the several ones."""
+        return (self,)
+
+    @property
+    def mean_bytes(self) -> float:
+        """Bytes that are read for a sample, on average."""
+        return self.manifest.mean_bytes
+
+    def index(self, shard: int) -> tuple[Store, str]:
+        """The store of a shard's RECORDs, on the event loop of the set's own, and the path in it."""
+        return self.store, index_path(shard)
+
     def tar(self, shard: int) -> tuple[Store, str]:
         """The store of a shard's tar, on the event loop of the set's own, and the path in it."""
         if not self.manifest.tars:

@@ -15,25 +15,39 @@ inside *windows* of G chunks; a batch takes B/L samples of each lane. In arithme
 
 Window 0 of most lanes is shorter: that sets the windows of the lanes l/L of a window apart. Within an epoch no sample
 comes twice; where two epochs meet, one may come in both within the same windows, and seldom in the same batch.
+
+Of several sets each has an endless stream of its own, with its own epochs; `data_shards.shares` says which set place s
+of the whole stream is from, and which chunk of that set's stream it is. The L chunks of a row are then dealt to the
+lanes from another lane on in each row, so that no lane gets stuck with one set. With one set nothing of this happens.
 """
 
 import json
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from hashlib import blake2b
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from data_shards.errors import UserError
-from data_shards.permutation import MAX_SIZE, ROUNDS, Ints, Permutation, Permutations, mix, words
+from data_shards.fit import around, divisors, either, refuse
+from data_shards.permutation import ROUNDS, Ints, Permutation, Permutations, mix, words
 from data_shards.section import Section
+from data_shards.shares import Schedule, schedule, whole_shares
 
-__all__ = ["ORDER_VERSION", "DataSettings", "Order", "Permutation", "Window", "make_order", "propose_chunk_samples"]
+__all__ = [
+    "ORDER_VERSION",
+    "DataSettings",
+    "DataSource",
+    "Order",
+    "Part",
+    "Permutation",
+    "Window",
+    "make_order",
+    "propose_chunk_samples",
+]
 
 ORDER_VERSION = 1
 CHUNK_BYTES = 8 * 2**20  # one ranged read: large enough for the store's full speed, small enough to mix many
@@ -41,15 +55,57 @@ REPLACEMENTS = 8
 BLOCK_STEPS = 4  # batches computed at a time: a numpy call costs as much as thousands of samples in it
 
 
+class DataSource(Section):
+    """One of several shard sets."""
+
+    url: str
+    weight: PositiveFloat = 1.0  # its share of the samples is weight / sum of the weights
+
+
 class DataSettings(Section):
     """Which shards, and in which order; everything here belongs to the fingerprint of a run."""
 
-    url: str  # of the shard set: s3://bucket/folder, file:///folder
+    url: str | None = None  # of the shard set: s3://bucket/folder, file:///folder
+    sources: tuple[DataSource, ...] = ()  # of several sets; in the place of url
     batch: PositiveInt  # images a step, over all ranks
     lanes: PositiveInt  # divides batch; every world size that divides it sees the same batches
     chunk_samples: PositiveInt | None = None  # consecutive samples read as one; None: about 8 MiB
     window_chunks: PositiveInt = 64  # chunks that a lane mixes
     seed: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _one_or_several(self) -> "DataSettings":
+        if bool(self.sources) == (self.url is not None):
+            raise ValueError(
+                f"give one of data.url (a shard set) and data.sources (a list of {{url, weight}}); "
+                f"found {'both' if self.sources else 'neither'}"
+            )
+        urls = [source.url.rstrip("/") for source in self.sources]
+        twice = next((url for url in urls if urls.count(url) > 1), None)
+        if twice:
+            raise ValueError(f"data.sources: {twice} is there twice; give it once, with the sum of the weights")
+        whole_shares([source.weight for source in self.sets])
+        return self
+
+    @property
+    def sets(self) -> tuple[DataSource, ...]:
+        """The shard sets, whether they are one or several."""
+        return self.sources or (DataSource(url=str(self.url)),)
+
+    @property
+    def shares(self) -> tuple[int, ...]:
+        """Of each set, in whole numbers of chunks of the same size."""
+        return whole_shares([source.weight for source in self.sets])
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the sets of an order: `share` of all sets' shares are from it; its ids follow those of the one before."""
+
+    samples: int
+    layout_id: str
+    share: int = 1
+    url: str = field(default="", compare=False)  # for what is said to people
 
 
 class Window(NamedTuple):
@@ -66,7 +122,8 @@ class Window(NamedTuple):
 class Order:
     """The order of a run: N samples in chunks of Q, windows of G chunks, L lanes, batches of B; see the module.
 
-    `layout_id` names the packing plan, so that another one gets another order. Raises UserError, with the numbers that
+    `layout_id` names the packing plan, so that another one gets another order. `parts` are the sets when they are
+    several: N is the sum of theirs then, and all of them have chunks of Q. Raises UserError, with the numbers that
     would fit, when the given ones do not go together. Indices count the samples of a lane from step 0 on.
     """
 
@@ -77,13 +134,20 @@ class Order:
     batch_size: int
     seed: int
     layout_id: str
+    parts: tuple[Part, ...] = ()
 
     def __post_init__(self) -> None:
-        _refuse(self)
+        refuse(self)
 
     @property
     def epoch_chunks(self) -> int:
-        return self.samples // self.chunk_samples
+        """Chunks in an epoch of each set, added up."""
+        return sum(part.samples // self.chunk_samples for part in self.sets)
+
+    @property
+    def sets(self) -> tuple[Part, ...]:
+        """The parts; of a single set, itself."""
+        return self.parts or (Part(self.samples, self.layout_id),)
 
     @property
     def lane_batch(self) -> int:
@@ -119,8 +183,15 @@ class Order:
         windows = _windows(self, low := int(numbers.min()), int(numbers.max()))
         row, shuffled = windows.shuffled((numbers - low) * self.lanes + np.asarray(lane), place)
         slot = shuffled // self.chunk_samples
-        offset = shuffled - slot * self.chunk_samples
-        return np.asarray((windows.chunks[row, slot] + offset) % self.samples)
+        ids = windows.chunks[row, slot] + (shuffled - slot * self.chunk_samples)
+        return np.asarray(ids % self.samples if not self.parts else self._wrapped(ids, windows.sets[row, slot]))
+
+    def follow(self, first_id: int, offset: int) -> int:
+        """The id of a sample of the chunk that starts at `first_id`: after the last id of a set comes its first."""
+        if not self.parts:
+            return (first_id + offset) % self.samples
+        which = np.searchsorted(self._ends, first_id, side="right")
+        return int(self._wrapped(np.array(first_id + offset), np.array(which)))
 
     def window(self, lane: int, number: int) -> Window:
         windows = _windows(self, number, number)
@@ -141,11 +212,11 @@ class Order:
     def lanes_of(self, rank: int, world_size: int) -> range:
         """The lanes of a rank. Raises UserError, naming what is legal, when they do not divide among the ranks."""
         if self.lanes % world_size:
-            legal = _divisors(self.lanes)
-            around = [lanes for lanes in _around(self.lanes, world_size) if self.batch_size % lanes == 0]
-            hint = f'; for {world_size} ranks: SET="data.lanes={around[0]}" in a new run' if around else ""
+            legal = divisors(self.lanes)
+            near = [lanes for lanes in around(self.lanes, world_size) if self.batch_size % lanes == 0]
+            hint = f'; for {world_size} ranks: SET="data.lanes={near[0]}" in a new run' if near else ""
             raise UserError(
-                f"data.lanes: {self.lanes} does not divide among {world_size} ranks; {_either(legal)} ranks would{hint}"
+                f"data.lanes: {self.lanes} does not divide among {world_size} ranks; {either(legal)} ranks would{hint}"
             )
         share = self.lanes // world_size
         return range(rank * share, (rank + 1) * share)
@@ -155,18 +226,23 @@ class Order:
 
         Costs a hash an epoch. Does not know of samples that were replaced.
         """
+        which = int(np.searchsorted(self._ends, sample, side="right"))
+        size = self.sets[which].samples
+        epoch_chunks = size // self.chunk_samples
+        sample -= int(self._ends[which]) - size
         found: list[tuple[int, int, int]] = []
-        for epoch in range(self._last_epoch(last_step) + 1):
-            start, chunks = _epoch(self, epoch)
-            chunk, offset = divmod((sample - start) % self.samples, self.chunk_samples)
-            if chunk < self.epoch_chunks:
-                stream = epoch * self.epoch_chunks + int(chunks.inverse(chunk))
-                found.append(self._step_of(stream, offset))
+        for epoch in range(self._last_epoch(which, last_step) + 1):
+            start, chunks = _epoch(self, which, epoch)
+            chunk, offset = divmod((sample - start) % size, self.chunk_samples)
+            if chunk < epoch_chunks:
+                own = epoch * epoch_chunks + int(chunks.inverse(chunk))
+                found.append(self._step_of(self._schedule.slot(which, own), offset))
         return sorted(place for place in found if place[0] <= last_step)
 
     def _step_of(self, stream: int, offset: int) -> tuple[int, int, int]:
         """(step, lane, index) of a sample of the chunk at that place of the stream."""
-        chunk, lane = divmod(stream, self.lanes)
+        chunk, place = divmod(stream, self.lanes)
+        lane = (place - int(self._turn(chunk))) % self.lanes
         skipped = int(self._skipped(lane))
         number = (chunk + skipped) // self.window_chunks
         first = max(0, number * self.window_chunks - skipped)
@@ -176,20 +252,50 @@ class Order:
         index = first * self.chunk_samples + place
         return index // self.lane_batch, lane, index
 
-    def _last_epoch(self, last_step: int) -> int:
-        """The last epoch of which a chunk can be in a window that a lane has entered by that step."""
+    def _last_epoch(self, which: int, last_step: int) -> int:
+        """The last epoch of a set of which a chunk can be in a window that a lane has entered by that step."""
         chunk = (last_step + 1) * self.lane_batch // self.chunk_samples + self.window_chunks
-        return (chunk + 1) * self.lanes // self.epoch_chunks
+        own = self._schedule.count(which, (chunk + 1) * self.lanes)
+        return own // (self.sets[which].samples // self.chunk_samples)
+
+    @cached_property
+    def _ends(self) -> Ints:
+        """After the last id of each set."""
+        return np.cumsum([part.samples for part in self.sets], dtype=np.int64)
+
+    @property
+    def _schedule(self) -> Schedule:
+        return schedule(tuple(part.share for part in self.sets))
+
+    def _wrapped(self, ids: Ints, which: Ints) -> Ints:
+        """Ids that ran over the end of their set."""
+        ends = self._ends[which]
+        return np.where(ids < ends, ids, ids - np.array([part.samples for part in self.sets])[which])
+
+    def _turn(self, row: ArrayLike) -> Ints:
+        """Which lane gets the first chunk of rows of the stream, counted backwards; lane 0 when there is one set."""
+        rows = np.asarray(row, dtype=np.int64)
+        if not self.parts:
+            return np.zeros_like(rows)
+        word = mix(rows.reshape(-1).astype(np.uint64) ^ words(_hash(self, self.layout_id, "turn"))[0])
+        return (word % np.uint64(self.lanes)).astype(np.int64).reshape(rows.shape)
 
     def _skipped(self, lane: ArrayLike) -> Ints:
         """By how many chunks window 0 of a lane is shorter."""
         return np.asarray(lane, dtype=np.int64) * self.window_chunks // self.lanes
 
 
-def make_order(settings: DataSettings, samples: int, sample_bytes: float, layout_id: str) -> Order:
-    """The order that a config asks for on a set of `samples` samples of `sample_bytes` bytes on average."""
+def make_order(
+    settings: DataSettings, samples: int, sample_bytes: float, layout_id: str, parts: tuple[Part, ...] = ()
+) -> Order:
+    """The order that a config asks for on a set of `samples` samples of `sample_bytes` bytes on average.
+
+    parts: the sets, when they are several.
+    """
     chunk = settings.chunk_samples or propose_chunk_samples(sample_bytes)
-    return Order(samples, chunk, settings.window_chunks, settings.lanes, settings.batch, settings.seed, layout_id)
+    return Order(
+        samples, chunk, settings.window_chunks, settings.lanes, settings.batch, settings.seed, layout_id, parts
+    )
 
 
 def propose_chunk_samples(sample_bytes: float) -> int:
@@ -206,9 +312,10 @@ def replacement_place(place: int, size: int, k: int) -> int:
 
 @dataclass(frozen=True)
 class _Windows:
-    """Some windows of every lane, a row each: the first ids of its chunks (rows, G), and its shuffle."""
+    """Some windows of every lane, a row each: the first ids of its chunks (rows, G), their sets, and its shuffle."""
 
     chunks: Ints
+    sets: Ints
     shuffles: Permutations
 
     def shuffled(self, row: ArrayLike, place: ArrayLike) -> tuple[Ints, Ints]:
@@ -223,11 +330,12 @@ def _windows(order: Order, low: int, high: int) -> _Windows:
     number, lane = (part.reshape(-1) for part in np.mgrid[low : high + 1, : order.lanes])
     skipped = order._skipped(lane)
     first = np.maximum(number * order.window_chunks - skipped, 0)
-    stream = (first[:, None] + np.arange(order.window_chunks)) * order.lanes + lane[:, None]
+    rows = first[:, None] + np.arange(order.window_chunks)
+    stream = rows * order.lanes + (lane[:, None] + order._turn(rows)) % order.lanes
     sizes = (order.window_chunks - np.where(number == 0, skipped, 0)) * order.chunk_samples
-    key = words(_hash(order, "window"))
+    key = words(_hash(order, order.layout_id, "window"))
     tweak = mix(mix(lane.astype(np.uint64) + key[ROUNDS]) + number.astype(np.uint64) + key[ROUNDS + 1])
-    return _Windows(_first_ids(order, stream), Permutations(sizes, mix(key[:ROUNDS, None] ^ tweak)))
+    return _Windows(*_first_ids(order, stream), Permutations(sizes, mix(key[:ROUNDS, None] ^ tweak)))
 
 
 @lru_cache(maxsize=4)
@@ -239,100 +347,30 @@ def _batches(order: Order, block: int) -> Ints:
     return order.sample(lane, number, place)
 
 
-def _first_ids(order: Order, stream: Ints) -> Ints:
-    """The first sample ids of the chunks at those places of the stream."""
-    epoch, place = np.divmod(stream, order.epoch_chunks)
+def _first_ids(order: Order, stream: Ints) -> tuple[Ints, Ints]:
+    """The first sample ids of the chunks at those places of the stream, and which sets they are from."""
+    sets, own = order._schedule.chunk(stream)
     ids = np.empty_like(stream)
-    for one in range(int(epoch.min()), int(epoch.max()) + 1):
-        start, chunks = _epoch(order, one)
-        here = epoch == one
-        ids[here] = (start + chunks(place[here]) * order.chunk_samples) % order.samples
-    return ids
+    for which, part in enumerate(order.sets):
+        of_set = sets == which
+        epoch, place = np.divmod(own, part.samples // order.chunk_samples)
+        for one in np.unique(epoch[of_set]).tolist():
+            start, chunks = _epoch(order, which, one)
+            here = of_set & (epoch == one)
+            ids[here] = (start + chunks(place[here]) * order.chunk_samples) % part.samples
+        ids[of_set] += order._ends[which] - part.samples
+    return ids, sets
 
 
 @lru_cache(maxsize=64)
-def _epoch(order: Order, epoch: int) -> tuple[int, Permutation]:
-    """The id that an epoch starts from, and the order of its chunks."""
-    start = int.from_bytes(_hash(order, "start", epoch)[:16], "little") % order.samples
-    return start, Permutation(order.epoch_chunks, _hash(order, "chunks", epoch))
+def _epoch(order: Order, which: int, epoch: int) -> tuple[int, Permutation]:
+    """The id, within its set, that an epoch of a set starts from, and the order of its chunks."""
+    part = order.sets[which]
+    start = int.from_bytes(_hash(order, part.layout_id, "start", epoch)[:16], "little") % part.samples
+    return start, Permutation(part.samples // order.chunk_samples, _hash(order, part.layout_id, "chunks", epoch))
 
 
-def _hash(order: Order, *parts: str | int) -> bytes:
+def _hash(order: Order, layout_id: str, *parts: str | int) -> bytes:
     """64 bytes. All parts are hashed together: seed 43 in epoch 0 has nothing in common with seed 42 in epoch 1."""
-    text = json.dumps(["farseer order", ORDER_VERSION, order.layout_id, order.seed, *parts])
+    text = json.dumps(["farseer order", ORDER_VERSION, layout_id, order.seed, *parts])
     return blake2b(text.encode()).digest()
-
-
-def _refuse(order: Order) -> None:
-    """Raise UserError when the numbers of an order do not go together."""
-    for name in ("samples", "chunk_samples", "window_chunks", "lanes", "batch_size"):
-        if getattr(order, name) < 1:
-            raise UserError(f"data.{name}: found {getattr(order, name)}; it must be at least 1")
-    if order.samples > MAX_SIZE:
-        raise UserError(f"data.samples: found {order.samples}; a set has 2^53 at most")
-    if order.batch_size % order.lanes:
-        fitting = [lanes for lanes in _divisors(order.batch_size) if lanes <= 2 * order.lanes]
-        raise UserError(
-            f"data.lanes: {order.lanes} does not divide data.batch ({order.batch_size}); {_either(fitting[-3:])} would"
-        )
-    wrong = _too_small(order)
-    if wrong:
-        raise UserError(f"{wrong}; {_what_would_fit(order)}")
-
-
-def _too_small(order: Order) -> str:
-    """What the set, or a window, is too small for; empty when it is not."""
-    n, q, g, lanes, batch = order.samples, order.chunk_samples, order.window_chunks, order.lanes, order.batch_size
-    if lanes * g > n // q:
-        return (
-            f"data.window_chunks: {lanes} lanes with windows of {g} chunks need {lanes * g} chunks of {q} samples, "
-            f"the set of {n} samples has {n // q}, so that a sample would meet itself in a batch"
-        )
-    if batch > lanes * g * q:
-        return (
-            f"data.batch: {batch} samples over {lanes} lanes take {batch // lanes} of each, "
-            f"a window has only {g * q} ({g} chunks of {q} samples)"
-        )
-    return ""
-
-
-def _what_would_fit(order: Order) -> str:
-    """Changes of one number that would make the order of this set possible."""
-    n, q, g, lanes, batch = order.samples, order.chunk_samples, order.window_chunks, order.lanes, order.batch_size
-    need = -(-batch // (lanes * q))  # chunks a window must have for the batch
-    candidates = {
-        "window_chunks": n // q // lanes if need < g else need,
-        "chunk_samples": n // (lanes * g),
-        "lanes": max((some for some in _divisors(batch) if some * g * q <= n), default=0),
-        "batch": lanes * g * q,
-    }
-    fitting = [f"{name} {value}" for name, value in candidates.items() if value and _fits(order, **{name: value})]
-    if not fitting and _fits(order, chunk_samples=1, window_chunks=n // lanes):
-        fitting = [f"chunk_samples 1 with window_chunks {n // lanes}"]
-    if not fitting:
-        return f"a batch of {batch} over {lanes} lanes needs more samples"
-    return f"{fitting[0]} would" + (f" (or {', or '.join(fitting[1:])})" if fitting[1:] else "")
-
-
-def _fits(order: Order, **changed: int) -> bool:
-    numbers = {"chunk_samples": order.chunk_samples, "window_chunks": order.window_chunks}
-    numbers |= {"lanes": order.lanes, "batch": order.batch_size, **changed}
-    window = numbers["lanes"] * numbers["window_chunks"]
-    chunks = order.samples // numbers["chunk_samples"]
-    return 0 < window <= chunks and numbers["batch"] <= window * numbers["chunk_samples"]
-
-
-def _divisors(number: int) -> list[int]:
-    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    return sorted({*small, *(number // d for d in small)})
-
-
-def _around(number: int, factor: int) -> list[int]:
-    """The multiples of `factor` next to `number`, the nearest first."""
-    below = number // factor * factor
-    return sorted((m for m in (below, below + factor) if m), key=lambda m: (abs(m - number), -m))
-
-
-def _either(numbers: Sequence[int]) -> str:
-    words = [str(number) for number in numbers]
-    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

@@ -11,7 +11,7 @@ import asyncio
 import heapq
 import time
 from collections import Counter
-from collections.abc import Coroutine, Iterable
+from collections.abc import Container, Coroutine, Iterable
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from data_shards.errors import UserError
-from data_shards.fetch import Fetched, Fetcher, Payload
+from data_shards.fetch import EMPTY, Fetched, Fetcher, Payload
 from data_shards.index import ShardSet
 from data_shards.order import REPLACEMENTS, Order, Window, replacement_place
 from data_shards.permutation import Ints
@@ -92,7 +92,7 @@ class _Held:
 
 
 class Reader:
-    """The samples of `lanes` from `start_step` on; `bad` are ids to replace without trying them.
+    """The samples of `lanes` from `start_step` on; `bad` and `removed` are ids to replace without trying them.
 
     Raises UserError when `prefetch_bytes` is too small for one window a lane, and from `batch` and `replace` when the
     store is gone, too many samples are bad, or a sample has no replacement left.
@@ -106,12 +106,13 @@ class Reader:
         start_step: int,
         settings: ReaderSettings,
         bad: Iterable[int] = (),
+        removed: Container[int] = (),
     ) -> None:
         self._shards, self._order, self._lanes, self._settings = shards, order, lanes, settings
-        self._sample_bytes = shards.manifest.mean_bytes
+        self._sample_bytes = shards.mean_bytes
         _refuse(order, lanes, settings, self._sample_bytes)
         self.bad: list[BadSample] = []
-        self._skip = set(bad)
+        self._skip, self._removed = set(bad), removed
         self._step = start_step
         self._served = self._replaced = 0
         self._wait_s = 0.0
@@ -301,12 +302,13 @@ class Reader:
         for k in range(len(replaced), REPLACEMENTS + 1):
             there = replacement_place(place, size, k) if k else place
             slot, offset = int(held.slots[there]), int(held.offsets[there])
-            sample = (held.window.chunks[slot] + offset) % self._order.samples
-            if sample not in self._skip:
+            sample = self._order.follow(held.window.chunks[slot], offset)
+            if sample not in self._skip and sample not in self._removed:
                 found = await self._payload(held.chunks.get(slot), offset, sample, own=not k)
                 if isinstance(found, Payload):
                     return Sample(sample, lane, index, *found, replaced)
-                self._record(sample, index // self._order.lane_batch, found.reason)
+                if found is not EMPTY:
+                    self._record(sample, index // self._order.lane_batch, found.reason)
             replaced = (*replaced, sample)
         raise UserError(
             f"{self._shards.store.url}: sample {replaced[0]} and its {REPLACEMENTS} replacements are all bad, the last "

@@ -99,13 +99,15 @@ class Config(Section):
         return self.model_dump(mode="json")
 
     def results(self) -> dict[str, Any]:
-        """The sections that affect results, without the place where the data lies (the run pins its layout id)."""
+        """The sections that affect results, without the places where the data lies (the run pins its layout ids)."""
         kept = {
             name: value
             for name, value in self.dump().items()
             if isinstance(section := getattr(self, name), Section) and section.affects_results
         }
-        return {**kept, "data": {key: value for key, value in kept["data"].items() if key != "url"}}
+        data = {key: value for key, value in kept["data"].items() if key not in ("url", "sources")}
+        shares = {"shares": list(self.data.shares)} if len(self.data.sets) > 1 else {}
+        return {**kept, "data": data | shares}
 
     def fingerprint(self) -> str:
         """A hash of what affects results: equal for two configs that learn the same from the same data."""

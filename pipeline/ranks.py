@@ -5,10 +5,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from data_shards.errors import UserError
+from data_shards.index import ShardSet
+from data_shards.removed import Removed, read_removed
 from data_shards.store import Unavailable
 
 T = TypeVar("T")
@@ -55,6 +59,31 @@ class Ranks:
                 other.exit_code = failed[1]
                 raise other
         return [value for value, _ in answers]
+
+    def from_first(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The numbers (n,) of rank 0, on all ranks. Two collectives."""
+        if self.world_size == 1:
+            return values
+        size = torch.tensor([len(values)])
+        dist.broadcast(size, 0, group=self.group)
+        numbers = torch.from_numpy(values) if self.rank == 0 else torch.empty(int(size), dtype=torch.int64)
+        dist.broadcast(numbers, 0, group=self.group)
+        return numbers.numpy()
+
+
+def same_removed(shards: ShardSet, ranks: Ranks) -> Removed:
+    """The removed samples as rank 0 reads their lists, so that all replace the same, whatever is added meanwhile."""
+    read: list[Removed] = []
+
+    def lists() -> tuple[int, ...] | None:
+        if ranks.rank == 0:
+            read.append(read_removed(shards))
+        return read[0].lists if read else None
+
+    counts = ranks.together(lists)[0]
+    assert counts is not None
+    ids = read[0].ids.astype(np.int64) if read else np.empty(0, np.int64)
+    return Removed.of(ranks.from_first(ids), counts)
 
 
 def _decode(data: torch.Tensor) -> Any:

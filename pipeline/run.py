@@ -22,7 +22,7 @@ import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ import torch
 import yaml
 
 from data_shards.errors import UserError
-from data_shards.index import Manifest, ShardSet
+from data_shards.index import ShardSet, manifest_path
+from data_shards.mixture import mixed, parts_of
 from data_shards.order import ORDER_VERSION, Order, make_order
 from data_shards.store import AlreadyExists, NotFound, Store
 from pipeline.config import Config, differences, parse
@@ -45,7 +46,10 @@ class Superseded(UserError):
 
 @dataclass(frozen=True)
 class Record:
-    """What a run is, fixed by its first start. Its checkpoints bear the fingerprint, whatever was forced later."""
+    """What a run is, fixed by its first start. Its checkpoints bear the fingerprint, whatever was forced later.
+
+    layouts: of the sets that it reads, one each; layout_id is that of the whole, the same when there is one set.
+    """
 
     fingerprint: str
     layout_id: str
@@ -54,25 +58,28 @@ class Record:
     wandb_id: str
     created: float
     config: dict[str, Any]
+    layouts: tuple[str, ...] = ()
 
 
-def record_of(config: Config, manifest: Manifest) -> Record:
+def record_of(config: Config, shards: ShardSet) -> Record:
     """The record that a first start with that config and data writes."""
     return Record(
         fingerprint=config.fingerprint(),
-        layout_id=manifest.layout_id,
-        samples=manifest.samples,
+        layout_id=shards.manifest.layout_id,
+        samples=shards.manifest.samples,
         order_version=ORDER_VERSION,
         wandb_id=uuid.uuid4().hex[:12],
         created=time.time(),
         config=config.dump(),
+        layouts=tuple(one.manifest.layout_id for one in shards.sets),
     )
 
 
 def read_record(store: Store) -> Record | None:
     """The record of the run whose folder `store` is, None when the run has never started."""
     try:
-        return Record(**json.loads(store.get("run.json")))
+        record = Record(**json.loads(store.get("run.json")))
+        return replace(record, layouts=tuple(record.layouts) or (record.layout_id,))
     except NotFound:
         return None
     except (ValueError, TypeError):
@@ -90,7 +97,7 @@ def read_config(store: Store) -> Config:
         raise UserError(f"{store.url}: no such run; farseer status lists those that there are") from None
 
 
-def check_same(store: Store, config: Config, manifest: Manifest, force: bool = False) -> None:
+def check_same(store: Store, config: Config, shards: ShardSet, force: bool = False) -> None:
     """Refuse to go on with a run under another config, on other data or by another order.
 
     Raises UserError with the differences. `force` lets another config pass; other data or another order never.
@@ -103,30 +110,48 @@ def check_same(store: Store, config: Config, manifest: Manifest, force: bool = F
             f"{store.url}: its order of the data has version {record.order_version}, this program draws version "
             f"{ORDER_VERSION}; go on with the program that started the run, or start a new RUN"
         )
-    if (record.layout_id, record.samples) != (manifest.layout_id, manifest.samples):
-        raise UserError(
-            f"{store.url}: began on shards with layout {record.layout_id} ({record.samples} samples), "
-            f"{config.data.url} has {manifest.layout_id} ({manifest.samples}); point data.url at the first ones, "
-            f"or start a new RUN"
-        )
     began_with = parse(record.config, f"{store.url}/run.json")  # fills in what the program has learnt since
     changed = "; ".join(differences(began_with.results(), config.results()))
     if changed and not force:
         raise UserError(f"{store.url}: began with another config ({changed}); start a new RUN, or FORCE=1 to go on")
+    manifest = shards.manifest
+    if (record.layout_id, record.samples) != (manifest.layout_id, manifest.samples):
+        raise UserError(
+            f"{store.url}: began on shards with layout {record.layout_id} ({record.samples} samples), "
+            f"{_urls(config)} has {manifest.layout_id} ({manifest.samples}); point data.url at the first ones, "
+            f"or start a new RUN"
+        )
 
 
-def open_data(config: Config, retry_seconds: float | None = None) -> tuple[ShardSet, Order, Config]:
+def open_data(
+    config: Config, retry_seconds: float | None = None, record: Record | None = None
+) -> tuple[ShardSet, Order, Config]:
     """The shard set, the order over it, and the config with what depended on the data filled in. Raises UserError.
 
     retry_seconds: how long a store that does not answer is asked again; by default as the config's reader does.
+    record: of a run that exists, which reads the versions of its sets that it began with, whatever was appended since.
     """
     patience = config.reader.retry_seconds if retry_seconds is None else retry_seconds
-    store = Store(config.data.url, retry_seconds=patience, connections=config.reader.connections)
-    shards = ShardSet.open(store)
-    manifest = shards.manifest
-    order = make_order(config.data, manifest.samples, manifest.mean_bytes, manifest.layout_id)
+    urls = [source.url for source in config.data.sets]
+    first = Store(urls[0], retry_seconds=patience, connections=config.reader.connections)
+    began_on = record.layouts if record is not None and len(record.layouts) == len(urls) else [None] * len(urls)
+    stores = [first, *map(first.beside, urls[1:])]
+    sets = [_open(store, layout) for store, layout in zip(stores, began_on, strict=True)]
+    shards = mixed(sets, config.data.shares)
+    parts = parts_of(sets, config.data.shares) if len(sets) > 1 else ()
+    order = make_order(config.data, shards.manifest.samples, shards.mean_bytes, shards.manifest.layout_id, parts)
     data = config.data.model_copy(update={"chunk_samples": order.chunk_samples})
     return shards, order, config.model_copy(update={"data": data})
+
+
+def _open(store: Store, layout_id: str | None) -> ShardSet:
+    """The version of a set with that layout; the newest when there is none, of which check_same will tell."""
+    known = layout_id is not None and store.exists(manifest_path(layout_id))
+    return ShardSet.open(store, layout_id if known else None)
+
+
+def _urls(config: Config) -> str:
+    return " + ".join(source.url for source in config.data.sets)
 
 
 class Run:
@@ -144,12 +169,12 @@ class Run:
         self.events = Journal(self.local / "events.jsonl", store, f"events/a{attempt:02d}")
 
     @classmethod
-    def start(cls, store: Store, local: Path, config: Config, manifest: Manifest) -> "Run":
+    def start(cls, store: Store, local: Path, config: Config, shards: ShardSet) -> "Run":
         """Write the record if this is the first start, then claim the next attempt; any older attempt is fenced off."""
-        record = json.dumps(asdict(record_of(config, manifest))).encode()
+        record = json.dumps(asdict(record_of(config, shards))).encode()
         with suppress(AlreadyExists):
             store.put("run.json", record, create_only=True)
-        check_same(store, config, manifest, force=config.checkpoint.force)
+        check_same(store, config, shards, force=config.checkpoint.force)
         run = cls(store, local, _claim(store))
         store.put("config.yaml", yaml.safe_dump(config.dump(), sort_keys=False).encode())
         store.put(f"environment/a{run.attempt:02d}.json", json.dumps(environment()).encode())

@@ -30,7 +30,7 @@ from pipeline.config import Config
 from pipeline.loader import Batch, Loader
 from pipeline.module import StepResult, SwAV
 from pipeline.monitor import Monitor
-from pipeline.ranks import Ranks
+from pipeline.ranks import Ranks, same_removed
 from pipeline.run import Record, Run, open_data, read_record
 from pipeline.signals import RankEnvironment, StopRequest, own_signals
 from pipeline.watchdog import Hang, Watchdog
@@ -99,13 +99,14 @@ class Session:
         self.launch, self.request = launch, request
         self.control = dist.new_group(backend="gloo")
         self.ranks = Ranks(launch.rank, launch.world_size, self.control)
-        self.shards, self.order, self.config = open_data(config)
+        self.store = Store(launch.store, retry_seconds=config.reader.retry_seconds)
+        self.run = self._claim(config)
+        self.record = _present(read_record(self.store))
+        self.shards, self.order, self.config = open_data(config, record=self.record)
         self.steps = self.config.train.length(self.order)
         self.lanes = self.order.lanes_of(launch.rank, launch.world_size)
-        self.store = Store(launch.store, retry_seconds=self.config.reader.retry_seconds)
-        self.run = self._claim()
+        self.removed = same_removed(self.shards, self.ranks)
         self.watchdog = self._watched()
-        self.record = _present(read_record(self.store))
         self.checkpoints = Checkpointer(
             self.store,
             Path(self.config.checkpoint.local_dir or Path(launch.run_dir) / "checkpoints"),
@@ -133,9 +134,10 @@ class Session:
             return "finished"
         module = SwAV(self.config, self.lanes, self.launch.rank, self.launch.world_size, self.steps)
         quarantine = {int(sample) for sample, *_ in found.extra["quarantine"]} if found else set()
+        self._tell_of_removed(found)
         with ExitStack() as opened:
             opened.callback(self.watchdog.close)
-            reader = Reader(self.shards, self.order, self.lanes, start, self.config.reader, quarantine)
+            reader = Reader(self.shards, self.order, self.lanes, start, self.config.reader, quarantine, self.removed)
             opened.callback(reader.close)
             loader = Loader(reader, self.config.augment, self.config.data.seed, start, self.steps, self.config.loader)
             opened.callback(loader.close)
@@ -144,14 +146,16 @@ class Session:
             self._trainer(watch).fit(module, loader)
             return self._leave(module, watch)
 
-    def _claim(self) -> Run:
-        """Rank 0 opens the run for all; its error is everyone's."""
+    def _claim(self, config: Config) -> Run:
+        """Rank 0 opens the run for all, and the data of a new one, which fixes its version; its error is everyone's."""
         local, opened = Path(self.launch.run_dir), []
 
         def attempt() -> int | None:
             if self.launch.rank != 0:
                 return None
-            opened.append(Run.start(self.store, local, self.config, self.shards.manifest))
+            shards, order, filled = open_data(config, record=read_record(self.store))
+            order.lanes_of(0, self.launch.world_size)
+            opened.append(Run.start(self.store, local, filled, shards))
             return opened[0].attempt
 
         number = self.ranks.together(attempt)[0]
@@ -163,6 +167,14 @@ class Session:
         patience = {"data": self.config.reader.retry_seconds, "save": SAVE_S, "leave": self.launch.stop_budget_s}
         ranks = (self.launch.rank, self.launch.world_size)
         return Watchdog(self.run.local, *ranks, self.config.watchdog, patience, self.launch.hung or _leave_hung)
+
+    def _tell_of_removed(self, found: Found | None) -> None:
+        """A start that replaces removed images says so, and one that does not go on with the list that it had."""
+        removed, another = self.removed, found is not None and found.extra.get("removed", "") != self.removed.hash
+        if removed.hash or another:
+            note = {"note": "another list than before"} if another else {}
+            step = found.step if found else 0
+            self._event("removed", step=step, count=len(removed), hash=removed.hash, lists=removed.lists, **note)
 
     def _event(self, name: str, **fields: Any) -> None:
         if self.launch.rank == 0:
@@ -204,7 +216,8 @@ class Session:
     def save(self, module: SwAV, bad: list[list[Any]]) -> None:
         """Start a checkpoint of the present step; training goes on once the state is copied."""
         quarantine = sorted({tuple(entry) for of_rank in self.ranks.exchange(bad) for entry in of_rank})
-        self.checkpoints.save(module.step, module.state(), {"quarantine": [list(entry) for entry in quarantine]})
+        extra = {"quarantine": [list(entry) for entry in quarantine], "removed": self.removed.hash}
+        self.checkpoints.save(module.step, module.state(), extra)
 
     def _leave(self, module: SwAV, watch: "Watch") -> Outcome:
         self.watchdog.now("leave")

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_shards.errors import UserError
-from data_shards.index import Manifest
+from data_shards.index import Manifest, ShardSet
 from data_shards.order import ORDER_VERSION
 from data_shards.store import Store, StoreError
 from pipeline.config import Config
@@ -35,6 +35,7 @@ from pipeline.run import (
 
 NUMBERS = count()
 MANIFEST = Manifest("layout-a", "contents", 100, (60, 40), (600, 400), {}, {})
+SHARDS = ShardSet(Store("memory://set"), MANIFEST)
 
 
 def config(**sections: dict[str, Any]) -> Config:
@@ -71,24 +72,24 @@ def test_the_first_start_writes_what_a_later_one_and_an_evaluation_need(store: S
     assert read_record(store) is None
     with pytest.raises(UserError, match="no such run"):
         read_config(store)
-    check_same(store, config(), MANIFEST)
-    run = Run.start(store, tmp_path, config(), MANIFEST)
+    check_same(store, config(), SHARDS)
+    run = Run.start(store, tmp_path, config(), SHARDS)
     record = read_record(store)
     assert run.attempt == 1
     assert (record.fingerprint, record.layout_id, record.samples) == (config().fingerprint(), "layout-a", 100)
     assert record.order_version == ORDER_VERSION
     assert read_config(store) == config()
-    assert Run.start(store, tmp_path, config(), MANIFEST).attempt == 2
+    assert Run.start(store, tmp_path, config(), SHARDS).attempt == 2
     assert read_record(store) == record
     assert names(store, "environment") == ["environment/a01.json", "environment/a02.json"]
 
 
 def test_another_config_is_refused_in_one_line_that_names_each_difference(store: Store, tmp_path: Path) -> None:
-    Run.start(store, tmp_path, config(), MANIFEST)
+    Run.start(store, tmp_path, config(), SHARDS)
     before = names(store, "")
     other = config(optim={"lr": 0.7}, swav={"prototypes": 30})
     with pytest.raises(UserError) as refused:
-        Run.start(store, tmp_path, other, MANIFEST)
+        Run.start(store, tmp_path, other, SHARDS)
     text = str(refused.value)
     assert text.startswith(store.url)
     assert "optim.lr: 0.3 -> 0.7; swav.prototypes: 3000 -> 30" in text
@@ -99,20 +100,20 @@ def test_another_config_is_refused_in_one_line_that_names_each_difference(store:
 
 
 def test_what_does_not_affect_results_may_change_between_starts(store: Store, tmp_path: Path) -> None:
-    Run.start(store, tmp_path, config(), MANIFEST)
+    Run.start(store, tmp_path, config(), SHARDS)
     other = config(checkpoint={"every_steps": 5}, monitor={"log_every": 3}, efficiency={"torch_threads": 2})
-    Run.start(store, tmp_path, other, MANIFEST)
+    Run.start(store, tmp_path, other, SHARDS)
     assert read_config(store) == other
 
 
 def test_a_forced_start_goes_on_and_the_run_remains_the_one_that_it_was(store: Store, tmp_path: Path) -> None:
-    Run.start(store, tmp_path, config(), MANIFEST)
+    Run.start(store, tmp_path, config(), SHARDS)
     forced = config(optim={"lr": 0.7}, checkpoint={"force": True})
-    assert Run.start(store, tmp_path, forced, MANIFEST).attempt == 2
+    assert Run.start(store, tmp_path, forced, SHARDS).attempt == 2
     assert read_record(store).fingerprint == config().fingerprint()
     assert read_config(store) == forced
     with pytest.raises(UserError, match=r"optim\.lr: 0\.3 -> 0\.7"):
-        check_same(store, config(optim={"lr": 0.7}), MANIFEST)
+        check_same(store, config(optim={"lr": 0.7}), SHARDS)
 
 
 @pytest.mark.parametrize(
@@ -123,11 +124,12 @@ def test_a_forced_start_goes_on_and_the_run_remains_the_one_that_it_was(store: S
     ],
 )
 def test_other_data_is_refused_even_by_force(store: Store, tmp_path: Path, manifest: Manifest, found: str) -> None:
-    Run.start(store, tmp_path, config(), MANIFEST)
+    Run.start(store, tmp_path, config(), SHARDS)
     with pytest.raises(UserError) as refused:
-        check_same(store, config(), manifest, force=True)
+        check_same(store, config(), ShardSet(SHARDS.store, manifest), force=True)
     assert found in str(refused.value)
-    check_same(store, config(), replace(MANIFEST, contents_id="repaired", refused={"size": 1}))
+    repaired = replace(MANIFEST, contents_id="repaired", refused={"size": 1})
+    check_same(store, config(), ShardSet(SHARDS.store, repaired))
 
 
 @pytest.mark.parametrize(
@@ -140,9 +142,9 @@ def test_other_data_is_refused_even_by_force(store: Store, tmp_path: Path, manif
 def test_a_run_of_another_version_of_the_program_is_refused_even_by_force(
     store: Store, stored: dict[str, Any], reason: str
 ) -> None:
-    store.put("run.json", json.dumps(asdict(record_of(config(), MANIFEST)) | stored).encode())
+    store.put("run.json", json.dumps(asdict(record_of(config(), SHARDS)) | stored).encode())
     with pytest.raises(UserError, match=reason):
-        check_same(store, config(), MANIFEST, force=True)
+        check_same(store, config(), SHARDS, force=True)
 
 
 def test_a_damaged_record_is_told_in_words(store: Store) -> None:
@@ -162,7 +164,7 @@ def test_starts_at_the_same_time_get_different_numbers_and_all_but_the_last_are_
     def start(number: int) -> Run:
         store = Store(folder_store.url)
         together.wait()
-        return Run.start(store, tmp_path / "disk", config(), MANIFEST)
+        return Run.start(store, tmp_path / "disk", config(), SHARDS)
 
     with ThreadPoolExecutor(4) as threads:
         runs = sorted(threads.map(start, range(4)), key=lambda run: run.attempt)
@@ -183,7 +185,7 @@ def test_only_one_of_two_first_starts_with_different_configs_passes(folder_store
     def start(lr: float) -> str | None:
         together.wait()
         try:
-            Run.start(Store(folder_store.url), tmp_path / "disk", config(optim={"lr": lr}), MANIFEST)
+            Run.start(Store(folder_store.url), tmp_path / "disk", config(optim={"lr": lr}), SHARDS)
         except UserError as error:
             return str(error)
         return None
@@ -282,7 +284,7 @@ def test_a_disk_that_refuses_lines_does_not_keep_them_from_the_store(store: Stor
 
 def killed_start(store: Store, disk: Path) -> Run:
     """A start that was killed within a line, with rows up to step 20, of which the store has those up to 10."""
-    run = Run.start(store, disk, config(), MANIFEST)
+    run = Run.start(store, disk, config(), SHARDS)
     for step in range(1, 21):
         run.metrics.append(row(step, 1))
         if step == 10:
@@ -296,13 +298,13 @@ def killed_start(store: Store, disk: Path) -> Run:
 
 def test_the_next_start_sends_what_a_killed_one_left_on_the_shared_disk(store: Store, tmp_path: Path) -> None:
     killed_start(store, tmp_path)
-    second = Run.start(store, tmp_path, config(), MANIFEST)
+    second = Run.start(store, tmp_path, config(), SHARDS)
     assert [line["result"]["step"] for line in read_metrics(store)] == list(range(1, 21))
     assert [event["step"] for event in read_events(store)] == [10, 20]
     before = names(store, "metrics")
     second.metrics.append(row(21, 2))
     second.upload()
-    third = Run.start(store, tmp_path, config(), MANIFEST)
+    third = Run.start(store, tmp_path, config(), SHARDS)
     assert third.attempt == 3
     assert set(names(store, "metrics")) == {*before, "metrics/a02-000001.jsonl"}  # nothing is sent again
     assert [line["result"]["step"] for line in read_metrics(store)] == list(range(1, 22))
@@ -312,7 +314,7 @@ def test_lines_that_are_in_the_store_twice_are_read_once(store: Store, tmp_path:
     first = killed_start(store, tmp_path)
     (first.local / "metrics.sent").write_text("")  # killed between the upload and the note of it
     (first.local / "events.sent").unlink()
-    Run.start(store, tmp_path, config(), MANIFEST)
+    Run.start(store, tmp_path, config(), SHARDS)
     stored = [line for path in names(store, "metrics") for line in lines(store, path)]
     assert len(stored) == 30
     assert [line["result"]["step"] for line in read_metrics(store)] == list(range(1, 21))
@@ -322,11 +324,11 @@ def test_lines_that_are_in_the_store_twice_are_read_once(store: Store, tmp_path:
 def test_lines_of_an_earlier_run_of_the_same_name_are_put_aside_and_not_mixed_in(store: Store, tmp_path: Path) -> None:
     earlier = Store(f"{store.url}-earlier")
     killed_start(earlier, tmp_path)
-    Run.start(earlier, tmp_path, config(), MANIFEST).event("resumed", step=20)
-    run = Run.start(store, tmp_path, config(), MANIFEST)
+    Run.start(earlier, tmp_path, config(), SHARDS).event("resumed", step=20)
+    run = Run.start(store, tmp_path, config(), SHARDS)
     run.metrics.append(row(1, 1))
     run.upload()
-    Run.start(store, tmp_path, config(), MANIFEST)
+    Run.start(store, tmp_path, config(), SHARDS)
     assert read_metrics(store) == [row(1, 1)]
     assert read_events(store) == []
     assert sorted(path.name for path in (tmp_path / "a01").iterdir()) == [
@@ -373,7 +375,7 @@ def test_nothing_of_the_environment_is_written_into_the_run(
     secret = "planted-5f3a9c"
     for name in ("AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "MY_TOKEN"):
         monkeypatch.setenv(name, secret)
-    run = Run.start(folder_store, tmp_path / "disk", config(), MANIFEST)
+    run = Run.start(folder_store, tmp_path / "disk", config(), SHARDS)
     run.event("started")
     run.upload()
     written = [path for path in tmp_path.rglob("*") if path.is_file()]

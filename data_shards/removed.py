@@ -1,0 +1,108 @@
+"""Samples that must not be shown any more: lists in the set's own folder that are only ever added to.
+
+    DST/removed/000001.txt    keys of samples, one a line, sorted
+
+A run reads them at each start and replaces what they name. They name shards and places, so they hold for every version
+of a set and take away no id.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from itertools import count
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pyarrow import csv
+
+from data_shards.errors import UserError
+from data_shards.index import ShardSet, sample_key
+from data_shards.store import AlreadyExists
+
+FOLDER = "removed"
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Removed:
+    """The samples that the lists name. Four bytes each, below 2^32 of them.
+
+    lists: how many lists there are, of each set. hash: of the ids; empty when there are none.
+    """
+
+    ids: NDArray[Any] = field(default_factory=lambda: np.empty(0, np.uint32), compare=False)
+    lists: tuple[int, ...] = ()
+    hash: str = ""
+
+    @classmethod
+    def of(cls, ids: Ids, lists: Sequence[int] = ()) -> "Removed":
+        ids = np.unique(ids).astype(np.int64)
+        digest = blake2b(ids.astype("<i8").tobytes(), digest_size=8).hexdigest() if ids.size else ""
+        small = ids.astype(np.uint32 if not ids.size or ids[-1] < 2**32 else np.uint64)
+        return cls(small, tuple(lists), digest)
+
+    def __contains__(self, sample: object) -> bool:
+        place = int(np.searchsorted(self.ids, sample))  # type: ignore[call-overload]
+        return place < len(self.ids) and bool(self.ids[place] == sample)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def read_removed(shards: ShardSet, lists: Sequence[int] | None = None) -> Removed:
+    """What the lists of all its sets name now, or named when there were so many `lists` of each. Raises UserError."""
+    ids, read, first = [np.empty(0, np.int64)], [], 0
+    for which, one in enumerate(shards.sets):
+        paths = [entry.path for entry in one.store.list(FOLDER) if entry.path.endswith(".txt")]
+        paths = paths if lists is None else paths[: lists[which]]
+        ids += [first + _ids(one, path) for path in paths]
+        read.append(len(paths))
+        first += one.manifest.samples
+    return Removed.of(np.concatenate(ids), read)
+
+
+def write_removed(shards: ShardSet, ids: Ids) -> str:
+    """Add a list with these samples; returns its path. What other lists name already may be in it again."""
+    starts = np.cumsum([0, *shards.manifest.shard_samples])
+    shard = np.searchsorted(starts, ids, side="right") - 1
+    pairs = zip(shard.tolist(), (ids - starts[shard]).tolist(), strict=True)
+    data = "".join(f"{sample_key(*pair)}\n" for pair in pairs).encode()
+    for number in count(len(shards.store.list(FOLDER)) + 1):
+        try:
+            shards.store.put(path := f"{FOLDER}/{number:06d}.txt", data, create_only=True)
+        except AlreadyExists:
+            continue  # somebody else's, this moment
+        return path
+    raise AssertionError
+
+
+def by_shard(shards: ShardSet, ids: Ids) -> Iterator[tuple[int, Ids]]:
+    """The shards that have some of these samples, which are sorted, with their places there."""
+    starts = np.cumsum([0, *shards.manifest.shard_samples])
+    shard = np.searchsorted(starts, ids, side="right") - 1
+    for number in np.unique(shard).tolist():
+        yield number, ids[shard == number] - starts[number]
+
+
+def _ids(shards: ShardSet, path: str) -> Ids:
+    """The ids that a list names; not those in shards that this version of the set does not have."""
+    data = shards.store.get(path)
+    columns = {"shard": pa.int64(), "place": pa.int64()}
+    try:
+        rows = csv.read_csv(
+            pa.BufferReader(data),
+            csv.ReadOptions(column_names=list(columns)),
+            csv.ParseOptions(delimiter="-"),
+            csv.ConvertOptions(column_types=columns),
+        )
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{shards.store.url}/{path}: is no list of keys ({error}); put the right one there") from None
+    shard, place = rows["shard"].to_numpy(), rows["place"].to_numpy()
+    counts = np.array(shards.manifest.shard_samples, np.int64)
+    known = shard < len(counts)
+    if (place[known] >= counts[shard[known]]).any():
+        raise UserError(f"{shards.store.url}/{path}: names places that no shard has; put the right list there")
+    return np.asarray((np.cumsum(counts) - counts)[shard[known]] + place[known])
