@@ -14,8 +14,9 @@ from data_shards.errors import UserError
 from data_shards.pack import PackReport, PackSettings, pack
 from data_shards.store import Store
 from jobs import cluster, photos
+from jobs.logs import sentence
 from jobs.progress import Progress
-from jobs.runs import Job, history, preempt, sentence, state
+from jobs.runs import Job, history, preempt, state
 from jobs.site import ROOT, load_site
 from jobs.submit import submit
 from pipeline.config import Config, load

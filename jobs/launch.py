@@ -51,18 +51,13 @@ def launch(
 def batch_script(site: Site, run_dir: Path, store: str) -> tuple[list[str], list[str]]:
     """The shell lines before and after the ranks. They hold paths and names, never a secret: others can read them."""
     python = shlex.quote(site.python or sys.executable)
-    threads = {"OMP_NUM_THREADS": str(site.cpus_per_rank)}
-    network = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), site.interface) if site.interface else {}
-    fixed = {"PYTHONPATH": str(run_dir / "snapshot"), "FARSEER_RUN_DIR": str(run_dir)}
-    store_at = {name: os.environ[name] for name in CARRIED if name in os.environ}
-    head = [*export_lines({**fixed, **threads, **network, **store_at, **site.environment}), *site.setup]
+    head = exports(site, run_dir)
     supervise = f"{python} -m jobs.cli supervise"
     if site.executor == "local":
         told = f"--ranks {site.ranks} --gpus {site.gpus_per_node} --time-limit-min {site.time_limit_min}"
         told += f" --signal-delay-s {site.signal_delay_s} --max-cycles {site.max_cycles} --store {shlex.quote(store)}"
         return [*head, "export FARSEER_JOB=local-$$", f"exec {supervise} serve {told}"], []
     slurm_head = [
-        "export SLURM_EXPORT_ENV=ALL",  # srun hands on what is set here, not only what sbatch was told to take along
         *head,
         "export FARSEER_JOB=$SLURM_JOB_ID FARSEER_START=${SLURM_RESTART_COUNT:-0}",
         "export MASTER_ADDR=${MASTER_ADDR:-$SLURMD_NODENAME}",  # this script runs on the first node, as rank 0 does
@@ -72,6 +67,17 @@ def batch_script(site: Site, run_dir: Path, store: str) -> tuple[list[str], list
     ]
     told = f"--max-cycles {site.max_cycles} --exclude-hours {site.exclude_hours:g} --store {shlex.quote(store)}"
     return slurm_head, [f"{supervise} after --exit $? {told}"]
+
+
+def exports(site: Site, run_dir: Path) -> list[str]:
+    """The shell lines that lead the ranks to code, run and store, and those of the site."""
+    threads = {"OMP_NUM_THREADS": str(site.cpus_per_rank)}
+    network = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), site.interface) if site.interface else {}
+    fixed = {"PYTHONPATH": str(run_dir / "snapshot"), "FARSEER_RUN_DIR": str(run_dir)}
+    # srun hands on what is set here, not only what sbatch was told to take along
+    handed = {"SLURM_EXPORT_ENV": "ALL"} if site.executor == "slurm" else {}
+    store_at = {name: os.environ[name] for name in CARRIED if name in os.environ}
+    return [*export_lines({**handed, **fixed, **threads, **network, **store_at, **site.environment}), *site.setup]
 
 
 def slurm_executor(site: Site, run: str, store: str) -> submitit.SlurmExecutor:

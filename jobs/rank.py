@@ -14,6 +14,7 @@ import submitit
 
 from data_shards.errors import UserError
 from jobs import slurm
+from jobs.stamps import stamp_output
 from jobs.start import Start
 
 LEAVE_S = 15  # of the time between signal and end, for what follows the last save
@@ -25,6 +26,7 @@ def run(config: dict[str, Any], store: str, signal_delay_s: int) -> str:
     config: a resolved config, as `Config.dump` gives it. store: the run's folder in the store.
     An error ends the process at once: threads that still wait for other ranks must not keep a dead rank in its place.
     """
+    stamp_output()
     start, here = Start.here(), submitit.JobEnvironment()
     rank = here.global_rank
     _handle_early_signals(start, rank)

@@ -1,25 +1,32 @@
-"""Runs and their jobs as the user meets them: what runs, how far it is, its logs, stopping it.
+"""Runs and their jobs as the user meets them: what runs, how far it is, stopping it.
 
 Reads the shared disk and asks SLURM once; the store is not asked, so it stays quick however many runs there are.
 """
 
 import json
 import signal
+import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from data_shards.errors import UserError
-from data_shards.store import Store
 from jobs import daemons, local, slurm
 from jobs.daemons import Process
 from jobs.site import Site
 from jobs.start import Start, attempt_files, cancel_marker, events, newest_start, read_lines, write_json
+from pipeline.goodput import Goodput, goodput
 
-TAIL_BYTES = 64 * 1024
-FOLLOW_S = 0.5
+Row = dict[str, Any]
+
+TAIL_BYTES = 64 * 1024  # of an attempt's rows: more than a hundred
+READERS = 16  # folders read at the same time: a shared disk is slow to answer, not slow
+STILL_S = 60.0  # without a step, or so many medians if that is longer: worth a look
+MEDIANS = 20
+WAITS = 0.3  # of the time for data: worth a look
 
 
 @dataclass(frozen=True)
@@ -109,42 +116,66 @@ class Status:
     run: str
     state: str  # in words
     job: str
+    nodes: str
     step: int | None
     steps: int | None
     loss: float | None
     images_s: float | None
     wait: float | None  # share of the time spent waiting for data
+    left_s: float | None
     committed: int | None  # step of the newest checkpoint in the store
+    committed_ago_s: float | None
+    at_risk: int | None  # steps since then
     starts: int
+    goodput: Goodput | None
     seconds_ago: float | None  # since the last step
+    look: str  # where to look next; empty when all is well
 
 
 def statuses(site: Site) -> list[Status]:
-    """All runs of a site."""
-    jobs = [Job.of(site, folder.name) for folder in folders(site)]
-    queue = slurm.queue() if any(not job.local for job in jobs) else []
-    return [status(job, queue) for job in jobs]
+    """All runs of a site, by one call of squeue, their folders read in parallel."""
+    with ThreadPoolExecutor(READERS) as pool:
+        jobs = list(pool.map(lambda folder: Job.of(site, folder.name), folders(site)))
+        queue = slurm.queue() if any(not job.local for job in jobs) else []
+        return list(pool.map(lambda job: status(job, queue), jobs))
 
 
 def status(job: Job, queue: Sequence[slurm.Queued] | None = None) -> Status:
     """How a run is, from its folder on the shared disk."""
-    told = history(job.run_dir)
-    row = _last_row(job.run_dir)
+    if queue is None:
+        queue = [] if job.local else slurm.queue()
+    entry = next((entry for entry in queue if entry.job == job.id), None)
+    told, rows, ends = history(job.run_dir), *_rows(job.run_dir)
+    row = rows[-1] if rows else {}
     result, run = row.get("result", {}), row.get("run", {})
-    wait = run["wait_s"] / run["step_s"] if run.get("step_s") else None
-    return Status(
+    word = state(job, queue)
+    words = _in_words(job, word)
+    step, steps = result.get("step"), _latest(told, "steps")
+    commits = [event for event in told if event["event"] == "committed"]
+    committed, now = _latest(commits, "step"), time.time()
+    step_s = statistics.median(row["run"].get("step_s", 0.0) for row in rows) if rows else None
+    ago = now - run["time"] if "time" in run else None
+    running = word == "RUNNING"
+    found = Status(
         run=job.run,
-        state=_in_words(job, state(job, queue)),
+        state=words,
         job=job.id,
-        step=result.get("step"),
-        steps=_latest(told, "steps"),
+        nodes=_nodes(job, entry),
+        step=step,
+        steps=steps,
         loss=result.get("loss"),
         images_s=run.get("images_s"),
-        wait=wait,
-        committed=_latest([event for event in told if event["event"] == "committed"], "step"),
+        wait=run["wait_s"] / run["step_s"] if run.get("step_s") else None,
+        left_s=(steps - step) * step_s if running and step_s and steps and step is not None else None,
+        committed=committed,
+        committed_ago_s=now - commits[-1]["time"] if commits else None,
+        at_risk=None if step is None else step - min(step, committed or 0),
         starts=sum(event["event"] in ("started", "resumed") for event in told),
-        seconds_ago=time.time() - run["time"] if "time" in run else None,
+        goodput=goodput(told, ends, now if running else None),
+        seconds_ago=ago,
+        look="",
     )
+    return replace(found, look=_where_to_look(found, entry, told, step_s or 0.0))
 
 
 def history(run_dir: Path) -> list[dict[str, Any]]:
@@ -153,24 +184,49 @@ def history(run_dir: Path) -> list[dict[str, Any]]:
     return sorted([*told, *events(run_dir)], key=lambda event: float(event["time"]))
 
 
-def sentence(event: dict[str, Any]) -> str:
-    """An event as a line: when, what, and whatever else it tells."""
-    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"]))
-    known = ("time", "event", "attempt")
-    shown = {key: f"{value:.3g}" if isinstance(value, float) else value for key, value in event.items()}
-    more = ", ".join(f"{key} {value}" for key, value in shown.items() if key not in known and value is not None)
-    return f"{when}  {event['event']}" + (f": {more}" if more else "")
+def _rows(run_dir: Path) -> tuple[list[Row], dict[int, tuple[Row, Row]]]:
+    """The last rows of the newest attempt that has any, and of each attempt its first and its last one."""
+    newest: list[Row] = []
+    ends = {}
+    for path in attempt_files(run_dir, "metrics.jsonl"):
+        rows = read_lines(path, TAIL_BYTES)
+        first = _first_line(path)
+        if first is not None and rows:
+            ends[int(path.parent.name[1:])] = (first, rows[-1])
+        newest = rows or newest
+    return newest, ends
 
 
-def logs(job: Job) -> list[Path]:
-    """The log files of the newest start, rank by rank; before its ranks have begun, the batch script's."""
-    ranks = [Path(record.log) for record in job.start.ranks()]
-    return ranks or sorted((job.run_dir / "logs").glob(f"{job.id}_*_log.out"))
+def _first_line(path: Path) -> Row | None:
+    with path.open("rb") as file:
+        try:
+            found: Row = json.loads(file.readline())
+        except ValueError:
+            return None
+    return found
 
 
-def _last_row(run_dir: Path) -> dict[str, Any]:
-    files = reversed(attempt_files(run_dir, "metrics.jsonl"))
-    return next((rows[-1] for path in files if (rows := read_lines(path, TAIL_BYTES))), {})
+def _nodes(job: Job, entry: slurm.Queued | None) -> str:
+    return "here" if job.local else entry.nodes if entry is not None else ""
+
+
+def _where_to_look(one: Status, entry: slurm.Queued | None, told: Sequence[Row], step_s: float) -> str:
+    """The most urgent thing, in words; empty when all is well."""
+    state, _, reason = one.state.removesuffix(")").partition(" (")
+    if state != "running":
+        again = f"make resume RUN={one.run}"
+        ways = {"waiting": entry.reason if entry is not None and entry.reason != "None" else ""}
+        ways |= {"failed": f"{reason}; make logs RUN={one.run}", "cancelled": f"{again} goes on"}
+        return ways.get(state, reason)
+    still_s = min([one.seconds_ago or 0.0, *(time.time() - event["time"] for event in told[-1:])])
+    if still_s > max(STILL_S, MEDIANS * step_s):
+        return f"no step for {still_s / 60:.0f} min: make logs RUN={one.run}"
+    alarm = next((event for event in reversed(told) if event["event"] in ("alarm", "resumed", "started")), None)
+    if alarm is not None and alarm["event"] == "alarm":
+        return str(alarm["reason"])
+    if one.wait is not None and one.wait > WAITS:
+        return f"waits for data {one.wait:.0%} of the time: reader.connections, cpus_per_rank"
+    return ""
 
 
 def _latest(told: Sequence[dict[str, Any]], key: str) -> Any:
@@ -188,48 +244,3 @@ def _in_words(job: Job, word: str | None) -> str:
     if last == "failed":
         return f"failed ({_latest(events(job.run_dir), 'reason')})"
     return f"ended without a word (make resume RUN={job.run} goes on)"
-
-
-def show(job: Job, lines: int, follow: bool, out: TextIO) -> None:
-    """Write the last lines of every rank's log, each with its rank; `follow`: also what comes, until it is over."""
-    places: dict[Path, int] = {}
-    while True:
-        over = not follow or state(job) is None  # asked first: what was written before the end is still shown
-        for path in logs(job):
-            _show_new(path, places, lines, out)
-        out.flush()
-        if over:
-            return
-        time.sleep(FOLLOW_S)
-
-
-def stored_checkpoints(url: str, verify: bool = False) -> list[dict[str, Any]]:
-    """The checkpoints of a run in the store, oldest first: name, bytes, state in words.
-
-    verify: read and hash every byte of those that are committed.
-    """
-    from pipeline import commit
-
-    store = Store(url)
-    found = []
-    for place, objects in sorted(commit.survey(store).items()):
-        state = "committed" if commit.MANIFEST in objects else "not committed"
-        if verify and state == "committed":
-            state = commit.damage(store, place) or "verified"
-        found.append({"name": place.name, "bytes": sum(objects.values()), "state": state})
-    return found
-
-
-def _show_new(path: Path, places: dict[Path, int], lines: int, out: TextIO) -> None:
-    """Write what a log has beyond its place, at first its last lines; a line that is not finished waits."""
-    try:
-        with path.open("rb") as file:
-            file.seek(places.get(path, 0))
-            whole = file.read().rpartition(b"\n")
-    except FileNotFoundError:
-        return
-    new = whole[0].decode(errors="replace").splitlines()
-    rank = path.name.split("_")[-2]
-    for line in new if path in places else new[-lines:]:
-        out.write(f"{rank}| {line}\n")
-    places[path] = places.get(path, 0) + len(whole[0] + whole[1])

@@ -46,6 +46,11 @@ def check_partition(name: str | None, nodes: int) -> None:
         raise SlurmError(f"nodes: found {nodes}; partition {wanted} has {sizes[wanted]}")
 
 
+def ask(*command: str) -> str:
+    """What one of SLURM's commands answers. Raises SlurmError."""
+    return _call(command)
+
+
 def requeue(job: str) -> None:
     """Put a running job back into the queue under its id. Called from inside the job, this ends it."""
     _call(["scontrol", "requeue", job])

@@ -3,19 +3,20 @@
 The same command starts a run and goes on with it: where to resume is found in the store at each start.
 """
 
+import secrets
 from pathlib import Path
 
 from data_shards.errors import UserError
-from data_shards.store import Store
+from data_shards.store import Denied, Store, Unavailable
 from jobs import slurm
 from jobs.launch import launch
+from jobs.plan import CHECK_SECONDS, make_plan
+from jobs.reasons import Reasons
 from jobs.runs import Job, state
 from jobs.site import ROOT, Site
 from jobs.supervise import committed_step
 from pipeline.config import Config
-from pipeline.run import check_same, open_data
-
-CHECK_SECONDS = 20.0  # how long a store that does not answer is asked again before a submission is refused
+from pipeline.run import check_same, open_data, read_record
 
 
 def submit(config: Config, site: Site, run: str, code: Path = ROOT) -> Job:
@@ -31,14 +32,38 @@ def submit(config: Config, site: Site, run: str, code: Path = ROOT) -> Job:
 
 
 def check(config: Config, site: Site, run: str, runs: Store) -> None:
-    """Raise UserError for whatever can be known to fail before anything is spent. runs: the folder of all runs."""
-    run_dir, store = site.run_dir(run), runs.at(run)
-    runs.check()
-    Store(config.data.url).check()  # gives up sooner than a read would
-    shards, order, filled = open_data(config, CHECK_SECONDS)
-    order.lanes_of(0, site.ranks)
-    check_same(store, filled, shards.manifest, force=config.checkpoint.force)
-    _check_free(site, run, run_dir, store.url)
+    """Raise UserError with all that can be known to fail before anything is spent. runs: the folder of all runs."""
+    run_dir, store, reasons = site.run_dir(run), runs.at(run), Reasons()
+    if _answers(runs, reasons) and reasons.ask(lambda: make_plan(config, site, run)) is not None:
+        reasons.ask(lambda: _check_same(config, store))
+    reasons.ask(lambda: _check_free(site, run, run_dir, store.url))
+    if not reasons.lines:
+        reasons.ask(lambda: _try(store))
+    reasons.refuse()
+
+
+def _answers(runs: Store, reasons: Reasons) -> bool:
+    """Whether it makes sense to ask for the shards too: a store that does not answer would say the same again."""
+    try:
+        runs.check()
+    except UserError as error:
+        reasons.add(error)
+        return not isinstance(error, Denied | Unavailable)
+    return True
+
+
+def _check_same(config: Config, store: Store) -> None:
+    shards, _, filled = open_data(config, CHECK_SECONDS, read_record(store))
+    check_same(store, filled, shards, force=config.checkpoint.force)
+
+
+def _try(store: Store) -> None:
+    """Put an object into the run's folder, read it, delete it: the key may be one that can only read."""
+    name, data = f".check-{secrets.token_hex(8)}", secrets.token_bytes(64)
+    store.put(name, data)
+    if store.get(name) != data:
+        raise UserError(f"{store.url}/{name}: what was put is not what is read; check what serves the store")
+    store.delete([name])
 
 
 def _check_free(site: Site, run: str, run_dir: Path, store: str) -> None:

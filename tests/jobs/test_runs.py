@@ -1,13 +1,13 @@
-import io
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from data_shards.errors import UserError
 from jobs import runs
-from jobs.runs import Job, history, logs, sentence, show, status, stored_checkpoints
+from jobs.runs import Job, history, status
 from jobs.site import Site
 from jobs.slurm import Queued
 from jobs.start import Start, note
@@ -32,7 +32,10 @@ def lines(path: Path, *values: object) -> None:
 
 
 def queued(state: str, job: str = "42") -> list[Queued]:
-    return [Queued("41", "RUNNING", "node9", "None", "x"), Queued(job, state, "node[1-2]", "None", "x")]
+    return [
+        Queued("41", "RUNNING", "node9", "None", "x"),
+        Queued(job, state, "node[1-2]", "Priority" if state == "PENDING" else "None", "x"),
+    ]
 
 
 def test_a_job_is_remembered_with_its_run(job, site):
@@ -49,23 +52,83 @@ def test_a_running_job_shows_its_last_row_and_what_its_events_say(job):
         "result": {"step": 70, "loss": 5.5},
         "run": {"time": time.time() - 5, "step_s": 0.5, "wait_s": 0.1, "images_s": 64},
     }
-    lines(job.run_dir / "a01" / "metrics.jsonl", {"result": {"step": 99, "loss": 1.0}, "run": {}})
-    lines(job.run_dir / "a02" / "metrics.jsonl", {"result": {"step": 69}, "run": {}}, row)
-    lines(job.run_dir / "a01" / "events.jsonl", {"time": 1.0, "event": "started", "step": 0, "steps": 200})
+    spent = {"time": 1.0, "step_s": 0.5}
+    lines(job.run_dir / "a01" / "metrics.jsonl", {"result": {"step": 99, "loss": 1.0}, "run": spent})
+    lines(job.run_dir / "a02" / "metrics.jsonl", {"result": {"step": 69}, "run": spent}, row)
+    lines(
+        job.run_dir / "a01" / "events.jsonl",
+        {"time": 1.0, "attempt": 1, "event": "started", "step": 0, "steps": 200},
+    )
     lines(
         job.run_dir / "a02" / "events.jsonl",
-        {"time": 3.0, "event": "resumed", "step": 40},
-        {"time": 4.0, "event": "committed", "step": 60},
+        {"time": 3.0, "attempt": 2, "event": "resumed", "step": 40},
+        {"time": 4.0, "attempt": 2, "event": "committed", "step": 60},
     )
     found = status(job, queued("RUNNING"))
     assert (found.state, found.step, found.steps, found.loss, found.images_s) == ("running", 70, 200, 5.5, 64)
     assert (found.wait, found.committed, found.starts) == (0.2, 60, 2)
     assert found.seconds_ago == pytest.approx(5, abs=3)
+    assert (found.at_risk, found.nodes, found.look) == (10, "node[1-2]", "")
+    assert found.left_s == pytest.approx(130 * 0.5)
+
+
+def attempt(job: Job, number: int, start: int, rows: list[tuple[int, float]], *events: dict[str, Any]) -> None:
+    """An attempt as it lies on the shared disk: its start, its rows (step, time) of a second each, its events."""
+    begun = {"event": "resumed" if start else "started", "step": start, "steps": 200, "ranks": 2}
+    told = [{"time": rows[0][1] - 10, "attempt": number, **begun}, *({"attempt": number, **event} for event in events)]
+    lines(job.run_dir / f"a{number:02d}" / "events.jsonl", *told)
+    values = [
+        {"result": {"step": step, "loss": 5.0}, "run": {"time": time, "step_s": 1.0, "wait_s": 0.1, "images_s": 64.0}}
+        for step, time in rows
+    ]
+    lines(job.run_dir / f"a{number:02d}" / "metrics.jsonl", *values)
+
+
+def test_restarts_lost_steps_and_goodput_come_from_the_attempts(job):
+    now = time.time()
+    attempt(job, 1, 0, [(step, now - 200 + step) for step in range(1, 91)])
+    attempt(job, 2, 60, [(step, now - 140 + step) for step in range(61, 141)])
+    found = status(job, queued("RUNNING"))
+    assert found.goodput is not None
+    assert (found.goodput.restarts, found.goodput.lost_steps) == (1, 30)
+    assert found.goodput.productive_s == pytest.approx(140, abs=1)
+    assert found.goodput.share == pytest.approx(140 / 209, abs=0.02)
+
+
+def test_the_last_column_says_where_to_look(job):
+    now = time.time()
+    attempt(
+        job,
+        1,
+        0,
+        [(step, now - 10 + step) for step in range(1, 9)],
+        {"time": now, "event": "alarm", "reason": "collapse"},
+    )
+    assert status(job, queued("RUNNING")).look == "collapse"
+    attempt(job, 1, 0, [(step, now - 500 + step) for step in range(1, 9)])
+    assert status(job, queued("RUNNING")).look == "no step for 8 min: make logs RUN=first"
+    assert status(job, queued("PENDING")).look == "Priority"
+    assert status(job, []).look == "make resume RUN=first goes on"
+    note(job.run_dir, "failed", reason="rank 0 on node1: RuntimeError: f(x)")
+    assert status(job, []).look == "rank 0 on node1: RuntimeError: f(x); make logs RUN=first"
+
+
+def test_all_runs_cost_one_question_to_slurm(tmp_path, site, monkeypatch):
+    for number in range(30):
+        job = Job(f"run{number:02d}", tmp_path / f"run{number:02d}", "file:///x", str(number))
+        attempt(job, 1, 0, [(1, 1.0), (2, 2.0)])
+        job.save()
+    asked: list[int] = []
+    monkeypatch.setattr(runs.slurm, "queue", lambda: asked.append(1) or queued("RUNNING", "7"))
+    found = runs.statuses(site)
+    assert [one.run for one in found] == [f"run{number:02d}" for number in range(30)]
+    assert [one.run for one in found if one.state == "running"] == ["run07"]
+    assert asked == [1]
 
 
 def test_a_row_that_was_cut_while_it_was_written_is_left_out(job):
     path = job.run_dir / "a01" / "metrics.jsonl"
-    lines(path, {"result": {"step": 7}, "run": {}})
+    lines(path, {"result": {"step": 7}, "run": {"time": 1.0, "step_s": 0.5, "wait_s": 0.1}})
     with path.open("a") as file:
         file.write('{"result": {"st')
     assert status(job, queued("RUNNING")).step == 7
@@ -94,62 +157,8 @@ def test_the_history_of_a_run_is_one_line_of_time_over_all_attempts(job):
     ]
 
 
-def test_an_event_reads_as_a_line():
-    event = {"time": 0.0, "attempt": 2, "event": "requeued", "reason": "rank 1: gloo", "committed": None, "start": 3}
-    assert sentence(event).endswith("requeued: reason rank 1: gloo, start 3")
-
-
-def test_logs_are_shown_rank_by_rank_from_the_newest_start(job):
-    for number, start in ((0, "old"), (1, "new")):
-        for rank in (0, 1):
-            path = job.run_dir / "logs" / f"{start}_{rank}_log.out"
-            path.write_text("".join(f"{start} {i}\n" for i in range(5)))
-            Start(job.run_dir, "42", number).begin(rank, str(path))
-    assert [path.name for path in logs(job)] == ["new_0_log.out", "new_1_log.out"]
-    out = io.StringIO()
-    show(job, 2, follow=False, out=out)
-    assert out.getvalue() == "0| new 3\n0| new 4\n1| new 3\n1| new 4\n"
-
-
-def test_before_its_ranks_have_begun_the_batch_scripts_log_is_shown(job):
-    (job.run_dir / "logs" / "42_0_log.out").write_text("farseer: no\n")
-    out = io.StringIO()
-    show(job, 10, follow=False, out=out)
-    assert out.getvalue() == "0| farseer: no\n"
-
-
-def test_following_shows_each_line_once_and_whole_until_the_job_is_over(job, monkeypatch):
-    path = job.run_dir / "logs" / "42_0_log.out"
-    path.write_text("one\ntw")
-    states = iter(["RUNNING", "RUNNING", None])
-
-    def state(_):
-        word = next(states)
-        if word is None:
-            path.write_text("one\ntwo\nthree\n")
-        return word
-
-    monkeypatch.setattr(runs, "state", state)
-    monkeypatch.setattr(runs, "FOLLOW_S", 0)
-    out = io.StringIO()
-    show(job, 10, follow=True, out=out)
-    assert out.getvalue() == "0| one\n0| two\n0| three\n"
-
-
 def test_a_cancel_of_a_job_that_is_over_is_refused(job, monkeypatch):
     monkeypatch.setattr(runs.slurm, "queue", list)
     with pytest.raises(UserError, match="over already"):
         runs.cancel(job)
     assert not (job.run_dir / "cancel").exists()
-
-
-def test_checkpoints_in_the_store_exist_when_their_manifest_is_there(tmp_path):
-    root = tmp_path / "store" / "first" / "checkpoints"
-    for name, files in (("step-000000100-a1", ("w", "MANIFEST.json")), ("step-000000200-a1", ("w",))):
-        for file in files:
-            (root / name).mkdir(parents=True, exist_ok=True)
-            (root / name / file).write_text("12345")
-    assert stored_checkpoints(f"file://{tmp_path}/store/first") == [
-        {"name": "step-000000100-a1", "bytes": 10, "state": "committed"},
-        {"name": "step-000000200-a1", "bytes": 5, "state": "not committed"},
-    ]

@@ -1,0 +1,142 @@
+"""Whether a site can do what a run will ask of it: a line for each thing, ok or what to do.
+
+Looks from where it is called, the login node; `probe` looks from the nodes as well, by a job of its own.
+"""
+
+import getpass
+import os
+import secrets
+import shutil
+import subprocess
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_shards.errors import UserError
+from jobs.blame import BLAMED, excluded
+from jobs.site import Site
+from jobs.start import read_lines
+
+FREE_BYTES = 10e9  # of the shared disk: code snapshots, logs, rows, and checkpoints on their way
+FREE_INODES = 10_000
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`ok` None: no mistake, but worth knowing; or nothing to see from here."""
+
+    what: str
+    ok: bool | None
+    says: str
+
+    def line(self) -> str:
+        return f"{ {True: 'ok  ', None: 'note', False: 'BAD '}[self.ok] }  {self.what:12}  {self.says}"
+
+
+def examine(site: Site, runs: str, shards: Sequence[str] = (), probe: bool = False) -> list[Finding]:
+    """runs: the folder of all runs in the store; shards: sets. The site's environment must be active."""
+    from jobs.doctor_slurm import look_at_nodes, look_at_slurm
+    from jobs.doctor_store import look_at_shards, look_at_store
+
+    looks: list[Callable[[], Iterator[Finding]]] = [lambda: look_at_store(runs), lambda: look_at_shards(shards)]
+    if site.executor == "slurm":
+        looks.append(lambda: look_at_slurm(site))
+    looks += [lambda: _disk(site), lambda: _gpus(site), lambda: _wandb(site), lambda: _hosts(site)]
+    if probe and site.executor == "slurm":
+        looks.append(lambda: look_at_nodes(site, runs))
+    with ThreadPoolExecutor(len(looks)) as pool:
+        return [finding for found in pool.map(_all, looks) for finding in found]
+
+
+def _all(look: Callable[[], Iterator[Finding]]) -> list[Finding]:
+    found: list[Finding] = []
+    try:
+        found.extend(look())
+    except (UserError, OSError, subprocess.SubprocessError, ValueError, KeyError) as error:
+        found.append(Finding("cannot look", False, " ".join(str(error).split()) or type(error).__name__))
+    return found
+
+
+def _disk(site: Site) -> Iterator[Finding]:
+    """The shared folder: writable, whole renames, room."""
+    place = Path(site.shared_dir)
+    there = next(path for path in (place, *place.parents) if path.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        yield Finding("shared disk", False, f"{place}: {getpass.getuser()} cannot write {there}; set shared_dir")
+        return
+    first, second = (there / f".farseer-doctor-{secrets.token_hex(4)}" for _ in range(2))
+    try:
+        first.write_text("new")
+        second.write_text("old")
+        begun = time.monotonic()
+        first.replace(second)
+        whole = second.read_text() == "new" and not first.exists()
+        took = 1000 * (time.monotonic() - begun)
+    except OSError as error:
+        yield Finding("shared disk", False, f"{place} cannot be written: {error}; make room, or set shared_dir")
+        return
+    finally:
+        for path in (first, second):
+            path.unlink(missing_ok=True)
+    says = f"{place} is written, and renames are whole ({took:.0f} ms)"
+    yield Finding("shared disk", whole, says if whole else f"{place}: a rename is not whole; take another shared_dir")
+    room = os.statvfs(there)
+    free, inodes = room.f_bavail * room.f_frsize, room.f_favail if room.f_files else None
+    enough = free >= FREE_BYTES and (inodes is None or inodes >= FREE_INODES)
+    says = f"{free / 1e9:,.0f} GB" + ("" if inodes is None else f" and {inodes:,} files") + f" free in {there}"
+    yield Finding("disk room", enough, says if enough else f"only {says}; remove old runs' folders")
+
+
+def _gpus(site: Site) -> Iterator[Finding]:
+    """By nvidia-smi, where there is one."""
+    elsewhere = site.executor == "slurm"
+    if shutil.which("nvidia-smi") is None:
+        ok = None if elsewhere or site.gpus_per_node == 0 else False
+        yield Finding(
+            "GPUs", ok, "none here" + ("; PROBE=1 looks on the nodes" if elsewhere else ": runs go on the CPU")
+        )
+        return
+    ask = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    done = subprocess.run(ask, capture_output=True, text=True, timeout=8, check=False)
+    cards = [line for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
+    if not cards:
+        said = " ".join((done.stdout + done.stderr).split())
+        yield Finding("GPUs", None if elsewhere else False, f"nvidia-smi finds none ({said}); check the driver")
+        return
+    enough = elsewhere or len(cards) >= site.gpus_per_node
+    says = f"{len(cards)} x {cards[0]}"
+    yield Finding("GPUs", enough, says if enough else f"{says}; gpus_per_node says {site.gpus_per_node}")
+
+
+def _wandb(site: Site) -> Iterator[Finding]:
+    """Whether a key is to be had in the job; it is not shown."""
+    from pipeline.monitor import MonitorSettings, wandb_mode
+
+    in_environment = bool(os.environ.pop("WANDB_API_KEY", None)) if site.executor == "slurm" else False
+    if wandb_mode(MonitorSettings()) == "online":
+        yield Finding("W&B", True, "a key is there: runs are shown online")
+    elif in_environment:
+        yield Finding("W&B", False, "WANDB_API_KEY does not travel to the job; `wandb login` puts the key into netrc")
+    else:
+        yield Finding("W&B", None, "no key: runs are recorded offline; `wandb login` puts one into netrc")
+
+
+def _hosts(site: Site) -> Iterator[Finding]:
+    """Those that failed lately."""
+    lines, out = read_lines(Path(site.shared_dir) / BLAMED), excluded(Path(site.shared_dir), site.exclude_hours)
+    by_host = defaultdict(list)
+    for line in lines:
+        if line["time"] > time.time() - 3600 * site.exclude_hours:
+            by_host[line["host"]].append(line)
+    for host, told in by_host.items():
+        last = max(told, key=lambda line: float(line["time"]))
+        ago = (time.time() - last["time"]) / 3600
+        what = "kept out of the next start" if host in out else "kept out if it fails once more"
+        yield Finding(
+            "host", None, f"{host}: to blame {len(told)}x, {ago:.1f} h ago in {last['run']} ({last['reason']}); {what}"
+        )
+    if not by_host:
+        yield Finding("hosts", True, f"none was to blame within {site.exclude_hours:g} h")

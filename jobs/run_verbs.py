@@ -1,0 +1,236 @@
+"""The verbs for runs: plan, submit, watch, stop. Each imports what it needs when it is called."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from jobs.verbs import add_verb, json_option, say, site_option, table
+
+if TYPE_CHECKING:
+    from jobs.checkpoints import Stored
+    from jobs.runs import Job, Status
+    from jobs.site import Site
+    from pipeline.config import Config
+
+WATCH_S = 2.0
+
+
+def run_verbs(verbs: Any) -> None:
+    options = _plan_options(add_verb(verbs, "plan", plan, "what a run would do and cost, and whether it can work"))
+    options.add_argument("--run", default="run", dest="name", help="its name, for the batch script that is shown")
+    options.add_argument("--images-per-s", type=float, help="speed to assume; by default that of earlier runs")
+    json_option(options)
+    options = run_option(add_verb(verbs, "submit", submit, "check everything, then start a run or go on with it"))
+    _plan_options(options)
+    options.add_argument("--force", action="store_true", help="go on under another config than the run began with")
+    site_option(run_option(add_verb(verbs, "resume", resume, "go on with a run that exists, under its own config")))
+    options = add_verb(verbs, "status", status, "all runs: how far, how fast, what to look at")
+    site_option(options)
+    json_option(options)
+    options.add_argument("--watch", action="store_true", help="show it anew every two seconds")
+    options = add_verb(verbs, "doctor", doctor, "whether a site can do what a run asks of it: ok, or what to do")
+    _plan_options(options)
+    options.add_argument("--probe", action="store_true", help="look from the nodes too, by a job of 20 seconds")
+    json_option(options)
+    options = run_option(add_verb(verbs, "logs", logs, "the logs of a run: what failed first, then all ranks"))
+    site_option(options)
+    options.add_argument("--follow", action="store_true", help="go on until the job is over")
+    options.add_argument("--events", action="store_true", help="what happened to the run, a sentence each")
+    options.add_argument("--lines", type=int, default=100, help="the last ones, of all ranks together")
+    options = run_option(add_verb(verbs, "cancel", cancel, "stop a run after a last checkpoint"))
+    site_option(options)
+    options.add_argument("--now", action="store_true", help="without a last checkpoint")
+    options = run_option(
+        add_verb(verbs, "checkpoints", checkpoints, "the checkpoints of a run: how old, where, whole?")
+    )
+    site_option(options)
+    options.add_argument("--verify", action="store_true", help="read and hash every byte of them")
+    json_option(options)
+
+
+def run_option(options: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    options.add_argument("--run", required=True, dest="name", help="the run's name")
+    return options
+
+
+def _plan_options(options: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """What names a config and a site."""
+    options.add_argument("config", metavar="CONF", help="a config file, such as conf/demo.yaml")
+    options.add_argument("--set", default="", help="overrides: 'optim.lr=2.4 data.lanes=64'")
+    site_option(options)
+    return options
+
+
+def plan(options: argparse.Namespace) -> int:
+    from jobs.plan import make_plan
+
+    config, site = _config_and_site(options)
+    site.activate()
+    made = make_plan(config, site, options.name, options.images_per_s)
+    say(*([json.dumps(made.to_json(), indent=2)] if options.json else made.text()))
+    return 0
+
+
+def submit(options: argparse.Namespace) -> int:
+    from jobs.submit import submit as start
+
+    config, site = _config_and_site(options, " checkpoint.force=true" if options.force else "")
+    return _submitted(start(config, site, options.name), site.name)
+
+
+def resume(options: argparse.Namespace) -> int:
+    from jobs.runs import Job
+    from jobs.site import load_site
+    from jobs.submit import submit as start
+    from pipeline.config import load
+
+    site = load_site(options.site)
+    job = Job.of(site, options.name)
+    return _submitted(start(load(job.run_dir / "config.yaml"), site, options.name), site.name)
+
+
+def status(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from jobs.runs import statuses
+    from jobs.site import load_site
+
+    site = load_site(options.site)
+    site.activate()
+    while True:
+        found = statuses(site)
+        if options.json:
+            say(json.dumps([asdict(one) for one in found], indent=2))
+            return 0
+        lines = table(HEAD, map(_row, found)) if found else []
+        lines = lines or [f"no runs in {site.shared_dir}; make submit CONF=... RUN=... starts one"]
+        if not options.watch:
+            say(*lines)
+            return 0
+        say("\x1b[H\x1b[2J" + f"{time.strftime('%H:%M:%S')}, {len(found)} runs of SITE={site.name}", *lines)
+        time.sleep(WATCH_S)
+
+
+def doctor(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from jobs.doctor import examine
+
+    config, site = _config_and_site(options)
+    site.activate()
+    found = examine(site, config.store, [source.url for source in config.data.sets], options.probe)
+    say(*([json.dumps([asdict(one) for one in found], indent=2)] if options.json else (one.line() for one in found)))
+    return 1 if any(one.ok is False for one in found) else 0
+
+
+def logs(options: argparse.Namespace) -> int:
+    from jobs.logs import sentence, show, what_failed
+    from jobs.runs import history
+
+    job = newest_job(options)
+    if options.events:
+        say(*map(sentence, history(job.run_dir)))
+        return 0
+    say(*what_failed(job))
+    show(job, options.lines, options.follow, sys.stdout)
+    return 0
+
+
+def cancel(options: argparse.Namespace) -> int:
+    from jobs import runs
+
+    say(runs.cancel(newest_job(options), options.now))
+    return 0
+
+
+def checkpoints(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from jobs.checkpoints import checkpoints as find
+
+    found = find(newest_job(options), options.verify)
+    if options.json:
+        say(json.dumps([asdict(one) for one in found], indent=2))
+    else:
+        say(*table(("STEP", "ATTEMPT", "AGE", "BYTES", "STATE", "WHERE"), map(_checkpoint_row, found)))
+        say(*(one.damage for one in found if one.damage))
+    return 1 if any(one.damage for one in found) else 0
+
+
+def newest_job(options: argparse.Namespace) -> "Job":
+    """The newest job of the run that the options name, its site's environment set."""
+    from jobs.runs import Job
+    from jobs.site import load_site
+
+    site = load_site(options.site)
+    site.activate()
+    return Job.of(site, options.name)
+
+
+def _config_and_site(options: argparse.Namespace, more: str = "") -> "tuple[Config, Site]":
+    """Both, or the mistakes of both."""
+    from jobs.reasons import Reasons
+    from jobs.site import load_site
+    from pipeline.config import load
+
+    reasons = Reasons()
+    site = reasons.ask(lambda: load_site(options.site))
+    config = reasons.ask(lambda: load(options.config, options.set + more))
+    reasons.refuse()
+    assert config is not None
+    assert site is not None
+    return config, site
+
+
+def _submitted(job: "Job", site: str) -> int:
+    where = "" if site == "local" else f" SITE={site}"
+    say(
+        f"job {job.id} is submitted; logs in {job.run_dir / 'logs'}",
+        f"next: make logs RUN={job.run}{where} FOLLOW=1, make status{where}, make cancel RUN={job.run}{where}",
+    )
+    return 0
+
+
+HEAD = ("RUN", "STATE", "STEP", "LOSS", "IMAGES/S", "WAIT", "LEFT", "SAVED", "AT RISK", "RESTARTS", "LOST", "GOODPUT",
+        "NODES", "LOOK")  # fmt: skip
+
+
+def _row(one: "Status") -> list[str]:
+    def text(value: float | int | None, form: str = "{}") -> str:
+        return "-" if value is None else form.format(value)
+
+    good = one.goodput
+    saved = f"{one.committed}, {_span(one.committed_ago_s)} ago" if one.committed_ago_s is not None else None
+    return [
+        one.run,
+        one.state.partition(" (")[0],
+        text(one.step) + (f"/{one.steps}" if one.steps else ""),
+        text(one.loss, "{:.4f}"),
+        text(one.images_s, "{:,.1f}"),
+        text(one.wait, "{:.0%}"),
+        _span(one.left_s),
+        saved or text(one.committed),
+        text(one.at_risk, "{:,}"),
+        text(good.restarts if good else None),
+        text(good.lost_steps if good else None),
+        text(good.share if good else None, "{:.0%}"),
+        one.nodes or "-",
+        one.look[:100],
+    ]
+
+
+def _checkpoint_row(one: "Stored") -> Iterator[str]:
+    yield from (f"{one.step:,}", str(one.attempt), _span(one.age_s), f"{one.bytes / 1e6:,.1f} MB", one.state, one.where)
+
+
+def _span(seconds: float | None) -> str:
+    """In the largest unit that gives two or more of it: 90 min, 3 h, 12 days."""
+    if seconds is None:
+        return "-"
+    for unit, size in (("days", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"

@@ -1,0 +1,169 @@
+"""What a plan says before anything is spent, and what it refuses; on folders in the place of a bucket."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from data_shards.errors import UserError
+from data_shards.index import Manifest
+from data_shards.store import Store
+from jobs import estimate
+from jobs.cli import main
+from jobs.plan import make_plan
+from jobs.site import ROOT, Site
+from pipeline.config import Config, load
+from pipeline.module import SwAV
+
+SEER = ROOT / "conf" / "seer_regnety_256gf.yaml"
+
+
+def put_set(folder: Path, samples: int, sample_bytes: int) -> str:
+    """The manifest of a set of that size, which is all that a plan reads of it."""
+    each = min(samples, 10_000)
+    shards = (each,) * (samples // each)
+    url = f"file://{folder}/set"
+    Manifest("layout", "contents", samples, shards, tuple(n * sample_bytes for n in shards), {}, {}).save(Store(url))
+    return url
+
+
+def site(folder: Path, **changed: Any) -> Site:
+    values: dict[str, Any] = {"name": "here", "shared_dir": str(folder / "shared"), "executor": "local"}
+    return Site(**{**values, **changed})
+
+
+def small(url: str, *overrides: str) -> Config:
+    return load(ROOT / "conf" / "demo.yaml", [f"data.url={url}", "store=file:///nowhere", *overrides])
+
+
+def values(config: Config, where: Site, images_s: float | None = None) -> dict[str, Any]:
+    return make_plan(config, where, images_s=images_s).to_json()
+
+
+def test_seers_published_figures_give_its_published_steps_and_eight_days(tmp_path):
+    config = load(SEER, [f"data.url={put_set(tmp_path, 10**9, 120_000)}", "data.batch=8704"])
+    where = site(tmp_path, nodes=64, ranks_per_node=8, gpus_per_node=8, price_per_gpu_hour=2.0, failures_per_node_day=0)
+    said = values(config, where, images_s=8704 / 6.125)
+    assert said["steps"] == 114_890  # as SEER's paper has it
+    assert said["images"] == 114_890 * 8704
+    assert said["step"] == pytest.approx(6.125)
+    assert said["days"] == pytest.approx(8.14, abs=0.01)
+    assert said["learning_rate"] == pytest.approx(0.3 * 34)
+    assert said["bytes_read"] == pytest.approx(1.2e14, rel=1e-5)
+    assert said["GPU_hours"] == pytest.approx(512 * (8.14 * 24 + 8 * 300 / 3600), rel=1e-3)
+    assert said["money"] == pytest.approx(2 * said["GPU_hours"])
+    text = "\n".join(make_plan(config, where, images_s=8704 / 6.125).text())
+    assert "8.1 days" in text
+    assert "512 ranks" in text
+
+
+def test_failures_cost_a_restart_and_half_of_what_lies_between_two_checkpoints():
+    where = Site(shared_dir="/x", nodes=64, failures_per_node_day=1 / 64, time_limit_min=1440)
+    takes = estimate.duration(steps=864_000, step_s=1.0, every_steps=1000, site=where)
+    assert (takes.failures, takes.time_limits) == (10, 10)
+    assert takes.seconds - takes.step_seconds == 10 * (estimate.RESTART_S + 500) + 10 * estimate.RESTART_S
+
+
+@pytest.mark.parametrize("optimizer", ["larc", "adamw"])
+def test_the_bytes_of_a_checkpoint_are_those_of_the_trainers_own_state(optimizer):
+    changed = [f"optim.name={optimizer}", "swav.queue=64"]
+    config = small("memory://set", *changed)
+    module = SwAV(config, range(config.data.lanes), 0, 1, steps=10)
+    made = module.configure_optimizers()
+    module.optimizers = lambda use_pl_optimizer=True: made  # type: ignore[method-assign,assignment]
+    state = module.state()
+    assert estimate.checkpoint_bytes(config) == sum(t.numel() * t.element_size() for t in state.values())
+
+
+def test_all_that_cannot_work_is_said_at_once_a_line_each(tmp_path):
+    config = small(put_set(tmp_path, 1000, 4000), "data.lanes=6", "data.batch=60")
+    where = site(tmp_path, nodes=2, ranks_per_node=2, gpus_per_node=1, time_limit_min=1)
+    with pytest.raises(UserError) as refused:
+        make_plan(config, where)
+    lines = str(refused.value).splitlines()
+    assert len(lines) == 3, lines
+    assert lines[0].startswith("data.lanes: 6 does not divide among 4 ranks (SITE=here: 2 nodes x 2); 2, 3, 6 ranks")
+    assert "ranks_per_node: 2 ranks for 1 GPUs" in lines[1]
+    assert "signal_delay_s: 120 is not below the time limit" in lines[2]
+
+
+def test_lanes_that_fit_neither_the_batch_nor_the_ranks_are_both_said(tmp_path):
+    config = small(put_set(tmp_path, 1000, 4000), "data.lanes=12", "model.batch_norm_lanes=4")
+    with pytest.raises(UserError) as refused:
+        make_plan(config, site(tmp_path, nodes=8))
+    ranks, batch = str(refused.value).splitlines()
+    assert "12 does not divide among 8 ranks" in ranks
+    assert 'SET="data.lanes=16"' in ranks
+    assert "12 does not divide data.batch (64)" in batch
+
+
+def test_windows_above_the_prefetch_and_above_the_nodes_memory_are_refused(tmp_path):
+    url = put_set(tmp_path, 100_000, 400_000)
+    window = 4 * 16 * 8 * 400_000  # lanes, chunks, samples, bytes
+    with pytest.raises(UserError, match=rf'prefetch_bytes=({window})" would do'):
+        make_plan(small(url, f"reader.prefetch_bytes={window - 1}"), site(tmp_path))
+    held = small(url, f"reader.prefetch_bytes={window}")
+    assert values(held, site(tmp_path, memory_gb=1))["1_ranks"] == window
+    with pytest.raises(UserError, match=r"memory_gb: 0.1 is too little for 1 ranks that hold 205 MB"):
+        make_plan(held, site(tmp_path, memory_gb=0.1))
+
+
+def test_a_length_of_no_steps_is_refused(tmp_path):
+    config = small(put_set(tmp_path, 1000, 4000), "train.steps=null", "train.epochs=0.01")
+    with pytest.raises(UserError, match=r"train\.epochs: 0\.01 is less than one step of 64 images"):
+        make_plan(config, site(tmp_path))
+
+
+def earlier_run(where: Site, name: str, config: Config, images_s: list[float], ranks: int) -> None:
+    attempt = where.run_dir(name) / "a01"
+    attempt.mkdir(parents=True)
+    (where.run_dir(name) / "config.yaml").write_text(yaml.safe_dump(config.dump()))
+    rows = [{"result": {"step": i}, "run": {"images_s": value}} for i, value in enumerate(images_s, 1)]
+    (attempt / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (attempt / "events.jsonl").write_text(json.dumps({"time": 1.0, "event": "started", "ranks": ranks}) + "\n")
+
+
+def test_the_speed_comes_from_the_newest_earlier_run_that_computes_the_same_and_is_scaled_to_the_ranks(tmp_path):
+    url, where = put_set(tmp_path, 1000, 4000), site(tmp_path, nodes=4, images_per_s=7.0)
+    config = small(url)
+    assert values(config, where)["speed"] == 7.0
+    earlier_run(where, "other-batch", small(url, "data.batch=128"), [900.0] * 9, 4)
+    earlier_run(where, "short", config, [900.0] * 3, 4)
+    assert values(config, where)["speed"] == 7.0
+    earlier_run(where, "like-it", small(url, "train.steps=9"), [1.0, 90.0, 100.0, 100.0, 100.0, 300.0], 2)
+    plan = make_plan(config, where)
+    assert plan.to_json()["speed"] == 200.0
+    assert "measured: run like-it, scaled from 2 ranks to 4" in "\n".join(plan.text())
+    assert values(config, where, images_s=50.0)["speed"] == 50.0
+
+
+def test_without_any_speed_the_plan_says_so_and_how_to_assume_one(tmp_path):
+    plan = make_plan(small(put_set(tmp_path, 1000, 4000)), site(tmp_path))
+    assert "days" not in plan.to_json()
+    assert "IMAGES_PER_S=" in "\n".join(plan.text())
+
+
+def test_the_mistakes_of_config_and_site_are_told_together(tmp_path, capsys):
+    conf, place = tmp_path / "bad.yaml", tmp_path / "bad_site.yaml"
+    conf.write_text("data: {url: 's3://x', batch: 4, lanes: 4, lane: 3}\ntrain: {steps: 1}\n")
+    place.write_text("shared_dir: /x\npartitoin: gpu\n")
+    assert main(["plan", str(conf), "--site", str(place)]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "partitoin: unknown key" in told.err
+    assert "data.lane: unknown key" in told.err
+
+
+def test_the_plan_is_json_for_scripts_and_holds_the_script_and_the_config(tmp_path, capsys):
+    url = put_set(tmp_path, 1000, 4000)
+    place = tmp_path / "here.yaml"
+    place.write_text(f"shared_dir: {tmp_path}/shared\nexecutor: local\n")
+    arguments = ["plan", str(ROOT / "conf/demo.yaml"), "--set", f"data.url={url}", "--site", str(place)]
+    assert main([*arguments, "--json", "--images-per-s", "64"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["steps"], said["speed"], said["step"]) == (560, 64.0, 1.0)
+    assert said["config"]["data"]["url"] == url
+    assert "supervise serve" in said["script"]
+    assert not (tmp_path / "shared").exists()
