@@ -66,6 +66,10 @@ shards: .venv/stamp ## pack SRC=folder into DST=s3://bucket/folder
 verify: .venv/stamp ## whether the shard set DST= holds what its manifest says (FULL=1: decode every image)
 	@$(FARSEER) verify "$(or $(DST),$(error say which set: make verify DST=s3://bucket/folder))" $(site_option) $(call flag,FULL,full)
 
+.PHONY: dedup
+dedup: .venv/stamp ## what DST= has twice, or an evaluation set has (AGAINST="s3://.. s3://.." NEAR=bits OUT=)
+	@$(FARSEER) dedup "$(or $(DST),$(error say which set: make dedup DST=s3://bucket/folder))" $(site_option) $(if $(AGAINST),--against $(AGAINST)) $(if $(NEAR),--distance "$(NEAR)") $(if $(OUT),--out "$(OUT)") $(call flag,JSON,json)
+
 .PHONY: plan
 plan: .venv/stamp ## what a run would do: resolved config, steps, memory (CONF= SITE= SET=)
 	@$(FARSEER) plan "$(CONF)" $(site_option) --set "$(SET)"
