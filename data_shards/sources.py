@@ -70,6 +70,16 @@ def list_sources(
         raise UserError(f"{src}: there is no file in it; make shards SRC=/folder/of/images DST=...")
 
 
+def list_tars(src: str) -> list[str]:
+    """The tars that `src` stands for: a folder of them, a pattern, or one. Raises UserError when there is none."""
+    found = []
+    for url, _ in _expanded(src):
+        found += [file for file, name, _ in _files(url) if name.endswith(".tar")] if _is_folder(url) else [url]
+    if not found:
+        raise UserError(f"{src}: there is no .tar in it; make shards SRC=s3://bucket/shards IN_PLACE=1 DST=...")
+    return found
+
+
 def metadata_schema(src: str, options: SourceOptions | None = None) -> pa.Schema | None:
     """Names and types of `Source.columns`, of which a source may lack some; None when there are none."""
     options = options or SourceOptions()
