@@ -27,6 +27,7 @@ from data_shards.duplicates import PLAIN, connect, decide
 from data_shards.errors import UserError
 from data_shards.index import ShardSet, table_path
 from data_shards.near import Progress, count_rows
+from data_shards.removed import read_removed
 from data_shards.section import Section
 from data_shards.store import Store
 
@@ -114,7 +115,9 @@ def dedup(
     try:
         work.mkdir(parents=True)
         with connect(work, settings.memory_bytes) as db:
-            _load(db, sets, progress)
+            db.execute("CREATE TABLE shards (of UTINYINT, url VARCHAR, number UINTEGER, first UBIGINT)")
+            for of, shards in enumerate(sets):
+                _load(db, of, shards, progress)
             crowded = decide(db, work, settings.distance, settings.crowd, progress)
             _write_lists(db, work)
             found = _tally(db)
@@ -128,24 +131,25 @@ def dedup(
     return DedupReport(store.url, str(folder), crowded=crowded, seconds=time.monotonic() - start, **found)
 
 
-def _load(db: duckdb.DuckDBPyConnection, sets: Sequence[ShardSet], progress: Progress | None) -> None:
-    """Images, one table of a shard after another, and the first id of each shard. Of a sha256 the first 128 bits."""
-    db.execute("CREATE TABLE shards (of UTINYINT, url VARCHAR, number UINTEGER, first UBIGINT); BEGIN")
-    for of, shards in enumerate(sets):
-        first = 0
-        for number, rows in enumerate(_tables(shards)):
-            if rows.num_rows:
-                db.execute("INSERT INTO shards VALUES (?, ?, ?, ?)", [of, shards.store.url, number, first])
-                db.register("rows", rows.append_column("id", pa.array(np.arange(first, first + rows.num_rows))))
-                db.execute(f"""
-                    INSERT INTO images
-                    SELECT {of}, (((1::UBIGINT << 28) - 1 - width::UBIGINT * height) << {_ID_BITS}) | id::UBIGINT,
-                        size, sha256[:32]::UUID, phash
-                    FROM rows WHERE sha256 IS NOT NULL
-                """)
-            first += rows.num_rows
-            if progress:
-                progress(f"tables of {shards.store.url}", number + 1, len(shards.manifest.shard_samples))
+def _load(db: duckdb.DuckDBPyConnection, of: int, shards: ShardSet, progress: Progress | None) -> None:
+    """The images of a set that are not removed, and the first id of each shard; of a sha256 the first 128 bits."""
+    removed, first = read_removed(shards).ids, 0
+    db.execute("BEGIN")
+    for number, rows in enumerate(_tables(shards)):
+        if rows.num_rows:
+            ids = np.arange(first, first + rows.num_rows)
+            gone = removed[slice(*np.searchsorted(removed, [first, first + rows.num_rows]))]
+            db.register("rows", rows.append_column("id", pa.array(ids)).filter(pa.array(~np.isin(ids, gone))))
+            db.execute("INSERT INTO shards VALUES (?, ?, ?, ?)", [of, shards.store.url, number, first])
+            db.execute(f"""
+                INSERT INTO images
+                SELECT {of}, (((1::UBIGINT << 28) - 1 - width::UBIGINT * height) << {_ID_BITS}) | id::UBIGINT,
+                    size, sha256[:32]::UUID, phash
+                FROM rows WHERE sha256 IS NOT NULL
+            """)
+        first += rows.num_rows
+        if progress:
+            progress(f"tables of {shards.store.url}", number + 1, len(shards.manifest.shard_samples))
     db.execute("COMMIT")
 
 

@@ -230,6 +230,17 @@ def test_images_that_show_nothing_and_images_without_a_hash_are_compared_by_thei
     assert "only copies of the same bytes" in "\n".join(found.lines())
 
 
+def test_what_is_removed_already_neither_stays_nor_goes_and_an_empty_place_is_no_image(tmp_path: Path) -> None:
+    one, two = photo_hashes(2)
+    best, middle, small = (Row(flipped(one, *range(bits)), bits, side) for bits, side in ((0, 300), (2, 200), (4, 100)))
+    compacted = Row(None, None)
+    store = stored([[Row(two, 9), compacted], [small, best, middle, Row(two, 9), compacted]])
+    store.put("removed/000001.txt", b"000000-000000\n000001-000001\n")
+    found = dedup(store, tmp_path)
+    assert [(row["kept"], row["key"]) for row in groups(found)] == [("000001-000002", "000001-000000")]
+    assert found.images == 3
+
+
 def test_a_leak_is_told_with_both_keys_and_the_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     many = photo_hashes(30)
     ours = stored([[Row(one, i) for i, one in enumerate(many[:20])], [Row(1, 900)]], f"file://{tmp_path}/ours")
