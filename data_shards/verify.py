@@ -1,96 +1,371 @@
 """Does a shard set hold what its manifest says? Quickly by sizes and indexes, or in full by every byte of every image.
 
-What it finds is a list of faults, each with the shard, so that one knows what to pack again.
+Quickly: the manifest and its version under the layout; of each shard the tar's size, and the index against the Parquet
+rows. In full: also the header of each member, and the CRC32C, the SHA-256, the decode and the size in pixels of each
+image of those shards whose index is right. What has been read in full is noted, so that a killed run goes on.
 """
 
-from collections.abc import Callable, Iterator
+import asyncio
+import hashlib
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import google_crc32c
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_shards.images import PILLOW_MAX_PIXELS, Refused, examine
-from data_shards.index import RECORD, Manifest, shard_path
+from data_shards.images import PILLOW_MAX_PIXELS, Refused, Rules, examine
+from data_shards.index import MANIFEST, RECORD, Manifest, ShardSet, index_path, manifest_path, shard_path, table_path
+from data_shards.processes import unordered
 from data_shards.store import NotFound, Store
 
-Progress = Callable[[str, int, int], None]
+Progress = Callable[..., None]  # what is counted, how many are done, of how many; bytes=, of those done
+
+RANGE_BYTES = 8 * 2**20  # of a tar that are read at once; each process holds two
+FOLDERS = 64  # of the 256 that shards are spread over are looked at together: requests in flight
+TAKEN = Rules(min_side=1, max_aspect=1e9, max_pixels=PILLOW_MAX_PIXELS, max_bytes=2**32)  # a matter of packing
+
+PACK = "bring back a copy of it, or pack the same SRC= under another DST="
+REMOVE = "make remove takes it out of training"
+HEADER = tarfile.BLOCKSIZE
+
+
+class Fault(NamedTuple):
+    """Something that is wrong: the object, the sample if it is about one, what is found, and what to do."""
+
+    object: str
+    key: str | None
+    found: str
+    mend: str
+
+    def __str__(self) -> str:
+        return ": ".join(filter(None, (self.object, self.key, f"{self.found}; {self.mend}")))
 
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """`faults`: one line each; none means that all is well."""
+    """`faults`: none means that all is well. resumed: shards that an earlier, interrupted run has read in full."""
 
     url: str
     samples: int
     shards: int
     full: bool
-    faults: tuple[str, ...]
+    faults: tuple[Fault, ...]
+    resumed: int = 0
+
+    @property
+    def keys(self) -> list[str]:
+        """Of samples that cannot be shown, sorted: for make remove."""
+        return sorted({fault.key for fault in self.faults if fault.key and fault.mend == REMOVE})
 
 
-def verify(store: Store, *, full: bool = False, progress: Progress | None = None) -> VerifyReport:
+class Part(NamedTuple):
+    """What the manifest says of a shard. elsewhere: its tar is not one of this set's, and may hold other members."""
+
+    number: int
+    samples: int
+    bytes: int
+    home: Store
+    tar: tuple[Store, str]
+    elsewhere: bool
+
+    @property
+    def name(self) -> str:
+        """What to call its tar in words."""
+        return f"{self.tar[0].url}/{self.tar[1]}" if self.elsewhere else self.tar[1]
+
+
+class Checked(NamedTuple):
+    """What was found in a shard. fingerprint: of its index, its rows and its tar's size."""
+
+    number: int
+    fingerprint: str
+    faults: tuple[Fault, ...]
+
+
+def verify(
+    store: Store,
+    *,
+    full: bool = False,
+    workers: int | None = None,
+    notes: Path | None = None,
+    afresh: bool = False,
+    progress: Progress | None = None,
+) -> VerifyReport:
     """Check a set. full: read every shard, and check and decode every image; else only what lists and indexes tell.
 
-    Raises UserError when there is no set.
+    workers: processes; by default one a core, and this one alone for a small set. notes: a folder of this machine,
+    where shards that were read in full are noted until all are; afresh: pay no heed to those. Raises UserError when
+    there is no set.
     """
-    manifest = Manifest.load(store)
-    sizes = {entry.path: entry.size for entry in store.list("shards")}
-    faults: list[str] = []
-    for number in range(len(manifest.shard_samples)):
-        faults += _shard(store, manifest, number, sizes, full)
-        if progress:
-            progress("shards", number + 1, len(manifest.shard_samples))
-    return VerifyReport(store.url, manifest.samples, len(manifest.shard_samples), full, tuple(faults))
+    shards = ShardSet.open(store)
+    manifest = shards.manifest
+    parts = [
+        Part(number, samples, size, store, shards.tar(number), bool(manifest.tars))
+        for number, (samples, size) in enumerate(zip(manifest.shard_samples, manifest.shard_bytes, strict=True))
+    ]
+    faults = list(_versions(store, manifest))
+    quick: dict[int, str] = {}
+    for checked in _quickly(parts, _worker_count(workers, len(parts) // 500, store), progress):
+        faults += checked.faults
+        if not checked.faults:
+            quick[checked.number] = checked.fingerprint
+    resumed = 0
+    if full:
+        noted = Notes(notes and notes / _name(store, manifest), afresh)
+        sound = [part for part in parts if part.number in quick]
+        left = [part for part in sound if noted.of(part.number, quick[part.number]) is None]
+        resumed = len(sound) - len(left)
+        for checked in _fully(left, quick, _worker_count(workers, manifest.samples // 1000, store), progress):
+            noted.add(checked)
+        faults += [fault for part in sound for fault in noted.of(part.number, quick[part.number]) or ()]
+        noted.forget()
+    return VerifyReport(store.url, manifest.samples, len(parts), full, tuple(faults), resumed)
 
 
-def _shard(store: Store, manifest: Manifest, number: int, sizes: dict[str, int], full: bool) -> Iterator[str]:
-    tar, count = shard_path(number), manifest.shard_samples[number]
-    index, table = tar.replace(".tar", ".idx"), tar.replace(".tar", ".parquet")
-    wanted = {tar: manifest.shard_bytes[number], index: count * RECORD.itemsize, table: None}
-    found = {path: sizes.get(path) for path in wanted}
-    missing = [path for path, size in found.items() if size is None]
-    yield from (f"{path}: is missing" for path in missing)
-    wrong = [path for path, size in wanted.items() if size is not None and found[path] not in (None, size)]
-    yield from (f"{path}: has {found[path]} bytes, {wanted[path]} are right" for path in wrong)
-    if missing or wrong:
-        return
-    try:
-        records = np.frombuffer(store.get(index), dtype=RECORD)
-        rows = pq.read_table(pa.BufferReader(store.get(table)))
-        yield from _records(index, table, records, rows, manifest.shard_bytes[number])
-        if full:
-            yield from _images(tar, store.get(tar), records, rows)
-    except NotFound as error:
-        yield str(error)
-    except pa.ArrowInvalid as error:
-        yield f"{table}: is not a Parquet file: {error}"
+def _worker_count(wanted: int | None, worth: int, store: Store) -> int:
+    if store.url.startswith("memory:"):
+        return 1  # other processes have other memory
+    return wanted or max(1, min(len(os.sched_getaffinity(0)), worth))  # to start one takes a second
 
 
-def _records(index: str, table: str, records: np.ndarray, rows: pa.Table, tar_bytes: int) -> Iterator[str]:
-    starts, ends = records["offset"].astype(np.int64), (records["offset"] + records["size"]).astype(np.int64)
-    if (starts[1:] < ends[:-1]).any() or int(ends[-1]) > tar_bytes:
-        yield f"{index}: its places overlap or lie outside the shard"
-    if rows.num_rows != len(records):
-        yield f"{table}: has {rows.num_rows} rows, {len(records)} are right"
-        return
-    for name in ("offset", "size", "width", "height"):
-        if not np.array_equal(rows[name].to_numpy(), records[name]):
-            yield f"{table}: its column {name} differs from {index}"
+def _name(store: Store, manifest: Manifest) -> str:
+    told = f"{store.url} {manifest.layout_id} {manifest.contents_id}"
+    return hashlib.blake2b(told.encode(), digest_size=8).hexdigest() + ".jsonl"
 
 
-def _images(tar: str, data: bytes, records: np.ndarray, rows: pa.Table) -> Iterator[str]:
-    for row, record in zip(rows.to_pylist(), records, strict=True):
-        image = data[int(record["offset"]) : int(record["offset"]) + int(record["size"])]
-        if google_crc32c.value(image) != record["crc32c"]:
-            yield f"{tar}: {row['key']}: its CRC32C is not the one of the index"
-            continue
+class Notes:
+    """What has been read in full so far: a line a shard, which counts only as long as its fingerprint is the same."""
+
+    def __init__(self, path: Path | None, afresh: bool) -> None:
+        self._path = path
+        self._checked: dict[int, Checked] = {}
+        if afresh:
+            self.forget()
+        if path and path.exists():
+            for line in path.read_text().splitlines():
+                self._read(line)
+
+    def of(self, number: int, fingerprint: str) -> tuple[Fault, ...] | None:
+        """The faults of a shard; None when it has not been read as it is now."""
+        found = self._checked.get(number)
+        return found.faults if found and found.fingerprint == fingerprint else None
+
+    def add(self, checked: Checked) -> None:
+        self._checked[checked.number] = checked
+        if self._path:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a") as file:
+                file.write(f"\n{json.dumps(checked)}")  # after whatever a killed run left of a line
+
+    def forget(self) -> None:
+        if self._path:
+            self._path.unlink(missing_ok=True)
+
+    def _read(self, line: str) -> None:
         try:
-            photo = examine(image, min_side=1, max_pixels=PILLOW_MAX_PIXELS)
-        except Refused as refused:
-            yield f"{tar}: {row['key']}: {refused.reason} ({refused.detail})"
-            continue
-        if photo.sha256.hex() != row["sha256"]:
-            yield f"{tar}: {row['key']}: its sha256 is not the one of the table"
-        if (photo.width, photo.height) != (record["width"], record["height"]):
-            yield f"{tar}: {row['key']}: is {photo.width} x {photo.height}, the index says otherwise"
+            number, fingerprint, faults = json.loads(line)
+        except (ValueError, TypeError):
+            return  # cut by a kill
+        self._checked[number] = Checked(number, fingerprint, tuple(Fault(*fault) for fault in faults))
+
+
+def _versions(store: Store, manifest: Manifest) -> Iterator[Fault]:
+    """The newest manifest must be there under its layout too: runs ask for it by that name."""
+    path = manifest_path(manifest.layout_id)
+    try:
+        same = store.get(path) == store.get(MANIFEST)
+    except NotFound:
+        yield Fault(path, None, "is missing", f"copy {MANIFEST} there")
+        return
+    if not same:
+        yield Fault(path, None, f"differs from {MANIFEST}", f"copy {MANIFEST} there")
+
+
+def _quickly(parts: list[Part], workers: int, progress: Progress | None) -> Iterator[Checked]:
+    by_folder = [list(found) for _, found in groupby(sorted(parts, key=_folder), _folder)]
+    if progress:
+        progress("indexes", 0, len(parts))
+    each, done = max(8, FOLDERS // workers), 0
+    groups = [by_folder[first : first + each] for first in range(0, len(by_folder), each)]
+    for checked in unordered(_folders, groups, workers):
+        done += len(checked)
+        if progress:
+            progress("indexes", done, len(parts))
+        yield from checked
+
+
+def _fully(parts: list[Part], prints: dict[int, str], workers: int, progress: Progress | None) -> Iterator[Checked]:
+    sizes = {part.number: (part.samples, part.bytes) for part in parts}
+    images, bytes_read, total = 0, 0, sum(part.samples for part in parts)
+    if progress:
+        progress("images", 0, total)
+    for number, faults in unordered(_images, parts, workers):
+        images, bytes_read = images + sizes[number][0], bytes_read + sizes[number][1]
+        if progress:
+            progress("images", images, total, bytes=bytes_read)
+        yield Checked(number, prints[number], faults)
+
+
+def _folder(part: Part) -> str:
+    return shard_path(part.number).rpartition("/")[0]
+
+
+def _folders(folders: list[list[Part]]) -> list[Checked]:
+    """Each is listed, which gives the sizes; then one shard after another is looked at, in all of them together."""
+    home = folders[0][0].home
+    with ThreadPoolExecutor(len(folders)) as threads:
+        listed = threads.map(home.list, (_folder(parts[0]) for parts in folders))
+        sizes = {entry.path: entry.size for entries in listed for entry in entries}
+        tars = dict(threads.map(partial(_tar_size, sizes=sizes), (part for parts in folders for part in parts)))
+
+    async def one(parts: list[Part]) -> list[Checked]:
+        return [await _indexes(part, sizes, tars[part.number]) for part in parts]
+
+    async def every() -> list[list[Checked]]:
+        return await asyncio.gather(*map(one, folders))
+
+    return [checked for found in home.submit(every()).result() for checked in found]
+
+
+def _tar_size(part: Part, sizes: dict[str, int]) -> tuple[int, int | None]:
+    store, path = part.tar
+    try:
+        return part.number, store.size(path) if part.elsewhere else sizes.get(path)
+    except NotFound:
+        return part.number, None
+
+
+async def _indexes(part: Part, sizes: dict[str, int], tar_size: int | None) -> Checked:
+    """What can be said of a shard without reading its tar."""
+    index, table, right = index_path(part.number), table_path(part.number), part.samples * RECORD.itemsize
+    faults = []
+    if tar_size != part.bytes:
+        found = "is missing" if tar_size is None else f"has {tar_size} bytes, {part.bytes} are right"
+        faults.append(Fault(part.name, None, found, "bring it back" if part.elsewhere else PACK))
+    faults += [Fault(path, None, "is missing", PACK) for path in (index, table) if path not in sizes]
+    if sizes.get(index, right) != right:
+        faults.append(Fault(index, None, f"has {sizes[index]} bytes, {right} are right", PACK))
+    if faults:
+        return Checked(part.number, "", tuple(faults))
+    places, rows = await asyncio.gather(part.home.read(index), part.home.read(table))
+    fingerprint = hashlib.blake2b(places + rows + b"%d" % part.bytes, digest_size=16).hexdigest()
+    found_in = _records(index, table, np.frombuffer(places, RECORD), rows, part.bytes)
+    return Checked(part.number, fingerprint, tuple(found_in))
+
+
+def _records(index: str, table: str, records: np.ndarray, data: bytes, tar_bytes: int) -> Iterator[Fault]:
+    starts = records["offset"].astype(np.int64)
+    ends = starts + records["size"]
+    if (starts[1:] < ends[:-1]).any() or (ends > tar_bytes).any() or (starts < HEADER).any():
+        yield Fault(index, None, "its places overlap or lie outside the shard", PACK)
+    emptied = records["size"] == 0
+    if any(records[name][emptied].any() for name in ("crc32c", "width", "height")):
+        yield Fault(index, None, "has places without bytes that are not emptied ones", PACK)
+    names = ("offset", "size", "width", "height")
+    try:
+        rows = _rows(data, ["sha256", *names])
+        columns = {name: rows[name].fill_null(0).to_numpy() for name in names}
+        hashed = rows["sha256"].is_valid().to_numpy()
+    except (pa.ArrowException, KeyError, OSError) as error:
+        yield Fault(table, None, f"is not a Parquet file of samples: {str(error).splitlines()[0]}", PACK)
+        return
+    if rows.num_rows != len(records):
+        yield Fault(table, None, f"has {rows.num_rows} rows, {len(records)} are right", PACK)
+        return
+    for name in names:
+        if differ := int((columns[name] != records[name]).sum()):
+            yield Fault(table, None, f"its column {name} differs from {index} in {differ} places", PACK)
+    if (hashed & emptied).any():
+        yield Fault(table, None, "still has the sha256 of samples whose places are empty", "make compact")
+
+
+def _rows(data: bytes, columns: list[str]) -> pa.Table:
+    with pq.ParquetFile(pa.BufferReader(data)) as file:
+        return file.read(columns=columns, use_threads=False)
+
+
+def _images(part: Part) -> tuple[int, tuple[Fault, ...]]:
+    """What a whole tar tells; its index is known to be right."""
+    records = np.frombuffer(part.home.get(index_path(part.number)), RECORD)
+    rows = _rows(part.home.get(table_path(part.number)), ["key", "sha256"])
+    keys, hashes = rows["key"].to_pylist(), rows["sha256"].to_pylist()
+    faults = [
+        Fault(part.name, keys[place], found, mend)
+        for place, piece in _pieces(part, records)
+        for found, mend in _sample(piece, records[place], hashes[place], None if part.elsewhere else keys[place])
+    ]
+    return part.number, tuple(faults)
+
+
+def _pieces(part: Part, records: np.ndarray) -> Iterator[tuple[int, bytes]]:
+    """Each place with its bytes, its header first; a range is read while the one before is being checked.
+
+    Up to the next place's header where the tar is the set's own, so that all of it is read but for its end.
+    """
+    store, path = part.tar
+    starts = records["offset"].astype(np.int64) - HEADER
+    ends = np.append(starts[1:], part.bytes)
+    if part.elsewhere:
+        ends = starts + HEADER + records["size"]
+    ranges = list(_ranges(starts, ends))
+    reads = (store.submit(store.read(path, int(starts[first]), int(ends[last - 1]))) for first, last in ranges)
+    coming = next(reads, None)
+    for first, last in ranges:
+        assert coming is not None
+        data, coming = coming.result(), next(reads, None)
+        for place in range(first, last):
+            yield place, data[starts[place] - starts[first] : ends[place] - starts[first]]
+
+
+def _ranges(starts: np.ndarray, ends: np.ndarray) -> Iterable[tuple[int, int]]:
+    first = 0
+    while first < len(starts):
+        last = max(first + 1, int(np.searchsorted(ends, starts[first] + RANGE_BYTES, side="right")))
+        yield first, last
+        first = last
+
+
+def _sample(piece: bytes, record: Any, sha256: str | None, key: str | None) -> Iterator[tuple[str, str]]:
+    """What is wrong with a sample, and what to do. piece: from its header on. key: where members are named by it."""
+    size = int(record["size"])
+    image = piece[HEADER : HEADER + size]
+    try:
+        member = tarfile.TarInfo.frombuf(piece[:HEADER], "utf-8", "surrogateescape")
+        if member.isreg() != bool(size) or (size and (member.size != size or not _named(member.name, key))):
+            yield "its tar header is another's", PACK
+    except tarfile.HeaderError as error:
+        yield f"its tar header is damaged ({error})", PACK
+    if not size:
+        if piece[HEADER:].strip(b"\0"):
+            yield "its place is empty by the index, but not in the tar", "make compact"
+    elif google_crc32c.value(image) != record["crc32c"]:
+        yield "its CRC32C is not the one of the index", REMOVE
+    elif sha256 and hashlib.sha256(image).hexdigest() != sha256:
+        yield "its sha256 is not the one of the table", REMOVE
+    else:
+        yield from _decoded(image, record)
+
+
+def _named(member: str, key: str | None) -> bool:
+    return key is None or member.partition(".")[0] == key
+
+
+def _decoded(image: bytes, record: Any) -> Iterator[tuple[str, str]]:
+    try:
+        photo = examine(image, TAKEN)
+    except Refused as refused:
+        yield f"{refused.reason} ({refused.detail})", REMOVE
+        return
+    if (photo.width, photo.height) != (record["width"], record["height"]):
+        right = f"{record['width']} x {record['height']}"
+        yield f"is {photo.width} x {photo.height} pixels, the index says {right}", REMOVE
