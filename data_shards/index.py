@@ -5,7 +5,7 @@
     DST/shards/3f/000012.tar      the samples; 3f is a hash of the number, which spreads requests over prefixes
     DST/shards/3f/000012.idx      RECORDs, one a sample in the order of the tar: a small range finds any chunk
     DST/shards/3f/000012.parquet  one row a sample, for people and DuckDB
-    DST/refused.jsonl             sources that were not taken, and why
+    DST/refused/000012.jsonl      sources that were not taken, and why; of the group of shards that begins there
     DST/removed/000001.txt        keys of samples that must not be shown any more
     DST/plans/1/                  how the packing was laid out, and how far it is
 
@@ -13,6 +13,7 @@ A sample's id is its rank over all shards in their order. Shards that are indexe
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from typing import Any
@@ -24,7 +25,7 @@ from data_shards.store import NotFound, Store
 
 FORMAT = 2
 MANIFEST = "MANIFEST.json"
-REFUSED = "refused.jsonl"
+REFUSED = "refused"
 
 # Bytes of the image itself within the tar, their CRC32C, and pixels as seen (after EXIF orientation).
 RECORD = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc32c", "<u4"), ("width", "<u4"), ("height", "<u4")])
@@ -46,6 +47,16 @@ def table_path(number: int) -> str:
     return shard_path(number).removesuffix(".tar") + ".parquet"
 
 
+def dali_path(number: int) -> str:
+    """Where a shard's index for DALI's own reader lies within its set, when one was asked for."""
+    return shard_path(number).removesuffix(".tar") + ".dali.idx"
+
+
+def shard_digest(sha256: Iterable[bytes]) -> str:
+    """What a shard holds in one number: the hash of its samples' sha256 in their order (hex)."""
+    return blake2b(b"".join(sha256), digest_size=16).hexdigest()
+
+
 def manifest_path(layout_id: str) -> str:
     """Where the version of the manifest with that layout lies within its set."""
     return f"manifests/{layout_id}.json"
@@ -61,7 +72,7 @@ class Manifest:
     """What a set holds.
 
     layout_id: of the packing plan (which sources at which places), so it stays when contents are removed or repaired.
-    contents_id: hash of the samples' sha256 in the order of their ids.
+    contents_id: hash of the shards' digests (`shard_digest`) in their order.
     refused: how many sources were not taken, by reason.
     tars: urls of shards that lie elsewhere, one a shard; empty when they lie in the set's own folder.
     """

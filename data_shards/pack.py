@@ -1,76 +1,31 @@
-"""From a folder of images to a shard set: WebDataset tars with their index, written in parallel, the manifest last.
+"""From images anywhere to a shard set: WebDataset tars with their index, the manifest last.
 
-Every image is decoded once, to prove that it is whole; what is not is refused by a rule and listed. Then the plan is
-made: the sorted sources, put into an order of their own by a keyed permutation, so that neighbours in a folder are far
-apart in the shards. Same sources and settings: same bytes in every shard, however many processes work.
+Three phases, each of which goes on where it was: the plan (data_shards.plan), the shards (data_shards.work), the merge
+(data_shards.merge). Same source and settings: same bytes in every shard, however many processes or machines work.
 """
 
-import contextlib
-import json
-import multiprocessing
 import os
-import re
-import signal
-import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from hashlib import blake2b
-from itertools import accumulate
+from itertools import islice
 from pathlib import Path
-from typing import ClassVar, NamedTuple, TypeVar
-
-import google_crc32c
-from pydantic import Field, NonNegativeInt, PositiveInt
+from typing import Any
 
 from data_shards.errors import UserError
-from data_shards.images import PILLOW_MAX_PIXELS, Refused, read_photo
 from data_shards.index import MANIFEST, REFUSED, Manifest
-from data_shards.permutation import Permutation
-from data_shards.section import Section
-from data_shards.shard import Sample, write_shard
+from data_shards.merge import Refusal, merge, read_refused
+from data_shards.plan import Asked, PackSettings, Plan, load_plans, make_plan
+from data_shards.progress import Progress
+from data_shards.sources import Source, SourceOptions, list_sources, metadata_schema
 from data_shards.store import Store
+from data_shards.work import pack_groups
 
-PLAN_VERSION = 1
+__all__ = ["PackReport", "PackSettings", "Refusal", "Source", "SourceOptions", "pack", "prepare", "report"]
 
-T = TypeVar("T")
-R = TypeVar("R")
-Progress = Callable[[str, int, int], None]  # what is counted, how many are done, of how many
-
-
-class PackSettings(Section):
-    """What is taken, and how large a shard is."""
-
-    affects_results: ClassVar[bool] = False
-
-    shard_bytes: PositiveInt = 256 * 2**20  # decides the number of objects only: reads are ranges
-    min_side: PositiveInt = 32  # pixels
-    max_pixels: PositiveInt = Field(default=100_000_000, le=PILLOW_MAX_PIXELS)
-    max_bytes: PositiveInt = 64 * 2**20  # of a file
-    seed: NonNegativeInt = 0  # of the order in which sources are laid out
-
-
-class Source(NamedTuple):
-    """A file; its name within the collection, which tells it apart; its label, if it has one."""
-
-    path: Path
-    name: str
-    label: str | None
-
-
-class Refusal(NamedTuple):
-    """A line of the set's refused.jsonl."""
-
-    source: str
-    reason: str
-    detail: str
-
-    def __str__(self) -> str:
-        return f"{self.source!r}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+EXAMPLES = 20  # of refused sources, in a report
+WORTH_A_PROCESS = 500  # sources: to start a process takes as long as to pack these
 
 
 @dataclass(frozen=True)
@@ -103,207 +58,128 @@ class PackReport:
         return [*map(str, self.examples), *([f"and {more:,} more in {self.url}/{REFUSED}"] if more else [])]
 
 
-def shards(
-    src: str,
-    dst: str,
-    settings: PackSettings | None = None,
-    progress: Progress | None = None,
-    workers: int | None = None,
-) -> PackReport:
-    """Pack the folder `src` into the store's folder `dst`. Raises UserError."""
-    folder = Path(src).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"{src}: no such folder; make shards SRC=/folder/of/images DST={dst}")
-    return pack(folder, Store(dst), settings or PackSettings(), progress=progress, workers=workers)
-
-
 def pack(
-    source: Path | Sequence[Source],
+    source: str | Path | Sequence[Source],
     dst: Store,
     settings: PackSettings,
     *,
+    options: SourceOptions | None = None,
+    append: bool = False,
     progress: Progress | None = None,
     workers: int | None = None,
 ) -> PackReport:
-    """Write a shard set, or find that it is there already.
+    """Write a shard set, go on with one that the same call began, or find that it is there already.
 
-    source: a folder (labels are its subfolders' names), or the files. workers: processes; by default one a core.
-    Raises UserError when there is nothing to pack, when `dst` holds another set, or when a source changes meanwhile.
+    source: what `list_sources` takes, or the sources themselves. append: add what of it is not in the set yet.
+    workers: processes; by default one a core. Raises UserError when there is nothing to pack, when `dst` holds another
+    set, when a store fails: the same call goes on then.
     """
     start = time.monotonic()
+    plan = prepare(source, dst, settings, options=options, append=append, progress=progress)
+    if plan is not None:
+        pack_groups(dst, plan, range(plan.groups), worker_count(workers, plan, dst), progress)
+        merge(dst, plan)
+    return report(dst, time.monotonic() - start, already_there=plan is None)
+
+
+def prepare(
+    source: str | Path | Sequence[Source],
+    dst: Store,
+    settings: PackSettings,
+    *,
+    options: SourceOptions | None = None,
+    append: bool = False,
+    progress: Progress | None = None,
+) -> Plan | None:
+    """The plan by which there is something to do, made now or found half done; None when all is done.
+
+    Raises UserError as `pack` does, before anything is written.
+    """
     dst.check()
-    sources = find_sources(source) if isinstance(source, Path) else sorted(source, key=lambda s: os.fsencode(s.name))
-    where = str(source) if isinstance(source, Path) else f"{len(sources)} sources"
-    if len({s.name for s in sources}) < len(sources):
-        raise UserError(f"{where}: some have the same name; each needs one of its own")
-    with _processes(_worker_count(workers, len(sources), dst)) as processes:
-        verdicts = processes.map(partial(_judge, settings=settings), sources, batch=32)
-        judged = list(_counted(verdicts, "images", len(sources), progress))
-        samples = [one for one in judged if isinstance(one, Sample)]
-        refused = [one for one in judged if not isinstance(one, Sample)]
-        if not samples:
-            raise UserError(f"{where}: no image to pack: {_tally(refused)}")
-        samples, manifest = _plan(samples, refused, settings)
-        there = _already_there(dst, manifest)
-        if not there:
-            manifest = _write(processes, samples, manifest, refused, dst, progress)
-    manifest = there or manifest
+    asked = Asked(_name(source), settings, options or SourceOptions())
+    plans, manifest = load_plans(dst), Manifest.load(dst) if dst.exists(MANIFEST) else None
+    done = len(manifest.shard_samples) if manifest else 0
+    begun = _begun_append(asked, dst, plans, manifest) if append else _begun(asked, dst, plans, manifest)
+    if begun is not None:
+        return begun if begun.end_shard > done else None
+    listed = list_sources(asked.source, asked.options) if isinstance(source, str | Path) else source
+    columns = metadata_schema(asked.source, asked.options) if isinstance(source, str | Path) else None
+    plan = make_plan(dst, asked, listed, columns, plans, manifest.layout_id if manifest else None, progress)
+    if plan is not None and plan.asked != asked:
+        raise _other(dst, asked, plan)
+    return plan
+
+
+def report(dst: Store, seconds: float, *, already_there: bool) -> PackReport:
+    """What is in the set now."""
+    manifest = Manifest.load(dst)
+    refused = sum(manifest.refused.values())
     return PackReport(
         url=dst.url,
         layout_id=manifest.layout_id,
         samples=manifest.samples,
         shards=len(manifest.shard_samples),
         bytes=sum(manifest.shard_bytes),
-        refused=len(refused),
+        refused=refused,
         reasons=manifest.refused,
-        examples=tuple(refused[:20]),
-        seconds=time.monotonic() - start,
-        already_there=there is not None,
+        examples=tuple(islice(read_refused(dst), EXAMPLES)) if refused else (),
+        seconds=seconds,
+        already_there=already_there,
     )
 
 
-def find_sources(folder: Path, label: Callable[[str], str | None] | None = None) -> list[Source]:
-    """All files below a folder, sorted by name. `label` makes one of a file's name; by default it is the subfolder."""
-    label = label or by_folder
-    names = [
-        (Path(directory) / file).relative_to(folder).as_posix()
-        for directory, _, files in os.walk(folder, onerror=_cannot_list)
-        for file in files
-    ]
-    return [Source(folder / name, name, label(name)) for name in sorted(names, key=os.fsencode)]
-
-
-def by_folder(name: str) -> str | None:
-    return name.rpartition("/")[0] or None
-
-
-def _cannot_list(error: OSError) -> None:
-    raise UserError(f"{error.filename}: {error.strerror}; it cannot be packed as it is") from error
-
-
-def _judge(source: Source, settings: PackSettings) -> Sample | Refusal:
-    limits = {"min_side": settings.min_side, "max_pixels": settings.max_pixels, "max_bytes": settings.max_bytes}
-    try:
-        photo = read_photo(source.path, **limits)
-    except Refused as refused:
-        return Refusal(source.name, refused.reason, refused.detail)
-    return Sample(
-        path=source.path,
-        source=source.name,
-        label=source.label,
-        extension=photo.extension,
-        converted=photo.converted,
-        width=photo.width,
-        height=photo.height,
-        size=len(photo.data),
-        crc32c=google_crc32c.value(photo.data),
-        sha256=photo.sha256,
-    )
-
-
-def _plan(samples: list[Sample], refused: Sequence[Refusal], settings: PackSettings) -> tuple[list[Sample], Manifest]:
-    """The samples in the order of their ids, and the manifest but for the shards' sizes."""
-    count = len(samples)
-    key = blake2b(f"pack {PLAN_VERSION} {settings.seed} {count}".encode(), digest_size=64).digest()
-    samples = [samples[i] for i in Permutation(count, key)(range(count)).tolist()]
-    mean_bytes = sum(sample.tar_bytes for sample in samples) / count
-    shard_count = min(count, -(-count // max(1, round(settings.shard_bytes / mean_bytes))))
-    each, more = divmod(count, shard_count)
-    shard_samples = tuple(each + (number < more) for number in range(shard_count))
-    layout = blake2b(f"layout {PLAN_VERSION} {count} {shard_samples}".encode(), digest_size=16)
-    contents = blake2b(digest_size=16)
-    for sample in samples:
-        layout.update(os.fsencode(sample.source) + b"\0")
-        contents.update(sample.sha256)
-    reasons = dict(sorted(Counter(one.reason for one in refused).items()))
-    return samples, Manifest(
-        layout.hexdigest(), contents.hexdigest(), count, shard_samples, (), settings.model_dump(), reasons
-    )
-
-
-def _already_there(dst: Store, manifest: Manifest) -> Manifest | None:
-    """The set in the store, when it is this one. Raises UserError when it is another."""
-    if not dst.exists(MANIFEST):
-        return None
-    there = Manifest.load(dst)
-    if (there.layout_id, there.contents_id) == (manifest.layout_id, manifest.contents_id):
-        return there
-    raise UserError(
-        f"{dst.url}: holds another shard set ({there.samples} samples, layout {there.layout_id[:8]}; this one has "
-        f"{manifest.samples}, layout {manifest.layout_id[:8]}); give a DST of its own"
-    )
-
-
-def _write(
-    processes: "_Processes",
-    samples: list[Sample],
-    manifest: Manifest,
-    refused: Sequence[Refusal],
-    dst: Store,
-    progress: Progress | None,
-) -> Manifest:
-    _remove_leftovers(dst, len(manifest.shard_samples))
-    ends = list(accumulate(manifest.shard_samples))
-    parts = [
-        (n, samples[end - count : end]) for n, (end, count) in enumerate(zip(ends, manifest.shard_samples, strict=True))
-    ]
-    with tempfile.TemporaryDirectory(prefix="farseer-pack-") as folder:
-        written = processes.map(partial(write_shard, dst=dst, folder=Path(folder)), parts, batch=1)
-        sizes = tuple(_counted(written, "shards", len(parts), progress))
-    dst.put(REFUSED, "".join(json.dumps(one._asdict()) + "\n" for one in refused).encode())
-    manifest = Manifest(**{**manifest.__dict__, "shard_bytes": sizes})
-    manifest.save(dst)
-    return manifest
-
-
-def _remove_leftovers(dst: Store, count: int) -> None:
-    """An interrupted packing of other sources may have left shards that this one does not write over."""
-    ours = re.compile(r"shards/[0-9a-f]{2}/(\d{6,})\.(tar|idx|parquet)")
-    left = [entry.path for entry in dst.list("shards") if (m := ours.fullmatch(entry.path)) and int(m[1]) >= count]
-    dst.delete(left)
-
-
-def _tally(refused: Sequence[Refusal]) -> str:
-    counts = Counter(one.reason for one in refused).most_common()
-    return ", ".join(f"{count} {reason}" for reason, count in counts) or "there is no file in it"
-
-
-def _worker_count(wanted: int | None, sources: int, dst: Store) -> int:
+def worker_count(wanted: int | None, plan: Plan, dst: Store) -> int:
+    """How many processes pack a plan on this machine."""
     if dst.url.startswith("memory:"):
         return 1  # other processes have other memory
-    # to start some takes as long as to check a thousand images
-    return wanted or min(len(os.sched_getaffinity(0)), max(1, sources // 1000))
+    return min(wanted or min(len(os.sched_getaffinity(0)), 1 + plan.sources // WORTH_A_PROCESS), plan.groups)
 
 
-class _Processes(NamedTuple):
-    """`map` over processes, in order; without a pool, in this one."""
-
-    pool: ProcessPoolExecutor | None
-
-    def map(self, call: Callable[[T], R], items: Iterable[T], batch: int) -> Iterator[R]:
-        return map(call, items) if self.pool is None else self.pool.map(call, items, chunksize=batch)
-
-
-@contextlib.contextmanager
-def _processes(count: int) -> Iterator[_Processes]:
-    """Spawned, never forked: the store has threads. Ctrl-C is this process's to handle."""
-    if count == 1:
-        yield _Processes(None)
-        return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(count, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
-    try:
-        yield _Processes(pool)
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a packing process died, probably for want of memory; pack with fewer workers or a smaller max_pixels"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+def _begun(asked: Asked, dst: Store, plans: list[Plan], manifest: Manifest | None) -> Plan | None:
+    """The plan of the same call, if there is one. Raises UserError when the place holds something else."""
+    same = next((plan for plan in plans if plan.asked == asked), None)
+    if same is None and plans:
+        raise _other(dst, asked, plans[0])
+    if same is None and manifest is not None:
+        raise UserError(f"{dst.url}: holds another shard set ({manifest.samples:,} samples); give a DST of its own")
+    return same
 
 
-def _counted(items: Iterable[T], what: str, total: int, progress: Progress | None) -> Iterator[T]:
-    for done, item in enumerate(items, 1):
-        if progress:
-            progress(what, done, total)
-        yield item
+def _begun_append(asked: Asked, dst: Store, plans: list[Plan], manifest: Manifest | None) -> Plan | None:
+    """The same for an append: its plan when it was begun and is not finished."""
+    if manifest is None:
+        raise UserError(f"{dst.url}: holds no finished shard set to append to; make shards without APPEND=1 first")
+    if not plans:
+        raise UserError(f"{dst.url}: its shards were not packed here but indexed where they lie; give a DST of its own")
+    if plans[-1].end_shard <= len(manifest.shard_samples):
+        return None
+    if plans[-1].asked != asked:
+        raise _other(dst, asked, plans[-1])
+    return plans[-1]
+
+
+def _other(dst: Store, asked: Asked, plan: Plan) -> UserError:
+    """What the place holds, and in what it differs from what is asked for."""
+    there, here = _flat(plan.asked), _flat(asked)
+    differences = ", ".join(
+        f"{name}: {there[name]} there, {here[name]} here" for name in here if here[name] != there[name]
+    )
+    return UserError(
+        f"{dst.url}: holds another shard set, or the begin of one (of {plan.sources:,} sources; {differences}); give a "
+        f"DST of its own, or APPEND=1 to add to it"
+    )
+
+
+def _flat(asked: Asked) -> dict[str, Any]:
+    return {"source": asked.source, **asked.settings.model_dump(), **asked.options.model_dump()}
+
+
+def _name(source: str | Path | Sequence[Source]) -> str:
+    """What stands for the source in a plan: the same for the same call from any folder."""
+    if isinstance(source, str | Path):
+        text = str(source)
+        return text if "://" in text else str(Path(text).expanduser().absolute())
+    digest = blake2b(digest_size=8)
+    for one in source:
+        digest.update(repr(one[:5]).encode("utf-8", "surrogateescape"))
+    return f"{len(source)} sources {digest.hexdigest()}"

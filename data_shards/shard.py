@@ -1,115 +1,118 @@
-"""One shard: a plain USTAR tar of images, a RECORD for each, and a Parquet row for each.
+"""One shard: a plain USTAR tar of images, a RECORD for each, a Parquet row for each, and DALI's own index on request.
 
-Owner, time and mode are fixed and members are named by their place, so the same samples give the same bytes, and
+Owner, time and mode are fixed and members are named by their place, so the same images give the same bytes, and
 nothing of the machine that packed them or of a source's path is inside the tar.
 """
 
-import hashlib
 import io
 import tarfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import IO, Any, NamedTuple
 
+import google_crc32c
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_shards.errors import UserError
-from data_shards.images import convert
-from data_shards.index import RECORD, sample_key, shard_path
+from data_shards.images import Photo
+from data_shards.index import RECORD, dali_path, index_path, sample_key, shard_digest, shard_path, table_path
+from data_shards.sources import Source
 from data_shards.store import Store
 
+# One row a sample; the columns of the sources' own metadata follow.
+COLUMNS = pa.schema(
+    {
+        "key": pa.string(),
+        "offset": pa.uint64(),
+        "size": pa.uint32(),
+        "width": pa.uint32(),
+        "height": pa.uint32(),
+        "format": pa.string(),
+        "sha256": pa.string(),
+        "phash": pa.uint64(),
+        "label": pa.string(),
+        "source": pa.string(),
+    }
+)
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """An accepted image: where it comes from, and what will be stored of it."""
 
-    path: Path
-    source: str
-    label: str | None
-    extension: str
-    converted: bool
-    width: int
-    height: int
-    size: int
+class Written(NamedTuple):
+    """A shard in the store: its samples, its tar's bytes, and the digest of what the samples hold (hex)."""
+
+    samples: int
+    bytes: int
+    digest: str
+
+
+class Row(NamedTuple):
+    """What the index says of a sample: a row of its table, and the CRC32C of its bytes."""
+
+    columns: dict[str, Any]
     crc32c: int
-    sha256: bytes
-
-    @property
-    def tar_bytes(self) -> int:
-        """Its share of a tar: a header, and data in whole blocks."""
-        return tarfile.BLOCKSIZE * (1 - (-self.size // tarfile.BLOCKSIZE))
 
 
-def write_shard(part: tuple[int, Sequence[Sample]], dst: Store, folder: Path) -> int:
-    """Write shard `part[0]` of a set with these samples; gives its bytes. `folder` holds the tar until it is uploaded.
-
-    Raises UserError when a source is no longer what it was when it was checked.
-    """
-    number, samples = part
-    path = shard_path(number)
-    local = folder / f"{number:06d}.tar"
-    try:
-        offsets = _write_tar(local, number, samples)
-        size = local.stat().st_size
-        dst.upload(local, path)
-    finally:
-        local.unlink(missing_ok=True)
-    dst.put(path.replace(".tar", ".idx"), _records(samples, offsets).tobytes())
-    dst.put(path.replace(".tar", ".parquet"), _rows(number, samples, offsets))
-    return size
+def write_shard(
+    number: int, images: Iterable[tuple[Source, Photo]], store: Store, columns: pa.Schema | None, dali_index: bool
+) -> Written:
+    """Write a shard: its tar, then its index. columns: types of the sources' metadata. Keeps one image in memory."""
+    # a file without a name: whatever happens to this process, nothing of it stays on the disk
+    with tempfile.TemporaryFile(prefix="farseer-shard-") as file:
+        rows = [*_write_tar(file, number, images)]
+        file.flush()
+        store.upload(Path(f"/proc/self/fd/{file.fileno()}"), shard_path(number))
+        if dali_index:
+            store.put(dali_path(number), _dali(rows).encode())
+        return put_index(store, number, rows, columns, file.tell())
 
 
-def _write_tar(local: Path, number: int, samples: Sequence[Sample]) -> list[int]:
-    offsets = []
-    with tarfile.open(local, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for place, sample in enumerate(samples):
-            data = _data(sample)
-            member = tarfile.TarInfo(f"{sample_key(number, place)}.{sample.extension}")
-            member.size = len(data)
-            offsets.append(tar.offset + tarfile.BLOCKSIZE)
-            tar.addfile(member, io.BytesIO(data))
-    return offsets
+def row(number: int, place: int, offset: int, source: Source, photo: Photo) -> Row:
+    """Of the sample at a place of shard `number`, whose bytes begin at `offset` of the tar."""
+    columns = {
+        "key": sample_key(number, place),
+        "offset": offset,
+        "size": len(photo.data),
+        "width": photo.width,
+        "height": photo.height,
+        "format": photo.extension,
+        "sha256": photo.sha256.hex(),
+        "phash": photo.phash,
+        "label": _text(source.label),
+        "source": _text(source.name),
+    }
+    return Row({**(source.columns or {}), **columns}, google_crc32c.value(photo.data))
 
 
-def _data(sample: Sample) -> bytes:
-    try:
-        data = sample.path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{sample.path}: {error.strerror}, though it was there a moment ago; pack again") from error
-    if sample.converted:
-        data = convert(data)
-    if hashlib.sha256(data).digest() != sample.sha256:
-        raise UserError(f"{sample.path}: changed while it was packed; pack again when nothing writes to it")
-    return data
+def put_index(store: Store, number: int, rows: Sequence[Row], columns: pa.Schema | None, size: int) -> Written:
+    """Put a shard's RECORDs and its table. columns: types of the sources' metadata. size: bytes of the tar."""
+    records = np.empty(len(rows), dtype=RECORD)
+    for name in ("offset", "size", "width", "height"):
+        records[name] = [one.columns[name] for one in rows]
+    records["crc32c"] = [one.crc32c for one in rows]
+    table = io.BytesIO()
+    schema = pa.schema([*COLUMNS, *(columns or ())])
+    pq.write_table(pa.Table.from_pylist([one.columns for one in rows], schema=schema), table, compression="zstd")
+    store.put(index_path(number), records.tobytes())
+    store.put(table_path(number), table.getvalue())
+    return Written(len(rows), size, shard_digest(bytes.fromhex(one.columns["sha256"]) for one in rows))
 
 
-def _records(samples: Sequence[Sample], offsets: Sequence[int]) -> np.ndarray:
-    records = np.empty(len(samples), dtype=RECORD)
-    records["offset"] = offsets
-    for name in ("size", "crc32c", "width", "height"):
-        records[name] = [getattr(sample, name) for sample in samples]
-    return records
+def _write_tar(file: IO[bytes], number: int, images: Iterable[tuple[Source, Photo]]) -> Iterator[Row]:
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for place, (source, photo) in enumerate(images):
+            member = tarfile.TarInfo(f"{sample_key(number, place)}.{photo.extension}")
+            member.size = len(photo.data)
+            offset = tar.offset + tarfile.BLOCKSIZE
+            tar.addfile(member, io.BytesIO(photo.data))
+            yield row(number, place, offset, source, photo)
 
 
-def _rows(number: int, samples: Sequence[Sample], offsets: Sequence[int]) -> bytes:
-    table = pa.table(
-        {
-            "key": pa.array([sample_key(number, place) for place in range(len(samples))]),
-            "offset": pa.array(offsets, pa.uint64()),
-            "size": pa.array([sample.size for sample in samples], pa.uint32()),
-            "width": pa.array([sample.width for sample in samples], pa.uint32()),
-            "height": pa.array([sample.height for sample in samples], pa.uint32()),
-            "format": pa.array([sample.extension for sample in samples]),
-            "sha256": pa.array([sample.sha256.hex() for sample in samples]),
-            "label": pa.array([_text(sample.label) for sample in samples], pa.string()),
-            "source": pa.array([_text(sample.source) for sample in samples]),
-        }
-    )
-    out = io.BytesIO()
-    pq.write_table(table, out, compression="zstd")
-    return out.getvalue()
+def _dali(rows: Sequence[Row]) -> str:
+    """As `wds2idx` writes it: a version, then extension, offset, size and name of each sample's one member."""
+    found = [one.columns for one in rows]
+    lines = (f"{one['format']} {one['offset']} {one['size']} {one['key']}.{one['format']}" for one in found)
+    return "\n".join([f"v1.2 {len(found)}", *lines]) + "\n"
 
 
 def _text(name: str | None) -> str | None:

@@ -5,14 +5,12 @@ import json
 import os
 from typing import Any
 
+from jobs.pack_verb import pack_verb
 from jobs.verbs import add_verb, json_option, progress, say
 
 
 def shard_verbs(verbs: Any) -> None:
-    packing = add_verb(verbs, "shards", shards, "pack a folder of images into shards, each image decoded once")
-    packing.add_argument("source", metavar="SRC", help="a folder of images")
-    packing.add_argument("target", metavar="DST", help="where the shards go: s3://bucket/folder")
-    packing.add_argument("--workers", type=int, help="processes; by default one a core")
+    pack_verb(verbs)
     verifying = add_verb(verbs, "verify", verify, "whether a shard set holds what its manifest says")
     verifying.add_argument("target", metavar="DST", help="the set: s3://bucket/folder")
     verifying.add_argument("--full", action="store_true", help="check and decode every image; else sizes and indexes")
@@ -22,23 +20,9 @@ def shard_verbs(verbs: Any) -> None:
     deduping.add_argument("--distance", type=int, default=4, help="bits of 64 in which hashes of near ones may differ")
     deduping.add_argument("--memory-gib", type=float, default=4, help="DuckDB's; the rest goes to the disk of --out")
     deduping.add_argument("--out", help="folder of the lists; by default var/dedup/<set>")
-    for options in (packing, verifying, deduping):
+    for options in (verifying, deduping):
         options.add_argument("--site", default=os.environ.get("SITE"), help="whose keys; by default local, if it is up")
         json_option(options)
-
-
-def shards(options: argparse.Namespace) -> int:
-    from dataclasses import asdict
-
-    from data_shards.pack import shards as pack
-
-    use_keys(options.site)
-    report = pack(options.source, options.target, progress=progress(), workers=options.workers)
-    if options.json:
-        say(json.dumps(asdict(report), indent=2))
-    else:
-        say(*report.refused_lines(), f"{report.url}: {report.summary()}")
-    return 0
 
 
 def verify(options: argparse.Namespace) -> int:

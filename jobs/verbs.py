@@ -1,10 +1,12 @@
 """What every verb of the program is made of: its options, what it says, and how it shows that it goes on."""
 
 import argparse
+import math
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 Verb = Callable[[argparse.Namespace], int]
 
@@ -27,16 +29,66 @@ def json_option(options: argparse.ArgumentParser) -> None:
     options.add_argument("--json", action="store_true", help="for scripts")
 
 
-def progress() -> Callable[[str, int, int], None] | None:
-    """A line on stderr that is written over, where a terminal shows it."""
-    if not sys.stderr.isatty():
-        return None
+class ProgressLine:
+    """A line on stderr: how far, how fast, how long it will take.
 
-    def show(what: str, done: int, total: int) -> None:
-        sys.stderr.write(f"\r\x1b[2K{what} {done:,}/{total:,}" + ("\n" if done == total else ""))
-        sys.stderr.flush()
+    On a terminal it is written over, a few times a second; elsewhere there is a new one every EVERY_S, the first after
+    so long. Speed and time left are of what was done since the first call for the same `what`.
+    """
 
-    return show
+    EVERY_S = 30.0
+    TERMINAL_S = 0.1
+
+    def __init__(self, out: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._out, self._clock = out or sys.stderr, clock
+        self._terminal = self._out.isatty()
+        self._what = ""
+        self._began, self._first, self._told = 0.0, 0, 0.0
+
+    def __call__(self, what: str, done: int, total: int, *, bytes: int = 0, refused: int = 0) -> None:
+        now = self._clock()
+        if what != self._what:
+            self._what, self._began, self._first = what, now, done
+            self._told = -math.inf if self._terminal else now
+        if now - self._told < (self.TERMINAL_S if self._terminal else self.EVERY_S) and not (
+            self._terminal and done == total
+        ):
+            return
+        self._told = now
+        text = _progress_text(what, done, total, bytes, refused, done - self._first, now - self._began)
+        self._out.write(f"\r\x1b[2K{text}" + ("\n" if done == total else "") if self._terminal else f"{text}\n")
+        self._out.flush()
+
+
+def _progress_text(what: str, done: int, total: int, size: int, refused: int, new: int, seconds: float) -> str:
+    parts = [f"{what} {done:,}" + (f"/{total:,} ({done / total:.0%})" if total else "")]
+    if seconds > 0 and new:
+        parts.append(f"{new / seconds:,.0f}/s")
+    if seconds > 0 and size:
+        parts.append(f"{size / seconds / 1e6:,.1f} MB/s")
+    if refused:
+        parts.append(f"{refused:,} refused")
+    if new and done < total:
+        parts.append(f"{duration((total - done) * seconds / new)} left")
+    return ", ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """In words, to two figures: 41 s, 3 min 20 s, 5 h 12 min, 2 d 3 h."""
+    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+    left, parts = round(seconds), list[str]()
+    for name, length in units:
+        if left >= length or (name == "s" and not parts):
+            parts.append(f"{left // length} {name}")
+            left %= length
+        elif parts:
+            break
+    return " ".join(parts[:2])
+
+
+def progress() -> ProgressLine:
+    """How a verb that takes a while shows that it goes on."""
+    return ProgressLine()
 
 
 def table(head: Sequence[str], rows: Any) -> list[str]:

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from data_shards.index import REFUSED, Manifest, ShardSet
+from data_shards.index import Manifest, ShardSet
+from data_shards.merge import read_refused
 from data_shards.order import make_order
-from data_shards.store import NotFound, Store
+from data_shards.store import Store
 from pipeline.augment import draw
 from pipeline.config import Config
 from pipeline.evaluate.run import open_tiles
@@ -90,12 +91,7 @@ def examples(evaluation: Evaluation, bank: Tiles, held_out: Tiles, config: Confi
 
 def refusals(store: Store) -> list[Refusal]:
     """What was refused when this set was packed."""
-    try:
-        lines = store.get(REFUSED).decode().splitlines()
-    except NotFound:
-        return []
-    told = map(json.loads, lines)
-    return [Refusal(one["source"], one["reason"], one.get("detail") or "") for one in told]
+    return [Refusal(*one) for one in read_refused(store)]
 
 
 def environments(store: Store) -> list[dict[str, Any]]:

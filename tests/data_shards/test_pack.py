@@ -2,20 +2,24 @@
 
 import hashlib
 import io
-import json
 import shutil
 import tarfile
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from data_shards.errors import UserError
-from data_shards.index import RECORD, Manifest, ShardSet, shard_path
-from data_shards.pack import PackSettings, Source, find_sources, pack, shards
+from data_shards.files import store_of
+from data_shards.index import RECORD, Manifest, ShardSet, dali_path, shard_path
+from data_shards.merge import read_refused
+from data_shards.pack import PackSettings, Source, pack
 from data_shards.store import Store
 from tests.photos import write_tiles
 
@@ -126,12 +130,11 @@ def test_bad_files_are_refused_by_rule_and_listed_and_the_rest_is_packed(tiles: 
     assert report.samples == 91
     assert report.reasons == {"damaged": 1, "empty": 1, "not an image": 2, "too small": 1}
     assert report.refused == 5
-    assert "91 images in 5 shards" in report.summary()
+    assert f"91 images in {report.shards} shards" in report.summary()
     assert "refused 5 (1 damaged, 1 empty, 2 not an image, 1 too small)" in report.summary()
     assert "'empty.png': empty" in report.refused_lines()
     assert not any("\n" in line for line in report.refused_lines())
-    listed = [json.loads(line) for line in store.get("refused.jsonl").decode().splitlines()]
-    assert {(one["source"], one["reason"]) for one in listed} == {
+    assert {(one.source, one.reason) for one in read_refused(store)} == {
         ("cut.jpg", "damaged"),
         ("empty.png", "empty"),
         ("page.html.jpg", "not an image"),
@@ -156,102 +159,74 @@ def test_names_that_are_no_text_and_nasty_ones_are_packed_but_never_become_paths
     assert "\\xff\\xfe.jpg" in ShardSet(store, Manifest.load(store)).table()["source"].to_pylist()
 
 
-def test_packing_the_same_again_says_it_is_there_and_writes_nothing(tiles: Path, tmp_path: Path) -> None:
+def test_packing_the_same_again_says_it_is_there_and_reads_and_writes_nothing(tiles: Path, tmp_path: Path) -> None:
     store = Store(f"file://{tmp_path}")
     first = pack(tiles, store, SMALL)
     before = store.counters.bytes_written
-    again = pack(tiles, store, SMALL)
+    again = pack(str(tiles) + "/", store, SMALL, progress=lambda *_, **__: pytest.fail("it works"))
     assert (first.already_there, again.already_there) == (False, True)
     assert (again.samples, again.shards, again.bytes) == (first.samples, first.shards, first.bytes)
     assert store.counters.bytes_written == before
 
 
 def test_a_place_that_holds_another_set_is_refused_and_left_as_it_is(tiles: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "src"
-    shutil.copytree(tiles, folder)
     store = Store(f"file://{tmp_path}/dst")
-    pack(folder, store, SMALL)
+    pack(tiles, store, SMALL)
     before = every_object(store)
-    images = sorted(folder.rglob("*.jpg"))
-    images[0].write_bytes(images[1].read_bytes())  # the same names, so the same layout, but other contents
-    with pytest.raises(UserError, match="holds another shard set") as error:
-        pack(folder, store, SMALL)
-    images[0].unlink()
-    with pytest.raises(UserError, match=r"holds another shard set \(90 samples, layout .*; this one has 89"):
-        pack(folder, store, SMALL)
+    with pytest.raises(
+        UserError, match=r"holds another shard set.*min_side: 32 there, 33 here.*DST of its own"
+    ) as error:
+        pack(tiles, store, PackSettings(shard_bytes=60_000, min_side=33))
     assert "\n" not in str(error.value)
-    assert every_object(store) == before
+    with pytest.raises(UserError, match=rf"source: {tiles} there, {tiles}/photo-1 here"):
+        pack(tiles / "photo-1", store, SMALL)
+    store.delete(path for path in before if path.startswith("plans/"))
+    with pytest.raises(UserError, match=r"holds another shard set \(90 samples\)"):
+        pack(tiles, store, SMALL)
+    assert {path: data for path, data in before.items() if not path.startswith("plans/")} == every_object(store)
 
 
-def test_an_interrupted_packing_leaves_no_set_and_nothing_of_it_in_the_next(tiles: Path, tmp_path: Path) -> None:
-    store = Store(f"file://{tmp_path}")
+def test_progress_counts_what_is_listed_then_images_and_bytes_to_their_totals(tiles: Path, tmp_path: Path) -> None:
+    (tmp_path / "src").symlink_to(tiles)
+    seen: list[tuple[str, int, int, int, int]] = []
 
-    class Interrupted(Exception):
-        pass
+    def note(what: str, done: int, total: int, *, bytes: int = 0, refused: int = 0) -> None:
+        seen.append((what, done, total, bytes, refused))
 
-    def stop(what: str, done: int, total: int) -> None:
-        if (what, done) == ("shards", 3):
-            raise Interrupted
-
-    with pytest.raises(Interrupted):
-        pack(tiles, store, PackSettings(shard_bytes=20_000), progress=stop)
-    assert not store.exists("MANIFEST.json")
-    store.put("shards/aa/notes.txt", b"not ours")
-    pack(tiles, store, PackSettings(shard_bytes=2**20))
-    assert [path for path in every_object(store) if path.startswith("shards")] == sorted(
-        ["shards/aa/notes.txt", *(shard_path(0).replace("tar", end) for end in ("idx", "parquet", "tar"))]
-    )
+    pack(tmp_path / "src", Store(f"memory://{tmp_path.name}"), SMALL, progress=note)
+    assert seen[0] == ("listed", 90, 0, 0, 0)
+    images = [one for one in seen if one[0] == "images"]
+    assert images == sorted(images)
+    assert images[-1] == ("images", 90, 90, sum(path.stat().st_size for path in tiles.rglob("*.jpg")), 0)
 
 
-def test_a_source_that_changes_while_it_is_packed_stops_the_packing(tiles: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "src"
-    shutil.copytree(tiles, folder)
-    victim = sorted(folder.rglob("*.jpg"))[7]
-
-    def touch(what: str, done: int, total: int) -> None:
-        if (what, done) == ("images", total):
-            victim.write_bytes(victim.read_bytes() + b"x")
-
-    store = Store(f"file://{tmp_path}/dst")
-    with pytest.raises(UserError, match=rf"{victim}: changed while it was packed"):
-        pack(folder, store, SMALL, progress=touch)
-    assert not store.exists("MANIFEST.json")
-
-
-def test_progress_counts_images_and_shards_to_their_totals(tiles: Path, tmp_path: Path) -> None:
-    seen: list[tuple[str, int, int]] = []
-    report = pack(tiles, Store(f"memory://{tmp_path.name}"), SMALL, progress=lambda *counts: seen.append(counts))
-    assert seen == [("images", n, 90) for n in range(1, 91)] + [
-        ("shards", n, report.shards) for n in range(1, report.shards + 1)
-    ]
-
-
-def test_labels_come_from_a_rule_of_ones_own(tiles: Path, tmp_path: Path) -> None:
+def test_sources_may_be_handed_over_with_labels_of_their_own(tiles: Path, tmp_path: Path) -> None:
     store = Store(f"memory://{tmp_path.name}")
-    pack(find_sources(tiles, label=lambda name: name[-5]), store, SMALL)
+    pack([Source(str(path), name=path.name, label=path.name[-5]) for path in tiles.rglob("*.jpg")], store, SMALL)
     assert set(ShardSet(store, Manifest.load(store)).table()["label"].to_pylist()) == set("0123456789")
 
 
 @pytest.mark.parametrize(
     ("prepare", "words"),
     [
-        (lambda folder: None, "no such folder; make shards SRC="),
-        (lambda folder: folder.mkdir(), "no image to pack: there is no file in it"),
+        (lambda folder: None, "no such file, and no such folder; make shards SRC="),
+        (lambda folder: folder.mkdir(), "there is no file in it"),
         (lambda folder: (folder.mkdir(), (folder / "a").touch()), "no image to pack: 1 empty"),
     ],
 )
-def test_a_source_without_images_is_one_clear_line(prepare: Any, words: str, tmp_path: Path) -> None:
+def test_a_source_without_images_is_one_clear_line_and_leaves_nothing(prepare: Any, words: str, tmp_path: Path) -> None:
     prepare(tmp_path / "src")
+    store = Store(f"file://{tmp_path}/dst")
     with pytest.raises(UserError, match=words) as error:
-        shards(str(tmp_path / "src"), f"file://{tmp_path}/dst")
+        pack(tmp_path / "src", store, SMALL)
     assert "\n" not in str(error.value)
-    assert not (tmp_path / "dst").exists()
+    assert every_object(store) == {}
 
 
 def test_two_sources_of_one_name_are_refused(tiles: Path, tmp_path: Path) -> None:
-    one = next(tiles.rglob("*.jpg"))
-    with pytest.raises(UserError, match="the same name"):
-        pack([Source(one, "a", None), Source(one, "a", None)], Store(f"memory://{tmp_path.name}"), SMALL)
+    one = str(next(tiles.rglob("*.jpg")))
+    with pytest.raises(UserError, match="two sources have the name 'a'"):
+        pack([Source(one, name="a"), Source(one, name="a")], Store(f"memory://{tmp_path.name}"), SMALL)
 
 
 @pytest.mark.slow
@@ -266,25 +241,56 @@ def test_webdataset_reads_the_shards(tiles: Path, packed: ShardSet) -> None:
     assert [sample["jpg"] for sample in found] == [(tiles / row["source"]).read_bytes() for row in rows]
 
 
-@pytest.mark.slow
-def test_dalis_webdataset_reader_reads_the_shards_with_an_index_made_from_ours(
-    tiles: Path, packed: ShardSet, tmp_path: Path
-) -> None:
-    dali = pytest.importorskip("nvidia.dali")
-    rows = packed.table().to_pylist()
-    records = np.frombuffer(packed.store.get(shard_path(0).replace(".tar", ".idx")), dtype=RECORD)
-    lines = [f"jpg {record['offset']} {record['size']}" for record in records]
-    (tmp_path / "0.idx").write_text(
-        f"v1.2 {len(lines)}\n" + "".join(f"{line} {n}.jpg\n" for n, line in enumerate(lines))
+def test_metadata_columns_are_kept_with_their_types(tiles: Path, tmp_path: Path) -> None:
+    columns = pa.schema([("taken", pa.timestamp("us")), ("tags", pa.list_(pa.string())), ("quality", pa.float32())])
+    values = {"taken": datetime(2026, 1, 2, 3, 4, 5), "tags": ["a", "b"], "quality": 0.5}
+    paths = sorted(str(path) for path in tiles.rglob("*.jpg"))
+    listed = pa.table(
+        {"path": paths, **{name: pa.array([values[name]] * 90, columns.field(name).type) for name in values}}
     )
+    pq.write_table(listed, tmp_path / "list.parquet")
+    store = Store(f"memory://{tmp_path.name}")
+    pack(tmp_path / "list.parquet", store, SMALL)
+    table = ShardSet(store, Manifest.load(store)).table()
+    assert pa.schema([table.schema.field(name) for name in values]) == columns
+    assert table.select(list(values)).to_pylist() == [values] * 90
 
-    @dali.pipeline_def(batch_size=len(records), num_threads=1, device_id=None)
+
+def test_a_source_whose_sizes_are_listed_is_read_once(tiles: Path, tmp_path: Path) -> None:
+    place = store_of(f"memory://{tmp_path.name}/src")
+    assert place is not None
+    source, _ = place
+    for path in tiles.rglob("*.jpg"):
+        source.put(f"{tmp_path.name}/src/{path.name}", path.read_bytes())
+    before = source.counters.bytes_read
+    pack(f"memory://{tmp_path.name}/src", Store(f"file://{tmp_path}/dst"), SMALL, workers=1)
+    assert source.counters.bytes_read - before == sum(path.stat().st_size for path in tiles.rglob("*.jpg"))
+
+
+@pytest.mark.slow
+def test_dalis_webdataset_reader_reads_the_shards_by_the_index_that_was_asked_for(tiles: Path, tmp_path: Path) -> None:
+    dali = pytest.importorskip("nvidia.dali")
+    shutil.copytree(tiles, tmp_path / "src")
+    for path in sorted((tmp_path / "src").rglob("*.jpg"))[::3]:
+        with Image.open(path) as image:
+            image.save(path.with_suffix(".png"))
+        path.unlink()
+    store = Store(f"file://{tmp_path}/dst")
+    pack(tmp_path / "src", store, PackSettings(shard_bytes=200_000, dali_index=True))
+    rows = ShardSet.open(store).table().to_pylist()
+    shards = range(len(Manifest.load(store).shard_samples))
+    assert {row["format"] for row in rows} == {"jpg", "png"}
+
+    @dali.pipeline_def(batch_size=len(rows), num_threads=1, device_id=None)
     def read() -> Any:
-        tar = f"{packed.store.url.removeprefix('file://')}/{shard_path(0)}"
-        return dali.fn.readers.webdataset(paths=[tar], index_paths=[str(tmp_path / "0.idx")], ext=["jpg"])
+        return dali.fn.readers.webdataset(
+            paths=[f"{tmp_path}/dst/{shard_path(n)}" for n in shards],
+            index_paths=[f"{tmp_path}/dst/{dali_path(n)}" for n in shards],
+            ext=["jpg;png"],
+        )
 
     pipeline = read()
     pipeline.build()
     (batch,) = pipeline.run()
-    for place, row in enumerate(rows[: len(records)]):
-        assert bytes(np.asarray(batch.at(place))) == (tiles / row["source"]).read_bytes()
+    for place, row in enumerate(rows):
+        assert bytes(np.asarray(batch.at(place))) == (tmp_path / "src" / row["source"]).read_bytes()

@@ -1,0 +1,209 @@
+"""Packing by a plan: each source is read once, checked, and written; a shard is done when its commit record is there.
+
+Groups of shards are dealt to processes here and to machines elsewhere (jobs.pack_array); nobody needs to know of the
+others. A shard that two write at the same time is written twice with the same bytes. Killed at any moment, what is
+committed is not done again, and what is not is done anew.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import pyarrow as pa
+
+from data_shards.errors import UserError
+from data_shards.images import Photo, Refused, Rules, examine
+from data_shards.merge import Refusal, save_group
+from data_shards.plan import Plan
+from data_shards.progress import Progress
+from data_shards.shard import Written, write_shard
+from data_shards.sources import Source, read_source
+from data_shards.store import NotFound, Store
+
+READ_AHEAD = 8  # sources of a process that are read at the same time
+TOLD_S = 0.2  # between two words about the progress
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Commit(NamedTuple):
+    """A finished shard, as its record says."""
+
+    written: Written
+    refused: list[Refusal]
+
+
+class Stopped(Exception):
+    """Another process failed, so this one leaves what it does."""
+
+
+class Tally:
+    """What was done since the start, counted over processes: images, bytes of sources, refused."""
+
+    def __init__(self, context: Any = multiprocessing) -> None:
+        self._counts = context.Array("q", 4)
+
+    def add(self, size: int, refused: bool) -> None:
+        """Raises Stopped when `stop` was called anywhere."""
+        with self._counts:
+            if self._counts[3]:
+                raise Stopped
+            for place, more in enumerate((1, size, int(refused))):
+                self._counts[place] += more
+
+    def stop(self) -> None:
+        self._counts[3] = 1
+
+    def read(self) -> tuple[int, int, int]:
+        with self._counts:
+            images, size, refused, _ = self._counts
+        return images, size, refused
+
+
+def pack_groups(
+    store: Store, plan: Plan, groups: Sequence[int], workers: int, progress: Progress | None = None
+) -> None:
+    """Pack these groups of shards, over processes when there are several workers, and leave a summary of each.
+
+    Raises UserError, the first that any of them met, after all have stopped.
+    """
+    tally = Tally(multiprocessing.get_context("spawn"))
+    shards = [shard for group in groups for shard in plan.group_shards(group)]
+    total, done = sum(map(plan.shard_sources, shards)), _committed(store, plan, set(shards))
+
+    def tell() -> None:
+        if progress:
+            images, size, refused = tally.read()
+            progress("images", done + images, total, bytes=size, refused=refused)
+
+    with _pool(workers, partial(pack_group, store, plan, tally)) as (pool, call):
+        running = {pool.submit(call, group) for group in groups}
+        try:
+            while running:
+                tell()
+                ended, running = wait(running, timeout=TOLD_S, return_when=FIRST_COMPLETED)
+                for one in ended:
+                    one.result()
+        except BaseException:
+            tally.stop()
+            raise
+    tell()
+
+
+def pack_group(store: Store, plan: Plan, tally: Tally, group: int) -> None:
+    """Pack what is left to do of a group of shards. Raises UserError when a store fails, Stopped when told to."""
+    if store.exists(plan.summary_path(group)):
+        return
+    columns, parts = plan.load_sources(store, group)
+    commits = [
+        _find_commit(store, plan, shard) or _pack_shard(store, plan, tally, shard, sources, columns)
+        for shard, sources in zip(plan.group_shards(group), parts, strict=True)
+    ]
+    save_group(store, plan, group, [one.written for one in commits], [line for one in commits for line in one.refused])
+
+
+def _pack_shard(
+    store: Store, plan: Plan, tally: Tally, shard: int, sources: Iterable[Source], columns: pa.Schema | None
+) -> Commit:
+    _, settings, options = plan.asked
+    refused: list[Refusal] = []
+    read = partial(read_source, max_bytes=settings.max_bytes, skip_unreachable=options.skip_unreachable)
+
+    def accepted() -> Iterator[tuple[Source, Photo]]:
+        for source, data in _ahead(read, sources):
+            size, found = _examine(source, data, settings)
+            tally.add(size, isinstance(found, Refusal))
+            if isinstance(found, Refusal):
+                refused.append(found)
+            else:
+                yield source, found
+
+    written = write_shard(shard, accepted(), store, columns, settings.dali_index)
+    store.put(plan.commit_path(shard), json.dumps((written, refused)).encode())
+    return Commit(written, refused)
+
+
+def _examine(source: Source, read: "Future[bytes]", rules: Rules) -> tuple[int, Photo | Refusal]:
+    """Bytes of the source, and what it is."""
+    size = 0
+    try:
+        data = read.result()
+        size = len(data)
+        return size, examine(data, rules)
+    except Refused as refused:
+        return size, Refusal(source.name, refused.reason, refused.detail)
+
+
+def _ahead(call: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, "Future[R]"]]:
+    """Each item with its call, in their order; a few calls run ahead in threads."""
+    with ThreadPoolExecutor(READ_AHEAD) as threads:
+        waiting: deque[tuple[T, Future[R]]] = deque()
+        for item in items:
+            waiting.append((item, threads.submit(call, item)))
+            if len(waiting) > READ_AHEAD:
+                yield waiting.popleft()
+        yield from waiting
+
+
+def _find_commit(store: Store, plan: Plan, shard: int) -> Commit | None:
+    try:
+        written, refused = json.loads(store.get(plan.commit_path(shard)))
+    except NotFound:
+        return None
+    return Commit(Written(*written), [Refusal(*one) for one in refused])
+
+
+def _committed(store: Store, plan: Plan, shards: set[int]) -> int:
+    """How many sources the finished ones of these shards had."""
+    listed = store.list(f"{plan.folder}/commits")
+    return sum(map(plan.shard_sources, shards & {int(Path(entry.path).stem) for entry in listed}))
+
+
+@contextlib.contextmanager
+def _pool(workers: int, pack: Callable[[int], None]) -> Iterator[tuple[Executor, Callable[[int], None]]]:
+    """One worker is a thread of this process; more are processes, spawned, never forked: the store has threads."""
+    if workers == 1:
+        with ThreadPoolExecutor(1) as pool:
+            yield pool, pack
+        return
+    context = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(pack,)) as processes:
+            yield processes, _pack_here
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a packing process died, probably for want of memory; the same command goes on, with fewer workers or a "
+            "smaller max_pixels"
+        ) from error
+
+
+_here: list[Callable[[int], None]] = []  # of a process of the pool: what packs a group
+
+
+def _start(pack: Callable[[int], None]) -> None:
+    """Ctrl-C is the first process's to handle; if it dies, so does this one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _here[:] = [pack]
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _pack_here(group: int) -> None:
+    _here[0](group)

@@ -1,0 +1,77 @@
+"""`farseer shards`: packing on this machine, or over the nodes of a cluster."""
+
+import argparse
+import json
+import os
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from data_shards.errors import UserError
+from jobs.verbs import add_verb, json_option, progress, say
+
+if TYPE_CHECKING:
+    from data_shards.pack import PackSettings, SourceOptions
+
+
+def pack_verb(verbs: Any) -> None:
+    options = add_verb(verbs, "shards", shards, "pack images into shards, each of them read and decoded once")
+    options.add_argument("source", metavar="SRC", help="a folder, a tar or zip, or a list (Parquet or text)")
+    options.add_argument("target", metavar="DST", help="where the shards go: s3://bucket/folder")
+    options.add_argument("--append", action="store_true", help="add what of SRC is not in the set yet, as new shards")
+    options.add_argument("--set", default="", help="settings: 'min_side=64 shard_bytes=134217728 label=none'")
+    options.add_argument("--dali-index", action="store_true", help="write an index for DALI's own reader, too")
+    options.add_argument("--workers", type=int, help="processes; by default one a core; with --site, tasks of SLURM")
+    options.add_argument("--site", default=os.environ.get("SITE"), help="where; by default on this machine")
+    json_option(options)
+
+
+def shards(options: argparse.Namespace) -> int:
+    from data_shards.pack import pack
+    from data_shards.store import Store
+    from jobs.shard_verbs import use_keys
+
+    use_keys(options.site)
+    settings, source_options = parse_settings(options.set + (" dali_index=true" if options.dali_index else ""))
+    report = pack(
+        options.source,
+        Store(options.target),
+        settings,
+        options=source_options,
+        append=options.append,
+        progress=progress(),
+        workers=options.workers,
+    )
+    if options.json:
+        say(json.dumps(asdict(report), indent=2))
+    else:
+        more = "" if not report.already_there or options.append else "; APPEND=1 adds what SRC has got since"
+        say(*report.refused_lines(), f"{report.url}: {report.summary()}{more}")
+    return 0
+
+
+def parse_settings(text: str) -> "tuple[PackSettings, SourceOptions]":
+    """`min_side=64 label=none` as settings. Raises UserError, a line for each mistake."""
+    import yaml
+    from pydantic import ValidationError
+
+    from data_shards.pack import PackSettings, SourceOptions
+
+    sections: dict[Any, dict[str, Any]] = {PackSettings: {}, SourceOptions: {}}
+    errors = []
+    for word in text.split():
+        name, equals, value = word.partition("=")
+        section = next((one for one in sections if equals and name in one.model_fields), None)
+        if section is None:
+            valid = ", ".join(name for one in sections for name in one.model_fields)
+            errors.append(f"SET: found {word!r}; valid is name=value of: {valid}")
+        else:
+            sections[section][name] = yaml.safe_load(value)
+    made = []
+    for section, values in sections.items():
+        try:
+            made.append(section(**values))
+        except ValidationError as error:
+            errors += [f"SET: {one['loc'][0]}: found {one['input']!r}; {one['msg']}" for one in error.errors()]
+    if errors:
+        raise UserError("\n".join(errors))
+    return made[0], made[1]
