@@ -75,13 +75,13 @@ class Folder:
                 raise FileNotFoundError
             return Path("/", key).stat().st_size
 
-    async def find(self, folder: str) -> list[Entry]:
+    async def find(self, folder: str, more: str | None) -> tuple[list[Entry], str | None]:
         found = []
         for path in Path("/", folder).rglob("*"):
             with contextlib.suppress(FileNotFoundError):  # gone meanwhile
                 if path.is_file() and not path.name.startswith(_HIDDEN):
                     found.append(Entry(path.as_posix()[1:], path.stat().st_size))
-        return found
+        return found, None
 
     async def delete(self, keys: list[str]) -> None:
         for key in keys:
@@ -90,6 +90,9 @@ class Folder:
 
     async def check(self) -> None:
         """Folders are made at the first put."""
+
+    async def keeps_versions(self) -> bool | None:
+        return False
 
     async def close(self) -> None:
         """Nothing is open."""
@@ -161,11 +164,11 @@ class Memory:
             raise NotFound(f"memory://{key}: no such object")
         return int(self._files.size(f"/{key}"))
 
-    async def find(self, folder: str) -> list[Entry]:
+    async def find(self, folder: str, more: str | None) -> tuple[list[Entry], str | None]:
         if not self._files.isdir(f"/{folder}"):
-            return []
+            return [], None
         found = self._files.find(f"/{folder}", detail=True)
-        return [Entry(name.lstrip("/"), info["size"]) for name, info in found.items()]
+        return [Entry(name.lstrip("/"), info["size"]) for name, info in found.items()], None
 
     async def delete(self, keys: list[str]) -> None:
         for key in keys:
@@ -174,6 +177,9 @@ class Memory:
 
     async def check(self) -> None:
         """Always there."""
+
+    async def keeps_versions(self) -> bool | None:
+        return False
 
     async def close(self) -> None:
         """Nothing is open."""

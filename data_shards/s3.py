@@ -166,18 +166,13 @@ class S3:
     async def _head(self, key: str) -> dict[str, Any]:
         return await self._tried(partial(self._call, "head_object", Key=key), key, patient=True)
 
-    async def find(self, folder: str) -> list[Entry]:
+    async def find(self, folder: str, more: str | None) -> tuple[list[Entry], str | None]:
+        """A page of a listing, the first or the one that `more` stands for, and what stands for the next."""
         prefix = f"{folder}/" if folder else ""
-        found: list[Entry] = []
-        more: dict[str, str] = {}
-        while True:
-            page = await self._tried(
-                partial(self._call, "list_objects_v2", Prefix=prefix, **more), folder, patient=True
-            )
-            found += [Entry(item["Key"], item["Size"]) for item in page.get("Contents", []) if item["Key"] != prefix]
-            if not page.get("IsTruncated"):
-                return found
-            more = {"ContinuationToken": page["NextContinuationToken"]}
+        ask = partial(self._call, "list_objects_v2", Prefix=prefix, **({"ContinuationToken": more} if more else {}))
+        page = await self._tried(ask, folder, patient=True)
+        found = [Entry(item["Key"], item["Size"]) for item in page.get("Contents", []) if item["Key"] != prefix]
+        return found, page["NextContinuationToken"] if page.get("IsTruncated") else None
 
     async def delete(self, keys: list[str]) -> None:
         for start in range(0, len(keys), 1000):  # S3's limit
@@ -189,6 +184,13 @@ class S3:
     async def check(self) -> None:
         ask = partial(self._call, "list_objects_v2", MaxKeys=1)
         await self._tried(ask, "", retry_seconds=min(CHECK_S, self.retry_seconds))
+
+    async def keeps_versions(self) -> bool | None:
+        try:
+            answer = await self._tried(partial(self._call, "get_bucket_versioning"), "", retry_seconds=CHECK_S)
+        except StoreError:
+            return None  # not every key may ask, not every server knows
+        return "Status" in answer  # also of a bucket that no longer makes them
 
     async def close(self) -> None:
         if self._client is not None:

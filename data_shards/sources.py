@@ -190,7 +190,7 @@ def _files(folder: str) -> Iterator[tuple[str, str, int | None]]:
         return
     store, path = place
     cut = len(path.strip("/")) + 1 if path.strip("/") else 0
-    for entry in store.list(path):
+    for entry in store.walk(path):
         yield f"{store.url}/{entry.path}", entry.path[cut:], entry.size
 
 

@@ -87,9 +87,10 @@ class Backend(Protocol):
     async def upload(self, local: Path, key: str) -> None: ...
     async def download(self, key: str, local: Path) -> None: ...
     async def size(self, key: str) -> int: ...
-    async def find(self, folder: str) -> list[Entry]: ...
+    async def find(self, folder: str, more: str | None) -> tuple[list[Entry], str | None]: ...
     async def delete(self, keys: list[str]) -> None: ...
     async def check(self) -> None: ...
+    async def keeps_versions(self) -> bool | None: ...
     async def close(self) -> None: ...
 
 
@@ -185,9 +186,16 @@ class Store:
 
     def list(self, prefix: str = "") -> list[Entry]:
         """All objects below the folder `prefix`, at any depth, sorted by path; empty when there are none."""
-        cut = len(self._folder) + 1 if self._folder else 0
-        found = self._wait(self._backend.find(self._key(prefix)))
-        return sorted(Entry(entry.path[cut:], entry.size) for entry in found)
+        return sorted(self.walk(prefix))
+
+    def walk(self, prefix: str = "") -> Iterator[Entry]:
+        """The same one by one, as S3 gives them (by their paths' bytes): only a page of a listing is held."""
+        cut, more = (len(self._folder) + 1 if self._folder else 0), None
+        while True:
+            found, more = self._wait(self._backend.find(self._key(prefix), more))
+            yield from (Entry(entry.path[cut:], entry.size) for entry in found)
+            if more is None:
+                return
 
     def delete(self, paths: Iterable[str]) -> None:
         """Remove objects; what is not there already is no error."""
@@ -196,6 +204,10 @@ class Store:
     def check(self) -> None:
         """Raise the one line that says what is wrong with host, key or bucket; soon, whatever `retry_seconds` is."""
         self._wait(self._backend.check())
+
+    def keeps_versions(self) -> bool | None:
+        """Whether objects that are written over or deleted stay as old versions; None when the store does not say."""
+        return self._wait(self._backend.keeps_versions())
 
     def close(self) -> None:
         """Close the connections, also those of `at`; the next use opens new ones."""

@@ -4,6 +4,7 @@ import io
 import tarfile
 import zipfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,17 @@ def test_a_folder_in_a_bucket_is_a_source_with_sizes_and_labels(raw: Store, phot
     assert [source.name for source in found] == sorted([*photos, "ünïcode/é x.jpg"])
     assert found[0].label == found[0].name.split("/")[0]
     assert [source.size for source in found] == [len(read_source(source, MB)) for source in found]
+
+
+@pytest.mark.slow
+def test_a_folder_of_more_objects_than_a_page_is_listed_whole_in_order_and_a_page_at_a_time(raw: Store) -> None:
+    names = sorted(f"{n % 7}/{n:05d}" for n in range(2100))
+    with ThreadPoolExecutor(16) as threads:
+        list(threads.map(lambda name: raw.put(f"in/{name}", b"x"), names))
+    before, walk = raw.counters.requests, raw.walk("in")
+    assert next(walk).path == f"in/{names[0]}"
+    assert raw.counters.requests == before + 1
+    assert [source.name for source in list_sources(f"{raw.url}/in")] == names
 
 
 def test_tars_and_zips_in_a_bucket_are_read_by_ranges(raw: Store, photos: dict[str, bytes]) -> None:
