@@ -134,13 +134,13 @@ def dedup(
 def _load(db: duckdb.DuckDBPyConnection, of: int, shards: ShardSet, progress: Progress | None) -> None:
     """The images of a set that are not removed, and the first id of each shard; of a sha256 the first 128 bits."""
     removed, first = read_removed(shards).ids, 0
-    db.execute("BEGIN")
     for number, rows in enumerate(_tables(shards)):
         if rows.num_rows:
             ids = np.arange(first, first + rows.num_rows)
             gone = removed[slice(*np.searchsorted(removed, [first, first + rows.num_rows]))]
             db.register("rows", rows.append_column("id", pa.array(ids)).filter(pa.array(~np.isin(ids, gone))))
             db.execute("INSERT INTO shards VALUES (?, ?, ?, ?)", [of, shards.store.url, number, first])
+            # a transaction each: a longer one would keep all rows in memory
             db.execute(f"""
                 INSERT INTO images
                 SELECT {of}, (((1::UBIGINT << 28) - 1 - width::UBIGINT * height) << {_ID_BITS}) | id::UBIGINT,
@@ -150,7 +150,6 @@ def _load(db: duckdb.DuckDBPyConnection, of: int, shards: ShardSet, progress: Pr
         first += rows.num_rows
         if progress:
             progress(f"tables of {shards.store.url}", number + 1, len(shards.manifest.shard_samples))
-    db.execute("COMMIT")
 
 
 def _tables(shards: ShardSet) -> Iterator[pa.Table]:

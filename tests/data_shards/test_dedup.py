@@ -310,6 +310,21 @@ def test_what_a_killed_one_left_is_cleared_away_and_lists_are_replaced(tmp_path:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["duplicates.txt", "groups.parquet", "leaks.txt"]
 
 
+def test_the_tables_of_one_shard_after_another_do_not_stay_in_memory(tmp_path: Path) -> None:
+    store, count = stored([[Row(one, i) for i, one in enumerate(photo_hashes(5000))]]), 40
+    for number in range(1, count):
+        store.put(table_path(number), store.get(table_path(0)))
+    Manifest("layout", "contents", 5000 * count, (5000,) * count, (1,) * count, {}, {}).save(store, create_only=False)
+    held: list[int] = []
+
+    def look(what: str, done: int, total: int) -> None:
+        held.append(pa.total_allocated_bytes())
+
+    found = dedup(store, tmp_path, DedupSettings(distance=0), progress=look)
+    assert (found.images, found.exact, found.groups) == (5000 * count, 5000 * (count - 1), 5000)
+    assert held[count - 1] - held[0] < 5 * 5000 * 100  # a few tables' columns
+
+
 @pytest.mark.slow
 def test_a_million_images_stay_within_the_memory_that_is_given_and_nothing_planted_is_missed(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bench.dedup", "one", "--images", "1e6", "--memory-mib", "192"]
