@@ -56,7 +56,7 @@ lint: .venv/stamp ## style, types, and the direction of imports
 
 .PHONY: bench
 bench: .venv/stamp ## measure, beside a peer in the same run; figures in var/bench.json
-	@$(BIN)/python -m bench.loader
+	@for part in loader from_s3; do $(BIN)/python -m bench.$$part; done
 
 .PHONY: shards
 shards: .venv/stamp ## pack SRC=folder into DST=s3://bucket/folder

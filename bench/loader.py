@@ -1,6 +1,6 @@
 """Images a second of Farseer's loader on one core, beside a loader in the manner of SwAV's official one.
 
-    python bench/loader.py [--rounds 12]
+    python -m bench.loader [--rounds 12]
 
 Both make 2 x 224 + 6 x 96 crops, normalised float32 batches of 32, of the same 500 x 375 JPEGs (quality 90, about
 45 KB) that lie in memory. Each runs in a process of its own, both tied to the same core, and they take turns, a batch
@@ -14,7 +14,6 @@ stacking makes the batch.
 
 import argparse
 import io
-import json
 import math
 import multiprocessing
 import os
@@ -24,17 +23,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageFilter
 from torch import Tensor
 
+from bench.figures import keep
 from data_shards.reader import Sample
 from pipeline.augment import AugmentSettings
 
-RESULTS = Path(__file__).resolve().parent.parent / "var" / "bench.json"
 BATCH, HEIGHT, WIDTH = 32, 375, 500
 AUGMENT = AugmentSettings()
 
@@ -43,9 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=12)
     figures = compare(parser.parse_args().rounds)
-    RESULTS.parent.mkdir(exist_ok=True)
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    RESULTS.write_text(json.dumps({**known, **figures}, indent=1) + "\n")
+    keep(figures)
     sys.stdout.write(
         f"on one core: Farseer's loader {figures['loader_images_s']} images/s, the PIL loader "
         f"{figures['pil_images_s']}, ratio {figures['loader_vs_pil']}\n"

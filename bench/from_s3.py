@@ -1,0 +1,187 @@
+"""Images a second from a real S3 server to batches of crops on two cores, beside webdataset with PIL and two workers.
+
+    python -m bench.from_s3 [--rounds 8]
+
+Both read the same shards of 500 x 375 JPEGs and make the crops of bench.loader, batches of 32. The peer is webdataset
+as its users run it on S3: signed urls read by `pipe:curl`, shards resampled, a shuffle buffer, PIL, and a DataLoader
+with two workers. Each side is tied to the same two cores and they take turns of some batches; who is not at turn is
+stopped (SIGSTOP), so that nothing is made ahead meanwhile.
+
+Counted is the processor time of each side with all that it starts, without the server's, as a busy machine changes it
+little; the ratio is the median over rounds. The images a second by the clock, the server's work on the same cores
+included, stand beside it. Writes loader_s3_vs_webdataset, loader_s3_images_cpu_s and webdataset_s3_images_cpu_s (images
+a second of one processor), loader_s3_images_s and webdataset_s3_images_s (by the clock) into var/bench.json.
+"""
+
+import argparse
+import io
+import multiprocessing
+import os
+import random
+import signal
+import statistics
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import botocore.session
+import google_crc32c
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from bench.figures import keep
+from bench.loader import AUGMENT, BATCH, HEIGHT, WIDTH, augmented, photographs
+from data_shards.index import RECORD, Manifest, ShardSet, index_path, shard_path
+from data_shards.store import Store
+from jobs import cluster
+
+SET = "s3://shards/bench"
+SHARDS, SHARD_SAMPLES = 8, 320  # 8 x 15 MB
+TURN = 16  # batches
+CORES = {0, 1}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=8)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        os.sched_setaffinity(0, CORES)
+        server = cluster.start_s3(Path(folder))
+        try:
+            cluster.activate(server.environment())
+            build(Store(SET))
+            figures = compare(given.rounds)
+        finally:
+            server.stop()
+    keep(figures)
+    sys.stdout.write(
+        f"from S3 to batches, images a processor second: Farseer {figures['loader_s3_images_cpu_s']}, webdataset "
+        f"with PIL {figures['webdataset_s3_images_cpu_s']}, ratio {figures['loader_s3_vs_webdataset']}; "
+        f"by the clock on two cores {figures['loader_s3_images_s']} and {figures['webdataset_s3_images_s']}\n"
+    )
+
+
+def build(store: Store) -> None:
+    """The photographs of bench.loader over and over, as a shard set."""
+    images, sizes = photographs(64), []
+    for number in range(SHARDS):
+        buffer, index = io.BytesIO(), np.zeros(SHARD_SAMPLES, dtype=RECORD)
+        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for i in range(SHARD_SAMPLES):
+                data = images[i % len(images)]
+                info = tarfile.TarInfo(f"{number:06d}-{i:06d}.jpg")
+                info.size = len(data)
+                index[i] = (buffer.tell() + 512, len(data), google_crc32c.value(data), WIDTH, HEIGHT)
+                tar.addfile(info, io.BytesIO(data))
+        store.put(shard_path(number), buffer.getvalue())
+        store.put(index_path(number), index.tobytes())
+        sizes.append(buffer.tell())
+    samples = (SHARD_SAMPLES,) * SHARDS
+    Manifest("bench", "bench", sum(samples), samples, tuple(sizes), settings={}, refused={}).save(store)
+    store.close()
+
+
+def compare(rounds: int) -> dict[str, float]:
+    """The figures, from `rounds` turns of each, after one that opens everything."""
+    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # they are killed at the end, and leave what it then frees
+    context = multiprocessing.get_context("spawn")
+    sides: dict[str, tuple[Any, Connection]] = {}
+    turns: dict[str, list[tuple[float, float]]] = {}
+    for name, batches in (("loader", ours), ("webdataset", webdataset)):
+        end, theirs = context.Pipe()
+        process = context.Process(target=serve, args=(theirs, batches))
+        process.start()
+        sides[name], turns[name] = (process, end), []
+    for k in range(rounds + 1):
+        for name, (process, end) in sides.items():
+            if k:
+                os.killpg(process.pid, signal.SIGCONT)
+            end.send(True)
+            turns[name].append(end.recv())
+            os.killpg(process.pid, signal.SIGSTOP)
+    for process, _ in sides.values():
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+    (wall, cpu), (peer_wall, peer_cpu) = (np.array(turns[name][1:]).T for name in sides)
+    images = TURN * BATCH
+    return {
+        "loader_s3_vs_webdataset": round(statistics.median(peer_cpu / cpu), 2),
+        "loader_s3_images_cpu_s": round(images / statistics.median(cpu), 1),
+        "webdataset_s3_images_cpu_s": round(images / statistics.median(peer_cpu), 1),
+        "loader_s3_images_s": round(images / statistics.median(wall), 1),
+        "webdataset_s3_images_s": round(images / statistics.median(peer_wall), 1),
+    }
+
+
+def serve(end: Connection, batches: Callable[[], Iterator[list[Tensor]]]) -> None:
+    """A process group of one side: makes a turn's batches when asked; answers with seconds by the clock and at work."""
+    os.setpgrp()  # what it starts belongs to it: workers, curl
+    os.sched_setaffinity(0, CORES)
+    torch.set_num_threads(1)
+    made = batches()
+    while True:
+        end.recv()
+        since, worked = time.monotonic(), processor_s()
+        for _ in range(TURN):
+            assert len(next(made)[0]) == BATCH
+        end.send((time.monotonic() - since, processor_s() - worked))
+
+
+def processor_s() -> float:
+    """Processor time of all processes of this group, and of their children that ended, in seconds."""
+    total = 0
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it ended just now
+        if int(fields[2]) == os.getpid():
+            total += sum(map(int, fields[11:15]))
+    return total / os.sysconf("SC_CLK_TCK")
+
+
+def ours() -> Iterator[list[Tensor]]:
+    from data_shards.order import Order
+    from data_shards.reader import Reader, ReaderSettings
+    from pipeline.loader import Loader, LoaderSettings
+
+    shards = ShardSet.open(Store(SET))
+    order = Order(shards.manifest.samples, 160, 8, 1, BATCH, 0, "bench")
+    reader = Reader(shards, order, range(1), 0, ReaderSettings(prefetch_bytes=2**28))
+    for batch in Loader(reader, AUGMENT, 0, 0, 10**9, LoaderSettings(device="cpu", threads=2)):
+        yield batch.crops
+
+
+def webdataset() -> Iterator[list[Tensor]]:
+    import webdataset as wds
+
+    client = botocore.session.Session().create_client("s3")
+    keys = [f"bench/{shard_path(number)}" for number in range(SHARDS)]
+    urls = [client.generate_presigned_url("get_object", Params={"Bucket": "shards", "Key": key}) for key in keys]
+    pipes = [f"pipe:curl --silent --fail '{url}'" for url in urls]
+    data = wds.WebDataset(pipes, resampled=True, shardshuffle=False).shuffle(256).decode("pil").to_tuple("jpg")
+    data = data.map(crops).batched(BATCH, collation_fn=stacked)
+    loader = torch.utils.data.DataLoader(data, batch_size=None, num_workers=2)
+    while True:
+        yield from loader
+
+
+def crops(sample: tuple[Image.Image]) -> list[Tensor]:
+    rng = random.Random(torch.randint(2**31, ()).item())
+    return [augmented(rng, sample[0], crop.size, crop.scale) for crop in AUGMENT.crops for _ in range(crop.count)]
+
+
+def stacked(samples: list[Any]) -> list[Tensor]:
+    return [torch.stack(crop) for crop in zip(*samples, strict=True)]
+
+
+if __name__ == "__main__":
+    main()
