@@ -21,7 +21,6 @@ CLOCKS_S = 2.0  # between nodes
 
 def look_at_slurm(site: Site) -> Iterator[Finding]:
     """From the login node. Raises SlurmError when SLURM does not answer."""
-    version = slurm.ask("sinfo", "--version").strip()
     config = dict(re.findall(r"^(\w+)\s*= (.*)$", slurm.ask("scontrol", "show", "config"), re.MULTILINE))
     slurm.check_partition(site.partition, site.nodes)
     name = site.partition or slurm.ask("sinfo", "--noheader", "--format", "%P").partition("*")[0].split()[-1]
@@ -30,7 +29,7 @@ def look_at_slurm(site: Site) -> Iterator[Finding]:
     up = partition["State"] == "UP"
     states = slurm.ask("sinfo", "--noheader", "--partition", name, "--format", "%D %T").splitlines()
     counted = ", ".join(line.strip() for line in states)
-    yield Finding("partition", up, f"{name} is {partition['State']}: {counted} ({version})")
+    yield Finding("partition", up, f"{name} is {partition['State']}: {counted} ({slurm.version()})")
     yield _time_limit(site, name, partition["MaxTime"])
     yield _preemption(site, name, partition, config)
     yield _accepted(site)

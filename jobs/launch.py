@@ -44,7 +44,8 @@ def launch(
         cancel_marker(run_dir).unlink(missing_ok=True)
         job = (_on_this_machine if site.executor == "local" else _on_slurm)(site, run, store, config)
         job.save()
-    note(run_dir, "submitted", job=job.id, committed=committed)
+    version = None if job.local else slurm.version()
+    note(run_dir, "submitted", job=job.id, committed=committed, code=_version(code), slurm=version)
     return job
 
 
@@ -174,6 +175,7 @@ def _write(run_dir: Path, config: dict[str, Any], code: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(code / name, target)
     (beside / "VERSION").write_text(_version(code) + "\n")
+    (beside / "uncommitted.diff").write_text(_git(code, "diff", "--binary", "HEAD", "--", *PACKAGES) or "")
     shutil.rmtree(run_dir / "snapshot", ignore_errors=True)
     beside.rename(run_dir / "snapshot")
     (run_dir / "logs").mkdir(exist_ok=True)

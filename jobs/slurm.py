@@ -46,6 +46,14 @@ def check_partition(name: str | None, nodes: int) -> None:
         raise SlurmError(f"nodes: found {nodes}; partition {wanted} has {sizes[wanted]}")
 
 
+def version() -> str | None:
+    """Such as `slurm-wlm 22.05.8`; None where it cannot be asked."""
+    try:
+        return _call(["sinfo", "--version"]).strip()
+    except SlurmError:
+        return None
+
+
 def ask(*command: str) -> str:
     """What one of SLURM's commands answers. Raises SlurmError."""
     return _call(command)

@@ -308,13 +308,17 @@ def read_metrics(store: Store) -> list[dict[str, Any]]:
 
 
 def environment() -> dict[str, Any]:
-    """Packages and hardware, without anything secret: no variable of the environment is in it."""
+    """Code, packages and hardware, without anything secret: no variable of the environment is in it."""
+    version, driver = Path(__file__).parents[1] / "VERSION", Path("/proc/driver/nvidia/version")
     return {
+        "code": version.read_text().strip() if version.exists() else None,  # the job's snapshot has one
         "host": platform.node(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {found.name: found.version for found in metadata.distributions()},
         "cuda": torch.version.cuda,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else None,
+        "driver": driver.read_text().splitlines()[0] if driver.exists() else None,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
 

@@ -9,6 +9,7 @@ from data_shards.errors import UserError
 from jobs import launch as launching
 from jobs.launch import batch_script, launch, slurm_executor
 from jobs.site import CARRIED, Site
+from jobs.start import events
 
 SCRIPT = """\
 #!/bin/bash
@@ -146,6 +147,7 @@ def files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
+RECORDED = ["VERSION", "uncommitted.diff"]
 CODE = ["jobs/a.py", "pipeline/b.py", "pipeline/deep/c.py", "data_shards/d.py"]
 
 
@@ -153,7 +155,7 @@ def test_a_snapshot_outside_git_is_the_three_packages(tmp_path, monkeypatch):
     code = write(tmp_path / "code", [*CODE, "jobs/__pycache__/a.pyc", "tests/t.py", "var/big"])
     monkeypatch.setattr(launching, "_on_slurm", lambda site, run, store, config: FakeJob(site, run))
     launch(Site(shared_dir=str(tmp_path / "shared")), "first", "s3://runs/first", {"a": 1}, code=code)
-    assert files(tmp_path / "shared/first/snapshot") == sorted([*CODE, "VERSION"])
+    assert files(tmp_path / "shared/first/snapshot") == sorted([*CODE, *RECORDED])
     assert (tmp_path / "shared/first/snapshot/VERSION").read_text() == "no git\n"
     assert yaml.safe_load((tmp_path / "shared/first/config.yaml").read_text()) == {"a": 1}
 
@@ -168,9 +170,24 @@ def test_a_snapshot_in_git_takes_new_files_along_and_leaves_ignored_ones(tmp_pat
     (code / "jobs/a.py").unlink()
     monkeypatch.setattr(launching, "_on_slurm", lambda site, run, store, config: FakeJob(site, run))
     launch(Site(shared_dir=str(tmp_path / "shared")), "first", "s3://runs/first", {}, code=code)
-    expected = sorted({*CODE, "jobs/new.py", "VERSION"} - {"jobs/a.py"})
+    expected = sorted({*CODE, "jobs/new.py", *RECORDED} - {"jobs/a.py"})
     assert files(tmp_path / "shared/first/snapshot") == expected
     assert (tmp_path / "shared/first/snapshot/VERSION").read_text().endswith("-dirty\n")
+    diff = (tmp_path / "shared/first/snapshot/uncommitted.diff").read_text()
+    assert "deleted file" in diff
+    assert "-jobs/a.py" in diff
+    assert events(tmp_path / "shared/first")[-1]["code"].endswith("-dirty")
+
+
+def test_an_edit_after_the_submission_changes_nothing_in_the_snapshot(tmp_path, monkeypatch):
+    code = write(tmp_path / "code", CODE)
+    monkeypatch.setattr(launching, "_on_slurm", lambda site, run, store, config: FakeJob(site, run))
+    launch(Site(shared_dir=str(tmp_path / "shared")), "first", "s3://runs/first", {}, code=code)
+    (code / "jobs/a.py").write_text("edited")
+    (code / "jobs/late.py").write_text("new")
+    snapshot = tmp_path / "shared/first/snapshot"
+    assert (snapshot / "jobs/a.py").read_text() == "jobs/a.py"
+    assert not (snapshot / "jobs/late.py").exists()
 
 
 def test_a_second_submission_of_a_run_replaces_its_snapshot_whole(tmp_path, monkeypatch):
@@ -178,7 +195,7 @@ def test_a_second_submission_of_a_run_replaces_its_snapshot_whole(tmp_path, monk
     site = Site(shared_dir=str(tmp_path / "shared"))
     launch(site, "first", "s3://runs/first", {}, code=write(tmp_path / "old", ["jobs/old.py"]))
     launch(site, "first", "s3://runs/first", {}, code=write(tmp_path / "new", ["jobs/new.py"]))
-    assert files(tmp_path / "shared/first/snapshot") == ["VERSION", "jobs/new.py"]
+    assert files(tmp_path / "shared/first/snapshot") == ["VERSION", "jobs/new.py", "uncommitted.diff"]
 
 
 def test_a_refused_submission_of_a_new_run_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -197,7 +214,7 @@ class FakeJob:
     """Stands for a submitted job where only what is written before is looked at."""
 
     def __init__(self, site: Site, run: str) -> None:
-        self.id, self._folder = "1", site.run_dir(run)
+        self.id, self.local, self._folder = "1", False, site.run_dir(run)
 
     def save(self) -> None:
         (self._folder / "job.json").write_text("{}")

@@ -388,5 +388,6 @@ def test_the_environment_names_the_packages_and_their_versions() -> None:
 
     found = environment()
     assert found["packages"]["torch"] == torch.__version__
+    assert {"code", "cuda", "nccl", "driver", "gpus"} <= found.keys()
     assert yaml.safe_load(yaml.safe_dump(found)) == found
     assert json.loads(json.dumps(found)) == found

@@ -1,0 +1,125 @@
+"""What a doctor says of this machine, of folders and of a site whose SLURM answers as told; real ones in tests/real."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import doctor, doctor_slurm
+from jobs.cli import main
+from jobs.doctor import Finding, examine
+from jobs.site import Site
+
+
+@pytest.fixture(autouse=True)
+def no_key_of_ours(monkeypatch, tmp_path):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    (tmp_path / "shared").mkdir()
+    return Site(name="here", executor="local", shared_dir=str(tmp_path / "shared"))
+
+
+def found(site: Site, what: str, folder: Path) -> Finding:
+    return next(one for one in examine(site, f"file://{folder}/store") if one.what == what)
+
+
+def test_a_folder_that_works_is_ok_and_nothing_is_left_in_it(site, tmp_path):
+    said = {one.what: one.ok for one in examine(site, f"file://{tmp_path}/store")}
+    assert {said[what] for what in ("store", "store speed", "conditions", "shared disk", "hosts")} == {True}
+    assert [path for path in (tmp_path / "store").rglob("*") if path.is_file()] == []
+    assert list((tmp_path / "shared").iterdir()) == []
+
+
+def test_a_shared_folder_that_is_not_yet_there_is_looked_at_where_it_will_be(site, tmp_path):
+    site = site.model_copy(update={"shared_dir": str(tmp_path / "not" / "yet")})
+    assert found(site, "shared disk", tmp_path).ok
+    assert not (tmp_path / "not").exists()
+
+
+def test_a_shared_folder_that_cannot_be_written_is_bad_and_says_what_to_set(site, tmp_path):
+    site = site.model_copy(update={"shared_dir": "/proc/nowhere"})
+    said = found(site, "shared disk", tmp_path)
+    assert said.ok is False
+    assert "shared_dir" in said.says
+
+
+def test_too_little_room_is_bad(site, tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "FREE_BYTES", 1e18)
+    assert found(site, "disk room", tmp_path).says.startswith("only ")
+
+
+def test_a_wandb_key_is_noticed_and_never_shown(site, tmp_path, monkeypatch):
+    assert found(site, "W&B", tmp_path).ok is None
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password planted-secret\n")
+    said = found(site, "W&B", tmp_path)
+    assert said.ok
+    assert "planted" not in said.says
+
+
+def test_a_wandb_key_in_the_environment_alone_does_not_reach_the_job(site, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "planted-secret")
+    assert found(site, "W&B", tmp_path).ok
+    (said,) = doctor._wandb(site.model_copy(update={"executor": "slurm"}))
+    assert said.ok is False
+    assert "netrc" in said.says
+    assert "planted" not in said.says
+
+
+def test_hosts_that_failed_lately_are_listed_with_what_becomes_of_them(site, tmp_path):
+    now = time.time()
+    blamed = [("node3", 60, "signal 9"), ("node3", 50, "Bus error"), ("node5", 40, "ECC"), ("node7", 999_999, "old")]
+    lines = [{"host": host, "time": now - ago, "run": "first", "reason": why} for host, ago, why in blamed]
+    (tmp_path / "shared" / "hosts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = [one.says for one in examine(site, f"file://{tmp_path}/store") if one.what == "host"]
+    assert len(said) == 2
+    assert said[0].startswith("node3: to blame 2x, 0.0 h ago in first (Bus error); kept out of the next start")
+    assert said[1].endswith("kept out if it fails once more")
+
+
+def test_a_card_that_is_missing_is_bad_where_the_site_counts_on_it(site, tmp_path, monkeypatch):
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.parent.mkdir()
+    smi.write_text("#!/bin/sh\necho 'NVIDIA H200, 143771 MiB, 570.1'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(smi.parent), prepend=":")
+    one = site.model_copy(update={"gpus_per_node": 1})
+    assert found(one, "GPUs", tmp_path) == Finding("GPUs", True, "1 x NVIDIA H200, 143771 MiB, 570.1")
+    said = found(site.model_copy(update={"gpus_per_node": 8}), "GPUs", tmp_path)
+    assert (said.ok, said.says.endswith("gpus_per_node says 8")) == (False, True)
+
+
+def test_a_store_that_is_away_is_one_bad_line_and_exit_code_1(tmp_path, capsys):
+    conf, place = tmp_path / "mine.yaml", tmp_path / "here.yaml"
+    conf.write_text(
+        "store: file:///proc/nowhere\ndata: {url: 'file:///proc/set', batch: 4, lanes: 4}\ntrain: {steps: 1}\n"
+    )
+    place.write_text(f"shared_dir: {tmp_path}/shared\nexecutor: local\n")
+    assert main(["doctor", str(conf), "--site", str(place)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("BAD   store ") for line in lines) == 1
+    assert any(line.startswith("ok    shared disk") for line in lines)
+
+
+@pytest.mark.parametrize(("limit", "minutes"), [("UNLIMITED", None), ("1-02:30:00", 1590), ("12:05:00", 725)])
+def test_slurms_time_limits_are_understood(limit, minutes):
+    assert doctor_slurm._minutes(limit) == minutes
+
+
+def preemption(partition: dict[str, Any], config: dict[str, str], **changed: Any) -> Finding:
+    site = Site(shared_dir="/x", **changed)
+    return doctor_slurm._preemption(site, "low", partition, config)
+
+
+def test_a_partition_that_would_lose_preempted_jobs_is_bad_and_one_without_a_signal_worth_a_note():
+    signalled = {"SlurmctldParameters": "a,preempt_send_user_signal"}
+    assert preemption({"PreemptMode": "OFF"}, {}).ok
+    assert preemption({"PreemptMode": "CANCEL"}, signalled).ok is False
+    assert preemption({"PreemptMode": "REQUEUE", "GraceTime": "300"}, {}).ok is None
+    assert preemption({"PreemptMode": "REQUEUE", "GraceTime": "30"}, signalled, signal_delay_s=120).ok is None
+    assert preemption({"PreemptMode": "REQUEUE", "GraceTime": "300"}, signalled, signal_delay_s=120).ok
