@@ -57,10 +57,13 @@ def _opened(file: BinaryIO, url: str) -> pq.ParquetFile:
 def _column(schema: pa.Schema, url: str, path_column: str | None, label_column: str | None) -> str:
     names = schema.names
     wanted = path_column or next((name for name in _PATHS if name in names), None)
-    for what, name in (("--path-column", wanted), ("--label", label_column)):
-        if (name is None and what == "--path-column") or (name is not None and name not in names):
-            raise UserError(f"{url}: no column {name or ' or '.join(_PATHS)}; it has {', '.join(names)}: {what} NAME")
-    return str(wanted)
+    if wanted is None or wanted not in names:
+        missing, setting = wanted or " or ".join(_PATHS), "path_column"
+    elif label_column and label_column not in names:
+        missing, setting = label_column, "label"
+    else:
+        return wanted
+    raise UserError(f'{url}: no column {missing}; it has {", ".join(names)} (SET="{setting}=NAME")')
 
 
 def _renamed(name: str) -> str:

@@ -253,7 +253,7 @@ def _label_column(options: SourceOptions) -> str | None:
 
 def _wants_folder(options: SourceOptions, url: str) -> bool:
     if _label_column(options):
-        raise UserError(f"{url}: has no columns, so no {options.label}; --label folder, or none")
+        raise UserError(f"{url}: has no columns, so no {options.label}; SET=label=folder, or none")
     return options.label != "none"
 
 
@@ -264,7 +264,7 @@ def _member_label(name: str, texts: dict[str, str], options: SourceOptions, url:
     if options.label in texts:
         return texts.pop(options.label)
     if _label_column(options):
-        raise UserError(f"{url}: {name!r} has no .{options.label}; --label folder, or none")
+        raise UserError(f"{url}: {name!r} has no .{options.label}; SET=label=folder, or none")
     return None if options.label == "none" else _folder_of(name)
 
 

@@ -220,7 +220,7 @@ def test_a_webdataset_shard_gives_its_images_with_labels_and_texts(photos: dict[
     assert schema is not None
     assert schema.names == ["json", "txt"]
     assert [source.label for source in listed(path, label="folder")] == [None, "dir.x", None]
-    with pytest.raises(UserError, match=r"has no \.class; --label folder"):
+    with pytest.raises(UserError, match=r"has no \.class; SET=label=folder"):
         listed(path, label="class")
 
 

@@ -165,9 +165,9 @@ def test_the_column_of_paths_can_be_named_or_is_called_url(tiles: Path, tmp_path
     [
         (
             {"path_column": "file"},
-            "no column file; it has class, path, caption, score, width, tags: --path-column NAME",
+            "no column file; it has class, path, caption, .*path_column=NAME",
         ),
-        ({"label": "kind"}, "no column kind; it has class, path, .*: --label NAME"),
+        ({"label": "kind"}, "no column kind; it has class, path, .*label=NAME"),
     ],
 )
 def test_a_wrong_column_is_told_with_those_there_are(
