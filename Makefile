@@ -71,8 +71,8 @@ dedup: .venv/stamp ## what DST= has twice, or an evaluation set has (AGAINST="s3
 	@$(FARSEER) dedup "$(or $(DST),$(error say which set: make dedup DST=s3://bucket/folder))" $(site_option) $(if $(AGAINST),--against $(AGAINST)) $(if $(NEAR),--distance "$(NEAR)") $(if $(OUT),--out "$(OUT)") $(call flag,JSON,json)
 
 .PHONY: plan
-plan: .venv/stamp ## what a run would do: resolved config, steps, memory (CONF= SITE= SET=)
-	@$(FARSEER) plan "$(CONF)" $(site_option) --set "$(SET)"
+plan: .venv/stamp ## what a run would do and cost, or why it cannot (CONF= SITE= SET= IMAGES_PER_S= JSON=1)
+	@$(FARSEER) plan "$(CONF)" $(site_option) --set "$(SET)" $(if $(RUN),--run "$(RUN)") $(if $(IMAGES_PER_S),--images-per-s "$(IMAGES_PER_S)") $(call flag,JSON,json)
 
 .PHONY: submit
 submit: .venv/stamp ## start a run, or go on with it (CONF= RUN= SITE= SET=, FORCE=1)
@@ -83,12 +83,16 @@ resume: .venv/stamp ## go on with a run that exists, under its own config (RUN=)
 	@$(FARSEER) resume $(run_option) $(site_option)
 
 .PHONY: status
-status: .venv/stamp ## all runs: how far, how fast, what to look at (JSON=1)
-	@$(FARSEER) status $(site_option) $(call flag,JSON,json)
+status: .venv/stamp ## all runs: how far, how fast, what to look at (WATCH=1, JSON=1)
+	@$(FARSEER) status $(site_option) $(call flag,JSON,json) $(call flag,WATCH,watch)
+
+.PHONY: doctor
+doctor: .venv/stamp ## what SITE= can do of what CONF= asks: ok, or what to do (PROBE=1: from its nodes)
+	@$(FARSEER) doctor "$(CONF)" $(site_option) --set "$(SET)" $(call flag,PROBE,probe) $(call flag,JSON,json)
 
 .PHONY: logs
-logs: .venv/stamp ## the logs of RUN=, what failed first (FOLLOW=1, EVENTS=1)
-	@$(FARSEER) logs $(run_option) $(site_option) $(call flag,FOLLOW,follow) $(call flag,EVENTS,events)
+logs: .venv/stamp ## the logs of RUN=, what failed first, by time (FOLLOW=1, EVENTS=1, LINES=)
+	@$(FARSEER) logs $(run_option) $(site_option) $(call flag,FOLLOW,follow) $(call flag,EVENTS,events) $(if $(LINES),--lines "$(LINES)")
 
 .PHONY: cancel
 cancel: .venv/stamp ## stop RUN= after a last checkpoint (NOW=1: without)
