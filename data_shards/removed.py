@@ -6,7 +6,7 @@ A run reads them at each start and replaces what they name. They name shards and
 of a set and take away no id.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import count
@@ -19,9 +19,12 @@ from pyarrow import csv
 
 from data_shards.errors import UserError
 from data_shards.index import ShardSet, sample_key
+from data_shards.lookup import find
+from data_shards.progress import Progress
 from data_shards.store import AlreadyExists
 
 FOLDER = "removed"
+MOST = 0.05  # of a set; a removed image has eight stand-ins
 
 Ids = NDArray[np.int64]
 
@@ -64,8 +67,69 @@ def read_removed(shards: ShardSet, lists: Sequence[int] | None = None) -> Remove
     return Removed.of(np.concatenate(ids), read)
 
 
-def write_removed(shards: ShardSet, ids: Ids) -> str:
-    """Add a list with these samples; returns its path. What other lists name already may be in it again."""
+@dataclass(frozen=True)
+class RemoveReport:
+    """added: images that no list named before; removed: named by any list now; unknown: lines that name no image."""
+
+    url: str
+    added: int
+    removed: int
+    samples: int
+    unknown: int
+    path: str | None
+
+    def summary(self) -> str:
+        """One line for a terminal."""
+        into = f" ({self.path})" if self.path else ""
+        lost = f"; {self.unknown:,} lines name no image here" if self.unknown else ""
+        return (
+            f"{self.url}: {self.added:,} more images removed{into}, {self.removed:,} of {self.samples:,} in all{lost}; "
+            f"runs leave them out from their next start on; make compact DST={self.url} erases their bytes"
+        )
+
+
+def remove(
+    shards: ShardSet,
+    lines: Iterable[str],
+    *,
+    ignore_unknown: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> RemoveReport:
+    """Add to the lists what the lines name: keys, sources or sha256, mixed as they come.
+
+    Raises UserError, with nothing written, when some name no image (unless ignored), or so many would be removed that
+    a removed image's stand-ins are removed too now and then (unless forced).
+    """
+    url, found = shards.store.url, find(shards, lines, progress)
+    if found.unknown and not ignore_unknown:
+        shown = ", ".join(map(repr, found.examples[:3])) + (", ..." if found.unknown > 3 else "")
+        raise UserError(
+            f"{url}: {found.unknown:,} of {found.lines:,} lines name no image of this set ({shown}), so nothing was "
+            f"removed; mend the list, or IGNORE_UNKNOWN=1"
+        )
+    before = read_removed(shards).ids
+    added = np.setdiff1d(found.ids, before)
+    total, samples = len(before) + len(added), shards.manifest.samples
+    if total > MOST * samples and added.size and not force:
+        raise UserError(
+            f"{url}: {total:,} of {samples:,} images would be removed, {total / samples:.1%}; above {MOST:.0%} runs "
+            f"read much for nothing and may find no stand-in: pack the set again without them, or FORCE=1"
+        )
+    path = _write(shards, added) if added.size else None
+    return RemoveReport(url, len(added), total, samples, found.unknown, path)
+
+
+def by_shard(shards: ShardSet, ids: Ids) -> Iterator[tuple[int, Ids]]:
+    """The shards that have some of these samples, which are sorted, with their places there."""
+    starts = np.cumsum([0, *shards.manifest.shard_samples])
+    shard = np.searchsorted(starts, ids, side="right") - 1
+    for number in np.unique(shard).tolist():
+        yield number, ids[shard == number] - starts[number]
+
+
+def _write(shards: ShardSet, ids: Ids) -> str:
+    """Add a list with these samples; returns its path."""
     starts = np.cumsum([0, *shards.manifest.shard_samples])
     shard = np.searchsorted(starts, ids, side="right") - 1
     pairs = zip(shard.tolist(), (ids - starts[shard]).tolist(), strict=True)
@@ -77,14 +141,6 @@ def write_removed(shards: ShardSet, ids: Ids) -> str:
             continue  # somebody else's, this moment
         return path
     raise AssertionError
-
-
-def by_shard(shards: ShardSet, ids: Ids) -> Iterator[tuple[int, Ids]]:
-    """The shards that have some of these samples, which are sorted, with their places there."""
-    starts = np.cumsum([0, *shards.manifest.shard_samples])
-    shard = np.searchsorted(starts, ids, side="right") - 1
-    for number in np.unique(shard).tolist():
-        yield number, ids[shard == number] - starts[number]
 
 
 def _ids(shards: ShardSet, path: str) -> Ids:
