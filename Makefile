@@ -59,8 +59,8 @@ bench: .venv/stamp ## measure, beside a peer in the same run; figures in var/ben
 	@for part in loader from_s3; do $(BIN)/python -m bench.$$part; done
 
 .PHONY: shards
-shards: .venv/stamp ## pack SRC=folder into DST=s3://bucket/folder
-	@$(FARSEER) shards "$(or $(SRC),$(error say what to pack: make shards SRC=folder DST=s3://bucket/folder))" "$(or $(DST),$(error say where to: DST=s3://bucket/folder))" $(site_option)
+shards: .venv/stamp ## pack SRC=folder into DST=s3://bucket/folder (IN_PLACE=1: index tars where they lie)
+	@$(FARSEER) shards "$(or $(SRC),$(error say what to pack: make shards SRC=folder DST=s3://bucket/folder))" "$(or $(DST),$(error say where to: DST=s3://bucket/folder))" $(site_option) $(call flag,IN_PLACE,in-place)
 
 .PHONY: verify
 verify: .venv/stamp ## whether the shard set DST= holds what its manifest says (FULL=1: decode every image)

@@ -18,6 +18,7 @@ def pack_verb(verbs: Any) -> None:
     options.add_argument("source", metavar="SRC", help="a folder, a tar or zip, or a list (Parquet or text)")
     options.add_argument("target", metavar="DST", help="where the shards go: s3://bucket/folder")
     options.add_argument("--append", action="store_true", help="add what of SRC is not in the set yet, as new shards")
+    options.add_argument("--in-place", action="store_true", help="index WebDataset tars where they lie; none is copied")
     options.add_argument("--set", default="", help="settings: 'min_side=64 shard_bytes=134217728 label=none'")
     options.add_argument("--dali-index", action="store_true", help="write an index for DALI's own reader, too")
     options.add_argument("--workers", type=int, help="processes; by default one a core; with --site, tasks of SLURM")
@@ -32,6 +33,8 @@ def shards(options: argparse.Namespace) -> int:
 
     use_keys(options.site)
     settings, source_options = parse_settings(options.set + (" dali_index=true" if options.dali_index else ""))
+    if options.in_place:
+        return _in_place(options, settings)
     report = pack(
         options.source,
         Store(options.target),
@@ -46,6 +49,21 @@ def shards(options: argparse.Namespace) -> int:
     else:
         more = "" if not report.already_there or options.append else "; APPEND=1 adds what SRC has got since"
         say(*report.refused_lines(), f"{report.url}: {report.summary()}{more}")
+    return 0
+
+
+def _in_place(options: argparse.Namespace, settings: "PackSettings") -> int:
+    from data_shards.adopt import index_shards
+    from data_shards.store import Store
+
+    if options.append or options.dali_index:
+        raise UserError("IN_PLACE=1 indexes tars as they are: leave out APPEND=1 and DALI_INDEX=1")
+    store = Store(options.target)
+    report, about = index_shards(options.source, store, settings, progress=progress(), workers=options.workers)
+    if options.json:
+        say(json.dumps({**asdict(report), "about": about}, indent=2))
+    else:
+        say(*report.refused_lines(), f"{report.url}: {report.summary()}", about)
     return 0
 
 
