@@ -4,6 +4,7 @@ Three phases, each of which goes on where it was: the plan (data_shards.plan), t
 (data_shards.merge). Same source and settings: same bytes in every shard, however many processes or machines work.
 """
 
+import contextlib
 import os
 import time
 from collections.abc import Sequence
@@ -19,11 +20,12 @@ from data_shards.merge import Refusal, merge, read_refused
 from data_shards.plan import Asked, PackSettings, Plan, load_plans, make_plan
 from data_shards.progress import Progress
 from data_shards.sources import Source, SourceOptions, list_sources, metadata_schema
-from data_shards.store import Store
+from data_shards.store import Denied, Store
 from data_shards.work import pack_groups
 
 __all__ = ["PackReport", "PackSettings", "Refusal", "Source", "SourceOptions", "pack", "prepare", "report"]
 
+_PROBE = "plans/writable"
 EXAMPLES = 20  # of refused sources, in a report
 WORTH_A_PROCESS = 500  # sources: to start a process takes as long as to pack these
 
@@ -102,6 +104,7 @@ def prepare(
     begun = _begun_append(asked, dst, plans, manifest) if append else _begun(asked, dst, plans, manifest)
     if begun is not None:
         return begun if begun.end_shard > done else None
+    _check_writable(dst)
     listed = list_sources(asked.source, asked.options) if isinstance(source, str | Path) else source
     columns = metadata_schema(asked.source, asked.options) if isinstance(source, str | Path) else None
     plan = make_plan(dst, asked, listed, columns, plans, manifest.layout_id if manifest else None, progress)
@@ -133,6 +136,13 @@ def worker_count(wanted: int | None, plan: Plan, dst: Store) -> int:
     if dst.url.startswith("memory:"):
         return 1  # other processes have other memory
     return min(wanted or min(len(os.sched_getaffinity(0)), 1 + plan.sources // WORTH_A_PROCESS), plan.groups)
+
+
+def _check_writable(dst: Store) -> None:
+    """Now, rather than when a billion sources are listed."""
+    dst.put(_PROBE, b"")
+    with contextlib.suppress(Denied):  # what may be written need not be removable
+        dst.delete([_PROBE])
 
 
 def _begun(asked: Asked, dst: Store, plans: list[Plan], manifest: Manifest | None) -> Plan | None:

@@ -40,7 +40,10 @@ MOST_GROUPS = 1000  # so many objects the last merge reads at most
 MEMORY = "1GB"  # of the engine that sorts; what is above goes to disk
 BATCH = 16_384  # sources
 SAMPLE = 64  # sources that are looked at where the listing does not tell what will be stored
+USUAL_BYTES = 100_000  # of an image, where none of those is accepted
 
+_IN_TAR = "512 + (size + 511) // 512 * 512"
+_NAME_HASH = "CASE WHEN url IS NULL THEN try_cast(decode(name) AS UHUGEINT) ELSE md5_number(name) END"
 _PATHS = ("url", "name", "label")
 # `place`: of all listed sources, in the order of the shards. Paths and names need not be text.
 _LISTED = pa.schema(
@@ -54,9 +57,6 @@ _LISTED = pa.schema(
         "deflated": pa.bool_(),
     }
 )
-
-
-_NAME_HASH = "CASE WHEN url IS NULL THEN try_cast(decode(name) AS UHUGEINT) ELSE md5_number(name) END"
 
 
 class PackSettings(Rules):
@@ -277,16 +277,18 @@ def _leave_out(database: "duckdb.DuckDBPyConnection", store: Store, plan: Plan, 
 
 def _totals(database: "duckdb.DuckDBPyConnection", asked: Asked) -> tuple[int, int]:
     """How many sources, and the bytes that they will take in tars: by their listed sizes, or by looking at some."""
-    settings = asked.settings
     ((count, known, size),) = database.execute(
-        "SELECT count(*), count(size), sum(512 + (size + 511) // 512 * 512) FILTER (size <= ?) FROM listed",
-        [settings.max_bytes],
+        f"SELECT count(*), count(size), sum({_IN_TAR}) FILTER (size <= ?) FROM listed",  # noqa: S608
+        [asked.settings.max_bytes],
     ).fetchall()
-    if settings.longest_side or known < count / 2:
-        found = database.sql(f"SELECT * FROM listed ORDER BY place LIMIT {SAMPLE}").to_arrow_table()  # noqa: S608
-        sizes = [_stored_bytes(_source(row), asked) for row in found.to_pylist()]
-        known, size = len(sizes), sum(512 + (one + 511) // 512 * 512 for one in sizes if one)
-    return count, round(int(size or 0) * count / known) if known else 0
+    if known >= count / 2 > 0 and not asked.settings.longest_side:
+        return count, int(size or 0) * count // known
+    found = database.sql(f"SELECT * FROM listed ORDER BY place LIMIT {SAMPLE}").to_arrow_table()  # noqa: S608
+    sizes = [_stored_bytes(_source(row), asked) for row in found.to_pylist()]
+    accepted = [size for size in sizes if size]
+    each = sum(512 + (size + 511) // 512 * 512 for size in accepted) / len(accepted) if accepted else USUAL_BYTES
+    # one more than seen: where few are accepted, those must not all come into one shard
+    return count, round(count * each * (len(accepted) + 1) / (len(sizes) + 1))
 
 
 def _stored_bytes(source: Source, asked: Asked) -> int:
