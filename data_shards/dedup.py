@@ -43,7 +43,7 @@ class DedupSettings(Section):
     affects_results: ClassVar[bool] = False
 
     distance: int = Field(default=4, ge=0, le=8)  # bits of 64; docs/BENCHMARKS.md says what each finds
-    crowd: PositiveInt = 1000  # hashes in a bucket; of more, only equal ones are found
+    crowd: PositiveInt = 200  # hashes in a bucket; in larger ones each is compared with the best so many alone
     memory_bytes: int = Field(default=4 * 2**30, ge=128 * 2**20)  # DuckDB's
 
 

@@ -3,8 +3,8 @@
 The bits are dealt into bands. Hashes that differ in at most d bits differ in at most d bands, so they agree on all of
 some choice of the others: for each choice of bands that many hashes fall into a bucket, and only within a bucket are
 bits counted. More bands make more choices, but smaller buckets; the number of hashes decides. What would be quadratic
-still, a bucket that is crowded, is left out and counted. Source: Manku et al., Detecting Near-Duplicates for Web
-Crawling (WWW 2007), section 3.
+still is a bucket that is crowded: there each hash is compared with the best ones alone. Source: Manku et al., Detecting
+Near-Duplicates for Web Crawling (WWW 2007), section 3.
 """
 
 import math
@@ -38,21 +38,31 @@ def _cost(distance: int, bands: int, count: int) -> float:
 def find_pairs(db: duckdb.DuckDBPyConnection, distance: int, crowd: int, progress: Progress | None = None) -> int:
     """Make the table near(a, b): hashes of 1 to `distance` bits apart, a below b; a pair may be there more than once.
 
-    db: has a table hashes(hash, rank) of distinct hashes; pairs without any rank are not looked for. crowd: buckets of
-    more hashes are left out. Returns how many hashes lay in such a bucket: pairs of them may be missing.
+    db: has a table hashes(hash, rank) of distinct hashes; pairs without any rank are not looked for. crowd: in buckets
+    of more hashes each is compared with so many of the lowest rank. Returns how many hashes lay in such a bucket: pairs
+    of them may be missing.
     """
     db.execute("CREATE TABLE near (a UBIGINT, b UBIGINT); CREATE TABLE crowded (hash UBIGINT)")
     choices = masks(distance, count_rows(db, "hashes")) if distance else []
+    wanted = f"bit_count(xor(x.hash, y.hash)) <= {distance} AND (x.rank IS NOT NULL OR y.rank IS NOT NULL)"
     for done, mask in enumerate(choices, 1):
         db.execute(f"""
             CREATE OR REPLACE TEMP TABLE crowds AS
             SELECT hash & {mask} AS bucket FROM hashes GROUP BY bucket HAVING count(*) > {crowd};
-            INSERT INTO crowded SELECT hash FROM hashes WHERE hash & {mask} IN (SELECT bucket FROM crowds);
             INSERT INTO near
             SELECT x.hash, y.hash
             FROM hashes x JOIN hashes y ON x.hash & {mask} = y.hash & {mask} AND x.hash < y.hash
-            WHERE bit_count(xor(x.hash, y.hash)) <= {distance} AND (x.rank IS NOT NULL OR y.rank IS NOT NULL)
-            AND x.hash & {mask} NOT IN (SELECT bucket FROM crowds)
+            WHERE {wanted} AND x.hash & {mask} NOT IN (SELECT bucket FROM crowds);
+
+            CREATE OR REPLACE TEMP TABLE crowds AS
+            SELECT hash, rank, bucket FROM hashes JOIN crowds ON bucket = hash & {mask};
+            INSERT INTO near
+            SELECT least(x.hash, y.hash), greatest(x.hash, y.hash)
+            FROM crowds x JOIN (
+                SELECT * FROM crowds QUALIFY row_number() OVER (PARTITION BY bucket ORDER BY rank, hash) <= {crowd}
+            ) y ON x.bucket = y.bucket AND x.hash != y.hash
+            WHERE {wanted};
+            INSERT INTO crowded SELECT hash FROM crowds
         """)
         if progress:
             progress("comparisons", done, len(choices))

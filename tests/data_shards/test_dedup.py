@@ -122,7 +122,7 @@ def test_more_hashes_get_smaller_buckets_so_that_the_work_is_not_quadratic(dista
     for count in (10**6, 10**7, 10**8, 10**9):
         chosen = masks(distance, count)
         fewest = min(mask.bit_count() for mask in chosen)
-        assert count / 2 ** (fewest - 4) <= 1000  # in a bucket; 4 bits less than of hashes by chance
+        assert count / 2 ** (fewest - 4) <= DedupSettings().crowd  # in a bucket; 4 bits less than of hashes by chance
     if distance == 4:
         assert len(masks(distance, 10**9)) <= 70
 
@@ -141,17 +141,21 @@ def test_the_pairs_are_those_that_comparing_each_with_each_finds(
         assert pairs(db, given, distance) == {(a, b) for a, b in each if (a ^ b).bit_count() <= distance}
 
 
-def test_a_crowded_bucket_is_left_out_and_counted_while_equal_hashes_in_it_are_found(tmp_path: Path) -> None:
-    base = photo_hashes(1)[0] & ~0x3FFF
-    crowd = [Row(base | low, 1000 + low) for low in range(3000)]  # they agree on 50 bits, most are near each other
-    crowd = [row for row in crowd if row.phash is not None and row.phash.bit_count() >= 24]
-    apart = photo_hashes(20, seed=1)
-    planted = [Row(flipped(one, 3, 60), 10_000 + i) for i, one in enumerate(apart)]
-    store = stored([[*crowd, crowd[0]._replace(content=99)], [*(Row(one, i) for i, one in enumerate(apart)), *planted]])
-    found = dedup(store, tmp_path, DedupSettings(distance=2, crowd=100))
-    assert found.crowded == len(crowd)
-    assert found.near == {0: 1, 2: 20}
-    assert any(f"{len(crowd):,} have a hash that too many resemble" in line for line in found.lines())
+def test_in_a_crowded_bucket_each_is_compared_with_the_best_alone_and_that_is_told(tmp_path: Path) -> None:
+    base = photo_hashes(1)[0] & ~0x3FFF  # the least of them, so it has the lowest rank
+    bits = [(), *itertools.combinations(range(14), 1), *itertools.combinations(range(14), 2)]
+    crowd = {flipped(base, *chosen) for chosen in bits}
+    with duckdb.connect() as db:
+        found, every = pairs(db, crowd, 2, crowd=20), pairs(db, crowd, 2)
+    assert {(base, other) for other in crowd - {base}} <= found < every
+    loners = photo_hashes(20, seed=1)
+    planted = [Row(flipped(one, 3, 60), 10_000 + i) for i, one in enumerate(loners)]
+    rows = [Row(one, 1000 + i) for i, one in enumerate(sorted(crowd))]
+    store = stored([rows, [*(Row(one, i) for i, one in enumerate(loners)), *planted]])
+    report = dedup(store, tmp_path, DedupSettings(distance=2, crowd=20))
+    assert report.crowded == len(crowd)
+    assert sum(report.near.values()) == len(crowd) - 1 + len(planted)
+    assert any(f"{len(crowd):,} have a hash that too many resemble" in line for line in report.lines())
 
 
 def test_the_one_of_most_pixels_stays_and_among_equals_the_first_key(tmp_path: Path) -> None:
