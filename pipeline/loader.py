@@ -3,9 +3,13 @@
 Bytes come from the reader, numbers from pipeline.augment, pixels from pipeline.pixels. An image that does not decode
 takes its whole batch's run with it, not those before and behind. That batch alone is run again in a second instance of
 the graph, after its bad samples have been found one by one and replaced by the reader; the others keep their place.
+
+A GPU's JPEG engine may write out of order with the work around it, and no error tells of it. So one sample in
+COMPARED_ONE_IN is made again on the host while training, and crops that differ are counted and warned of.
 """
 
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +25,11 @@ from data_shards.reader import BadSample, Reader, Sample
 from data_shards.section import Section
 from pipeline.augment import AugmentSettings, Draws, draw, philox
 from pipeline.pixels import Encoded, Graph, UndecodableError, digests
+
+COMPARED_ONE_IN = 10_000
+# Mean difference of a crop in levels of 255, before colour widened it. Decoders and resizers differ by one or two,
+# other images by 30 and more.
+LARGEST_DIFFERENCE = 4.0
 
 
 class LoaderSettings(Section):
@@ -70,6 +79,7 @@ class Loader:
     """Iterates over the batches of steps `start_step` to `end_step` - 1, made ahead of time.
 
     Errors of the reader (a store that does not answer, too many bad samples) end the iteration as they are.
+    graph: what decodes and cuts. Tests put a faulty one in; what it makes is compared with `Graph` on the host.
     """
 
     def __init__(
@@ -80,8 +90,10 @@ class Loader:
         start_step: int,
         end_step: int,
         settings: LoaderSettings,
+        graph: type[Graph] = Graph,
     ) -> None:
         self._reader, self._augment, self._seed, self._settings = reader, augment, seed, settings
+        self._graph_type = graph
         self._next_step, self._end_step = start_step, end_step
         self._sizes = [crop.size for crop in augment.crops for _ in range(crop.count)]
         self._device = _device(settings.device)
@@ -91,7 +103,9 @@ class Loader:
         self._batch = 0  # samples, known when the first batch is
         self._graph: Graph | None = None
         self._spare: Graph | None = None
-        self._counters: dict[str, float] = {"batches_repaired": 0, "samples_undecodable": 0, "graphs_rebuilt": 0}
+        self._host: Graph | None = None
+        names = ("batches_repaired", "samples_undecodable", "graphs_rebuilt", "decode_compared", "decode_mismatch")
+        self._counters: dict[str, float] = dict.fromkeys(names, 0)
 
     @property
     def bad(self) -> list[BadSample]:
@@ -100,7 +114,7 @@ class Loader:
 
     @property
     def counters(self) -> dict[str, float]:
-        """The reader's, and how often a decode failed."""
+        """The reader's, how often a decode failed, was compared with the host's and did not agree."""
         return {**self._reader.counters, **self._counters}
 
     def __iter__(self) -> Iterator[Batch]:
@@ -115,6 +129,8 @@ class Loader:
         crops = self._collect(graph, work)
         if crops is None:
             work, crops = self._repair(work)
+        for i in compared(work.lanes, work.indices):
+            self._compare(work.samples[i], [crop[i] for crop in crops])
         return Batch(
             step=work.step,
             crops=crops,
@@ -128,7 +144,7 @@ class Loader:
 
     def close(self) -> None:
         """Let go of DALI's threads and buffers; the reader is its owner's to close."""
-        self._graph = self._spare = None
+        self._graph = self._spare = self._host = None
         self._pending.clear()
         self._replay.clear()
 
@@ -144,7 +160,7 @@ class Loader:
 
     def _build(self, depth: int, feed: Callable[[], Encoded] | None = None) -> Graph:
         threads, hardware_jpeg = self._settings.threads, self._settings.hardware_jpeg
-        return Graph(
+        return self._graph_type(
             self._augment,
             self._sizes,
             self._batch,
@@ -221,6 +237,42 @@ class Loader:
         if self._spare is None:
             self._spare = self._build(1)
         return self._spare.run(work.encoded)
+
+    def _compare(self, sample: Sample, crops: list[Tensor]) -> None:
+        """Make the sample again on the host."""
+        work = self._work(0, [sample])
+        if self._host is None:
+            self._host = Graph(self._augment, self._sizes, 1, torch.device("cpu"))
+        self._counters["decode_compared"] += 1
+        try:
+            differs = difference(crops, self._host.run(work.encoded), work.encoded.draws, self._augment)
+        except UndecodableError:
+            differs = float("inf")
+        if differs > LARGEST_DIFFERENCE:
+            self._counters["decode_mismatch"] += 1
+            warnings.warn(
+                f"sample {sample.id}: its crops on {self._device} differ from the host's by {differs:.0f} levels of 255"
+                "; if it goes on, stop and set loader.hardware_jpeg=0",
+                stacklevel=2,
+            )
+
+
+def compared(lanes: NDArray[np.int64], indices: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Which samples of a batch are made again on the host: one in COMPARED_ONE_IN, chosen by its place in the data."""
+    index, lane = indices.astype(np.uint64), lanes.astype(np.uint64)
+    words = (index & np.uint64(0xFFFFFFFF), index >> np.uint64(32), lane, np.zeros_like(lane))
+    return np.flatnonzero(philox(np.stack(words), (0, 1))[0] % np.uint64(COMPARED_ONE_IN) == 0)
+
+
+def difference(crops: list[Tensor], host: list[Tensor], draws: list[Draws], augment: AugmentSettings) -> float:
+    """The mean difference of the crop of one sample that differs most, in levels of 255 before its colour was changed.
+
+    crops: (count, 3, s, s) for each size; host: the same of a batch of one; draws: of that batch.
+    """
+    pairs = [pair for a, b in zip(crops, host, strict=True) for pair in zip(a.cpu(), b[0], strict=True)]
+    std = torch.tensor(augment.std)[:, None, None]
+    gains = [max(1.0, float(crop.brightness[0] * crop.contrast[0])) for crop in draws]
+    return max(255 * float(((a - b).abs() * std).mean()) / gain for (a, b), gain in zip(pairs, gains, strict=True))
 
 
 def render(

@@ -1,6 +1,7 @@
 """pipeline.loader and pipeline.pixels on real JPEGs, with every kind of damage planted."""
 
 import io
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -12,8 +13,8 @@ from skimage import data as photographs
 
 from data_shards.reader import Sample
 from pipeline.augment import AugmentSettings, CropSettings, Draws, draw
-from pipeline.loader import Batch, Loader, LoaderSettings, render
-from pipeline.pixels import digests
+from pipeline.loader import COMPARED_ONE_IN, Batch, Loader, LoaderSettings, compared, render
+from pipeline.pixels import Encoded, Graph, digests
 
 SEED, BATCH, LANES, STEPS = 3, 8, 4, 5
 AUGMENT = AugmentSettings(
@@ -24,7 +25,7 @@ CPU = LoaderSettings(device="cpu")
 
 def encode(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
     file = io.BytesIO()
-    image.save(file, kind, **({"quality": 90} if kind == "JPEG" else {}), **options)
+    image.save(file, kind, **({"quality": 90} if kind == "JPEG" else {}) | options)
     return file.getvalue()
 
 
@@ -49,6 +50,7 @@ class MemoryReader:
     images: Sequence[bytes]
     sizes: Sequence[tuple[int, int]]
     lanes: range = range(LANES)
+    size: int = BATCH
     known_bad: set[int] = field(default_factory=set)
     asked: list[int] = field(default_factory=list)
     bad: list[tuple[int, str]] = field(default_factory=list)
@@ -56,7 +58,7 @@ class MemoryReader:
 
     def batch(self, step: int) -> list[Sample]:
         self.asked.append(step)
-        a_lane = BATCH // LANES
+        a_lane = self.size // LANES
         places = [(lane, step * a_lane + i) for lane in self.lanes for i in range(a_lane)]
         return [self._choose(lane, index) for lane, index in places]
 
@@ -77,7 +79,9 @@ def sizes_of(images: Sequence[bytes]) -> list[tuple[int, int]]:
 
 
 def load(reader: MemoryReader, start: int = 0, settings: LoaderSettings = CPU) -> list[Batch]:
-    return list(Loader(reader, AUGMENT, SEED, start, STEPS, settings))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # such as of crops that are not the host's
+        return list(Loader(reader, AUGMENT, SEED, start, STEPS, settings))
 
 
 def same(ours: Batch, theirs: Batch) -> bool:
@@ -259,6 +263,70 @@ def test_rendering_an_image_that_does_not_decode_says_so(tiles: list[bytes]) -> 
         render([tiles[0], tiles[1][:500]], sizes, AUGMENT, drawn, CPU)
 
 
+def test_one_place_in_ten_thousand_is_compared_with_the_host_whoever_holds_it() -> None:
+    lanes, indices = np.repeat(np.arange(64), 20_000), np.tile(np.arange(20_000), 64)
+    places = compared(lanes, indices)
+    assert 80 < len(places) < 180  # 128 are expected
+    halves = compared(lanes[::2], indices[::2]) * 2, compared(lanes[1::2], indices[1::2]) * 2 + 1
+    assert sorted(np.concatenate(halves)) == list(places)
+    assert COMPARED_ONE_IN == 10_000
+
+
+class Crossed(Graph):
+    """Decodes, but each sample of a batch gets its neighbour's pixels."""
+
+    def collect(self, batch: Encoded) -> list[torch.Tensor]:
+        return [crops.copy_(crops.roll(1, dims=0)) for crops in super().collect(batch)]
+
+
+def test_crops_that_are_not_those_of_the_hosts_decode_are_counted_and_warned_of(
+    tiles: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.loader.COMPARED_ONE_IN", 4)
+    right = Loader(MemoryReader(tiles, sizes_of(tiles)), AUGMENT, SEED, 0, STEPS, CPU)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made = list(right)
+    wrong = Loader(MemoryReader(tiles, sizes_of(tiles)), AUGMENT, SEED, 0, STEPS, CPU, graph=Crossed)
+    with pytest.warns(UserWarning, match=r"sample \d+: its crops on cpu differ from the host's by \d+ levels"):
+        assert [batch.step for batch in wrong] == [batch.step for batch in made]
+    assert right.counters["decode_compared"] == wrong.counters["decode_compared"] > 3
+    assert right.counters["decode_mismatch"] == 0
+    assert wrong.counters["decode_mismatch"] == wrong.counters["decode_compared"]
+
+
+@pytest.mark.slow
+def test_one_giant_image_among_small_ones_gives_its_crops_and_changes_no_others(
+    tiles: list[bytes], straight: list[Batch]
+) -> None:
+    photo = Image.fromarray(photographs.astronaut())
+    images = [*tiles[:13], encode(photo.resize((8000, 6000))), *tiles[14:]]
+    batches = load(MemoryReader(images, sizes_of(images)))
+    place = batches[1].ids.tolist().index(13)
+    others = [i for i in range(BATCH) if i != place]
+    assert all(map(same, batches[:1] + batches[2:], straight[:1] + straight[2:]))
+    for ours, theirs in zip(batches[1].crops, straight[1].crops, strict=True):
+        assert torch.equal(ours[others], theirs[others])
+    # the same crops of the same photograph, which is as large as a crop needs it
+    small = encode(photo.resize((500, 375)), quality=97)
+    sizes = np.array([[375, 500]])
+    drawn = draw(AUGMENT, SEED, batches[1].lanes[[place]], batches[1].indices[[place]], *sizes.T)
+    for ours, theirs in zip(batches[1].crops, render([small], sizes, AUGMENT, drawn, CPU), strict=True):
+        assert (255 * 0.229 * (ours[place] - theirs[0]).abs()).mean() < 6
+
+
+@pytest.mark.slow
+def test_ten_thousand_tiny_images_are_all_seen_once_and_none_is_bad() -> None:
+    photo = Image.fromarray(photographs.astronaut())
+    tiny = [encode(photo.crop((k % 400, k // 25, k % 400 + 1 + k % 12, k // 25 + 1 + k % 7))) for k in range(10_000)]
+    reader = MemoryReader(tiny, sizes_of(tiny), size=400)
+    small = AugmentSettings(crops=(CropSettings(size=32, count=1, scale=(0.3, 1.0)),))
+    batches = list(Loader(reader, small, SEED, 0, 25, CPU))
+    assert sorted(np.concatenate([batch.ids for batch in batches])) == list(range(10_000))
+    assert not reader.bad
+    assert all(torch.isfinite(batch.crops[0]).all() for batch in batches)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_makes_nearly_the_crops_of_a_cpu_and_outlives_garbage(tiles: list[bytes]) -> None:
     """Two batches in a row do not decode; decoders and filters may differ by a level or two."""
@@ -273,3 +341,28 @@ def test_a_gpu_makes_nearly_the_crops_of_a_cpu_and_outlives_garbage(tiles: list[
             assert 255 * 0.229 * (gpu.cpu() - cpu).abs().mean() < 2
     again = load(MemoryReader(damaged, sizes_of(tiles)), settings=LoaderSettings(device="cuda"))
     assert [batch.crop_hash for batch in again] == [batch.crop_hash for batch in batches]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_jpeg_engine_of_a_gpu_gives_the_same_crops_while_a_long_kernel_runs(tiles: list[bytes]) -> None:
+    """The engine has been seen to write when it is called and not when its stream gets there."""
+    sizes, matrix = sizes_of(tiles), torch.randn(8192, 8192, device="cuda")
+
+    def made(share: float, busy: bool) -> list[Batch]:
+        settings = LoaderSettings(device="cuda", hardware_jpeg=share, queue=3)
+        loader = Loader(MemoryReader(tiles, sizes), AUGMENT, SEED, 0, STEPS, settings)
+        batches = []
+        for _ in range(STEPS):
+            for _ in range(20 if busy else 0):
+                matrix @ matrix  # some hundred milliseconds on torch's stream; nobody waits for them
+            batches.append(next(loader))
+            if not busy:
+                torch.cuda.synchronize()
+        return batches
+
+    without, idle = made(0.0, busy=True), made(1.0, busy=False)
+    for _ in range(20):
+        assert [batch.crop_hash for batch in made(1.0, busy=True)] == [batch.crop_hash for batch in idle]
+    for ours, theirs in zip(idle, without, strict=True):  # two decoders: a level or two apart
+        for engine, kernels in zip(ours.crops, theirs.crops, strict=True):
+            assert (255 * 0.229 * (engine - kernels).abs()).flatten(1).mean(1).max() < 4
