@@ -5,6 +5,7 @@ a StoreError: the next million of files would fare no better. Limits on bytes ar
 """
 
 import contextlib
+import errno
 import io
 import os
 import random
@@ -18,13 +19,14 @@ import aiohttp
 import fsspec
 
 from data_shards.errors import UserError
-from data_shards.images import Refused, read_file
+from data_shards.images import Refused
 from data_shards.store import Denied, NotFound, Store, StoreError, Truncated, Unavailable
 
 T = TypeVar("T")
 
 READ_AHEAD = 4 * 2**20  # bytes asked of a store at once while an archive's headers are walked through
 ATTEMPTS = 5  # of fsspec's places; the store has its own patience
+_OF_ONE_FILE = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT)
 _DENIED = (401, 403, 407)
 _TRANSIENT = (408, 425, 429)
 _TIMEOUT = aiohttp.ClientTimeout(total=600, sock_connect=10, sock_read=30)
@@ -52,7 +54,7 @@ def _store(root: str) -> Store:
 def read_whole(url: str, max_bytes: int) -> bytes:
     """All bytes of a file. Raises Refused, or StoreError when the place cannot be read at all."""
     if not is_remote(url):
-        return read_file(Path(url.removeprefix("file://")), max_bytes)
+        return _checked(_read_local(Path(url.removeprefix("file://")), max_bytes), max_bytes)
     if (place := store_of(url)) is None:
         return _checked(_patiently(url, lambda: _stream(url, max_bytes)), max_bytes)
     store, path = place
@@ -117,8 +119,20 @@ class _Object(io.RawIOBase):
         return len(data)
 
 
+def _read_local(path: Path, max_bytes: int) -> bytes:
+    try:
+        if not path.is_file():  # a pipe or a device would never end
+            raise Refused("not a file")
+        with path.open("rb") as file:
+            return file.read(max_bytes + 1)
+    except OSError as error:
+        if error.errno in _OF_ONE_FILE:
+            raise Refused("cannot be read", error.strerror or "") from None
+        raise Unavailable(f"{path}: {error.strerror}; pack again when its disk answers") from error
+
+
 def _checked(found: bytes | int, max_bytes: int) -> bytes:
-    """The bytes, or Refused; of what is too large, its size is enough."""
+    """The bytes. Raises Refused; of what is too large, its size is enough."""
     size = found if isinstance(found, int) else len(found)
     if size > max_bytes:
         raise Refused("too many bytes", f"{size} bytes or more; {max_bytes} is the limit")

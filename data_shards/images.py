@@ -12,8 +12,7 @@ import io
 import warnings
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -79,29 +78,8 @@ class Photo:
         return hashlib.sha256(self.data).digest()
 
 
-def read_photo(path: Path, *, min_side: int, max_pixels: int, max_bytes: int) -> Photo:
-    """Read, check and decode a file. Raises Refused."""
-    return examine(read_file(path, max_bytes), min_side=min_side, max_pixels=max_pixels)
-
-
-def read_file(path: Path, max_bytes: int) -> bytes:
-    """A regular file's bytes (a pipe or a device would never end). Raises Refused."""
-    try:
-        if not path.is_file():
-            raise Refused("not a file")
-        size = path.stat().st_size
-        if not size:
-            raise Refused("empty")
-        if size > max_bytes:
-            raise Refused("too many bytes", f"{size} bytes; {max_bytes} is the limit")
-        return path.read_bytes()
-    except OSError as error:
-        raise Refused("cannot be read", error.strerror or type(error).__name__) from error
-
-
-def examine(data: bytes, rules: Rules | None = None, **changed: Any) -> Photo:
-    """Check and decode. `changed`: of the rules. Raises Refused, whatever the bytes are."""
-    rules = (rules or Rules()).model_copy(update=changed)
+def examine(data: bytes, rules: Rules) -> Photo:
+    """Check and decode a file. Raises Refused, whatever the bytes are."""
     if len(data) > rules.max_bytes:
         raise Refused("too many bytes", f"{len(data)} bytes; {rules.max_bytes} is the limit")
     if data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1"):
@@ -125,12 +103,6 @@ def examine(data: bytes, rules: Rules | None = None, **changed: Any) -> Photo:
                 raise
             except Exception as error:  # noqa: BLE001
                 raise Refused("damaged", _line(error)) from None
-
-
-def convert(data: bytes) -> bytes:
-    """PNG of the first frame, in RGB; the same bytes each time."""
-    with Image.open(io.BytesIO(data)) as image:
-        return _encoded(image, "PNG")
 
 
 @cache

@@ -193,14 +193,26 @@ def test_several_lists_are_taken_by_a_pattern(tmp_path: Path) -> None:
     assert names(tmp_path / "part-{2,0}.txt") == ["2.jpg", "0.jpg"]
 
 
-def test_files_too_large_empty_or_missing_are_refused(tmp_path: Path) -> None:
+def test_files_too_large_empty_missing_or_no_files_are_refused_without_being_read(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     (tmp_path / "large").write_bytes(b"." * 101)
-    assert [refused(Source(str(tmp_path / name)), 100) for name in ("empty", "large", "none")] == [
-        "empty",
-        "too many bytes",
-        "not a file",
-    ]
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "circle").symlink_to("circle")
+    names = ("empty", "large", "none", "pipe", "dangling", "circle", "x" * 300, "nul\0")
+    assert {name: refused(Source(str(tmp_path / name)), 100) for name in names} == {
+        **dict.fromkeys(names, "not a file"),
+        "empty": "empty",
+        "large": "too many bytes",
+        "x" * 300: "cannot be read",
+    }
+
+
+def test_a_disk_that_does_not_answer_stops_the_packing_unless_that_is_wanted() -> None:
+    broken = Source("/proc/self/mem")  # whose first byte is an input/output error
+    with pytest.raises(Unavailable, match="/proc/self/mem: Input/output error; pack again"):
+        read_source(broken, MB)
+    assert refused(broken, skip_unreachable=True) == "cannot be read"
 
 
 def test_an_fsspec_url_of_any_kind_is_read(tiles: Path) -> None:
