@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from jobs.verbs import add_verb, json_option, say, site_option, table
+from jobs.verbs import add_verb, duration, json_option, say, site_option, table
 
 if TYPE_CHECKING:
     from jobs.checkpoints import Stored
@@ -227,10 +227,4 @@ def _checkpoint_row(one: "Stored") -> Iterator[str]:
 
 
 def _span(seconds: float | None) -> str:
-    """In the largest unit that gives two or more of it: 90 min, 3 h, 12 days."""
-    if seconds is None:
-        return "-"
-    for unit, size in (("days", 86_400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{max(seconds, 0):.0f} s"
+    return "-" if seconds is None else duration(max(seconds, 0.0))

@@ -22,7 +22,8 @@ from pipeline.goodput import Goodput, goodput
 
 Row = dict[str, Any]
 
-TAIL_BYTES = 64 * 1024  # of an attempt's rows: more than a hundred
+TAIL_BYTES = 64 * 1024  # of the newest attempt's rows: more than a hundred
+LAST_BYTES = 4 * 1024  # of an older one's: the last is in them
 READERS = 16  # folders read at the same time: a shared disk is slow to answer, not slow
 STILL_S = 60.0  # without a step, or so many medians if that is longer: worth a look
 MEDIANS = 20
@@ -188,8 +189,9 @@ def _rows(run_dir: Path) -> tuple[list[Row], dict[int, tuple[Row, Row]]]:
     """The last rows of the newest attempt that has any, and of each attempt its first and its last one."""
     newest: list[Row] = []
     ends = {}
-    for path in attempt_files(run_dir, "metrics.jsonl"):
-        rows = read_lines(path, TAIL_BYTES)
+    files = attempt_files(run_dir, "metrics.jsonl")
+    for path in files:
+        rows = read_lines(path, TAIL_BYTES if path == files[-1] else LAST_BYTES)
         first = _first_line(path)
         if first is not None and rows:
             ends[int(path.parent.name[1:])] = (first, rows[-1])

@@ -298,13 +298,18 @@ def read_events(store: Store) -> list[dict[str, Any]]:
 def read_metrics(store: Store) -> list[dict[str, Any]]:
     """The rows of a run, one a step: where an attempt began again, the rows of those before it end."""
     rows: dict[int, dict[str, Any]] = {}
-    attempts: dict[int, list[dict[str, Any]]] = {}
-    for row in _stored_lines(store, "metrics"):
-        attempts.setdefault(row["run"]["attempt"], []).append(row)
-    for _, own in sorted(attempts.items()):
+    for _, own in sorted(read_attempts(store).items()):
         first = min(row["result"]["step"] for row in own)
         rows = {step: row for step, row in rows.items() if step < first} | {row["result"]["step"]: row for row in own}
     return [rows[step] for step in sorted(rows)]
+
+
+def read_attempts(store: Store) -> dict[int, list[dict[str, Any]]]:
+    """All rows of each attempt, also those of steps that a later one did again."""
+    attempts: dict[int, list[dict[str, Any]]] = {}
+    for row in _stored_lines(store, "metrics"):
+        attempts.setdefault(row["run"]["attempt"], []).append(row)
+    return attempts
 
 
 def environment() -> dict[str, Any]:
@@ -317,10 +322,16 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": {found.name: found.version for found in metadata.distributions()},
         "cuda": torch.version.cuda,
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else None,
+        "nccl": _nccl(),
         "driver": driver.read_text().splitlines()[0] if driver.exists() else None,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
+
+
+def _nccl() -> str | None:
+    if not torch.cuda.is_available():
+        return None
+    return ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
 
 
 def _stored_lines(store: Store, folder: str) -> Iterator[dict[str, Any]]:
