@@ -246,11 +246,10 @@ def _list(
 
 
 def _batch(sources: list[Source], places: Any, schema: pa.Schema) -> pa.Table:
-    rows = [source._asdict() for source in sources]
-    for row in rows:
-        row |= {name: None if row[name] is None else os.fsencode(row[name]) for name in _PATHS}
-    columns = {name: places if name == "place" else [row[name] for row in rows] for name in schema.names}
-    return pa.table(columns, schema=schema)
+    columns: dict[str, Any] = dict(zip(Source._fields, map(list, zip(*sources, strict=True)), strict=True))
+    for name in _PATHS:
+        columns[name] = [None if text is None else os.fsencode(text) for text in columns[name]]
+    return pa.table({name: (columns | {"place": places})[name] for name in schema.names}, schema=schema)
 
 
 def forgotten(name: bytes) -> bytes:
