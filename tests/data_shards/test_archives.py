@@ -245,6 +245,23 @@ def test_photographs_with_dots_or_without_any_extension_are_taken(photos: dict[s
     assert ignored == {"json": 1}
 
 
+def test_ten_thousand_tiny_images_and_a_giant_one_are_listed_and_only_the_giant_is_refused(tmp_path: Path) -> None:
+    path = tar_of(tmp_path / "a.tar", [(f"{n:05d}.png", b"x" * (n % 3 + 1)) for n in range(10_000)])
+    giant = tarfile.TarInfo("giant.jpg")
+    giant.size = 300 * MB
+    with tarfile.open(path) as tar:
+        end = tar.getmembers()[-1].offset_data + 512
+    with path.open("r+b") as file:  # most of it a hole
+        file.seek(end)
+        file.write(giant.tobuf())
+        file.truncate(end + 512 + giant.size + 10_240)
+    *tiny, last = [*list_sources(str(path))]
+    assert [(source.name, source.size) for source in tiny] == [(f"{n:05d}.png", n % 3 + 1) for n in range(10_000)]
+    assert read_source(tiny[4321], MB) == b"x" * (4321 % 3 + 1)
+    with pytest.raises(Refused, match="too many bytes"):
+        read_source(last, MB)
+
+
 def test_a_shard_without_samples_among_others_is_nothing_special(photos: dict[str, bytes], tmp_path: Path) -> None:
     tar_of(tmp_path / "0.tar", {})
     tar_of(tmp_path / "1.tar", photos)

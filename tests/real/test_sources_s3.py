@@ -1,5 +1,6 @@
 """Sources in a real S3 store: folders, tars, zips, WebDataset shards, lists, and what is said when it is not there."""
 
+import hashlib
 import io
 import tarfile
 import zipfile
@@ -15,6 +16,8 @@ import pytest
 from data_shards import files
 from data_shards.errors import UserError
 from data_shards.images import Refused
+from data_shards.index import ShardSet
+from data_shards.pack import PackSettings, pack
 from data_shards.sources import Source, SourceOptions, list_sources, read_source
 from data_shards.store import Denied, Store, Unavailable
 from tests.photos import write_tiles
@@ -148,6 +151,29 @@ def test_a_truncated_tar_in_a_bucket_is_named_with_the_byte(raw: Store, photos: 
     raw.put("a.tar", tar_of(photos)[:5000])
     with pytest.raises(UserError, match=r"s3://.*/a\.tar: cut off at byte 5000"):
         read(f"{raw.url}/a.tar")
+
+
+@pytest.mark.slow
+def test_a_folder_a_tar_a_zip_and_a_list_in_a_bucket_pack_to_the_same_images(
+    s3: Any, raw: Store, photos: dict[str, bytes], tmp_path: Path
+) -> None:
+    for name, data in photos.items():
+        raw.put(f"folder/{name}", data)
+    raw.put("a.tar", tar_of(photos))
+    raw.put("a.zip", zip_of(photos, zipfile.ZIP_DEFLATED))
+    kinds = [name.split("/")[0] for name in photos]
+    listed = {"url": [f"{raw.url}/folder/{name}" for name in photos], "kind": kinds, "score": list(range(12))}
+    pq.write_table(pa.table(listed), tmp_path / "list.parquet")
+    raw.upload(tmp_path / "list.parquet", "list.parquet")
+    found = []
+    for number, src in enumerate(("folder", "a.tar", "a.zip", "list.parquet")):
+        dst, options = Store(f"file://{tmp_path}/{number}"), SourceOptions(label="kind" if "list" in src else "auto")
+        assert pack(f"{raw.url}/{src}", dst, PackSettings(), options=options, workers=1).samples == 12
+        rows = ShardSet.open(dst).table().to_pylist()
+        found.append({(row["sha256"], row["label"], row["source"].removeprefix(f"{raw.url}/folder/")) for row in rows})
+    assert found[0] == {(hashlib.sha256(data).hexdigest(), name.split("/")[0], name) for name, data in photos.items()}
+    assert found[1:] == found[:1] * 3
+    assert {row["score"] for row in rows} == set(range(12))
 
 
 @pytest.mark.parametrize(
