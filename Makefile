@@ -63,8 +63,12 @@ shards: .venv/stamp ## pack SRC=folder into DST=s3://bucket/folder (IN_PLACE=1: 
 	@$(FARSEER) shards "$(or $(SRC),$(error say what to pack: make shards SRC=folder DST=s3://bucket/folder))" "$(or $(DST),$(error say where to: DST=s3://bucket/folder))" $(site_option) $(call flag,IN_PLACE,in-place)
 
 .PHONY: verify
-verify: .venv/stamp ## whether the shard set DST= holds what its manifest says (FULL=1: decode every image)
-	@$(FARSEER) verify "$(or $(DST),$(error say which set: make verify DST=s3://bucket/folder))" $(site_option) $(call flag,FULL,full)
+verify: .venv/stamp ## whether the shard set DST= is whole (FULL=1: every image decoded; AFRESH=1 WORKERS= OUT=)
+	@$(FARSEER) verify "$(or $(DST),$(error say which set: make verify DST=s3://bucket/folder))" $(site_option) $(call flag,FULL,full) $(call flag,AFRESH,afresh) $(if $(WORKERS),--workers "$(WORKERS)") $(if $(OUT),--out "$(OUT)") $(call flag,JSON,json)
+
+.PHONY: preview
+preview: .venv/stamp ## one page of the shard set DST=: pictures, sizes, kinds, what was refused (TO=file.html)
+	@$(FARSEER) preview "$(or $(DST),$(error say which set: make preview DST=s3://bucket/folder))" $(site_option) $(if $(TO),--to "$(TO)")
 
 .PHONY: dedup
 dedup: .venv/stamp ## what DST= has twice, or an evaluation set has (AGAINST="s3://.. s3://.." NEAR=bits OUT=)

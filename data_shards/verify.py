@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -26,9 +26,8 @@ import pyarrow.parquet as pq
 from data_shards.images import PILLOW_MAX_PIXELS, Refused, Rules, examine
 from data_shards.index import MANIFEST, RECORD, Manifest, ShardSet, index_path, manifest_path, shard_path, table_path
 from data_shards.processes import unordered
+from data_shards.progress import Progress
 from data_shards.store import NotFound, Store
-
-Progress = Callable[..., None]  # what is counted, how many are done, of how many; bytes=, of those done
 
 RANGE_BYTES = 8 * 2**20  # of a tar that are read at once; each process holds two
 FOLDERS = 64  # of the 256 that shards are spread over are looked at together: requests in flight
@@ -66,6 +65,18 @@ class VerifyReport:
     def keys(self) -> list[str]:
         """Of samples that cannot be shown, sorted: for make remove."""
         return sorted({fault.key for fault in self.faults if fault.key and fault.mend == REMOVE})
+
+    def lines(self, most: int = 50) -> list[str]:
+        """For a terminal: the first faults, and what came out."""
+        how = "every image decoded" if self.full else "sizes and indexes; FULL=1 decodes every image"
+        again = f"; {self.resumed:,} shards had been read before it was interrupted" if self.resumed else ""
+        verdict = f"{len(self.faults):,} faults" if self.faults else "as its manifest says"
+        more = len(self.faults) - most
+        return [
+            *map(str, self.faults[:most]),
+            *([f"and {more:,} more; JSON=1 lists them all"] if more > 0 else []),
+            f"{self.url}: {self.samples:,} images in {self.shards:,} shards: {verdict} ({how}{again})",
+        ]
 
 
 class Part(NamedTuple):

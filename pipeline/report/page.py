@@ -2,43 +2,21 @@
 
 import statistics
 from collections.abc import Iterator
-from importlib.resources import files
 from pathlib import Path
 
 from pipeline.report.data import ReportData
+from pipeline.report.document import figures, write_document
 from pipeline.report.figures import date, last_loss, ln_k, number, percent, settled, times, wait_percent
 from pipeline.report.learned import learned, neighbours, seen
-from pipeline.report.markup import Markup, element, join
+from pipeline.report.markup import Markup, element
 from pipeline.report.provenance import images, run
 from pipeline.report.training import training
-
-# The browser itself is told to load nothing from anywhere.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
 def write_report(path: Path, data: ReportData) -> None:
     """Write the page: one file, complete in itself. It takes an older one's place whole, or not at all."""
-    page = join(Markup("<!doctype html>\n"), _document(data))
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
-
-
-def _document(data: ReportData) -> Markup:
-    style, script = (Markup((files(__package__) / name).read_text("utf-8")) for name in ("style.css", "script.js"))
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        element("title", f"{data.run} · Farseer"),
-        element("style", style),
-    )
     sections = (section(data) for section in (_head, training, seen, learned, neighbours, images, run))
-    foot = element("footer", "This page is one file and needs no network.")
-    return element(
-        "html", head, element("body", element("main", *sections, foot), element("script", script)), lang="en"
-    )
+    write_document(path, data.run, sections, ("style.css", "script.js"))
 
 
 def _head(data: ReportData) -> Markup:
@@ -48,7 +26,7 @@ def _head(data: ReportData) -> Markup:
         element("p", f"Farseer, a pretraining run{began}", class_="eyebrow"),
         element("h1", data.run),
         element("p", _summary(data), class_="lead"),
-        element("dl", *(_figure(*figure) for figure in _figures(data)), class_="figures"),
+        figures(_figures(data)),
     )
 
 
@@ -83,7 +61,3 @@ def _figures(data: ReportData) -> Iterator[tuple[str, str, str]]:
         yield "Waiting for data", f"{statistics.median(map(wait_percent, rows)):.1f}\u00a0%", "of a step, median"
     for event in [event for event in data.events if event["event"] == "resumed"][-1:]:
         yield "Resumed at step", f"{event['step']:,}", "from the store"
-
-
-def _figure(name: str, value: str, against: str) -> Markup:
-    return element("div", element("dt", name), element("dd", value), element("dd", against, class_="against"))

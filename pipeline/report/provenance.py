@@ -19,8 +19,8 @@ def images(data: ReportData) -> Markup:
         "section",
         element("h2", "Data"),
         element("p", told if rows else "No image was refused when the shards were packed."),
-        _table(rows, ("Image", "Reason", "What was found")) if rows else "",
-        element("div", _folded("Whose the photographs are", "authors and licences", authors), class_="more")
+        table(rows, ("Image", "Reason", "What was found")) if rows else "",
+        element("div", folded("Whose the photographs are", "authors and licences", authors), class_="more")
         if data.authors
         else "",
     )
@@ -33,12 +33,12 @@ def run(data: ReportData) -> Markup:
     return element(
         "section",
         element("h2", "The run"),
-        _table([fact for fact in _facts(data) if fact[1]]),
+        table([fact for fact in _facts(data) if fact[1]]),
         element(
             "div",
-            _folded("Config", "all values, as resolved", element("pre", config, tabindex=0)),
-            _folded("Packages", times(len(packages), "version"), _table(sorted(packages.items()))),
-            _folded("Events", times(len(data.events), "line"), _table(map(_event, data.events))),
+            folded("Config", "all values, as resolved", element("pre", config, tabindex=0)),
+            folded("Packages", times(len(packages), "version"), table(sorted(packages.items()))),
+            folded("Events", times(len(data.events), "line"), table(map(_event, data.events))),
             class_="more",
         ),
     )
@@ -70,11 +70,13 @@ def _event(event: dict[str, Any]) -> tuple[str, ...]:
     return clock(event["time"]), f"attempt {event['attempt']}", step, str(event["event"]), more
 
 
-def _table(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> Markup:
+def table(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> Markup:
+    """Rows of words."""
     heading = element("thead", element("tr", *(element("th", text, scope="col") for text in head))) if head else ""
     body = element("tbody", *(element("tr", *(element("td", text) for text in row)) for row in rows))
     return element("div", element("table", heading, body, class_="words"), class_="scroll")
 
 
-def _folded(title: str, beside: str, inside: Markup) -> Markup:
+def folded(title: str, beside: str, inside: Markup) -> Markup:
+    """What is shown when its title is clicked."""
     return element("details", element("summary", title, " ", element("small", beside)), inside)
