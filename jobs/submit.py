@@ -3,7 +3,9 @@
 The same command starts a run and goes on with it: where to resume is found in the store at each start.
 """
 
+import io
 import secrets
+import tarfile
 from pathlib import Path
 
 from data_shards.errors import UserError
@@ -14,6 +16,7 @@ from jobs.plan import CHECK_SECONDS, make_plan
 from jobs.reasons import Reasons
 from jobs.runs import Job, state
 from jobs.site import ROOT, Site
+from jobs.start import note
 from jobs.supervise import committed_step
 from pipeline.config import Config
 from pipeline.run import check_same, open_data, read_record
@@ -28,7 +31,20 @@ def submit(config: Config, site: Site, run: str, code: Path = ROOT) -> Job:
     runs = Store(config.store, retry_seconds=CHECK_SECONDS)
     check(config, site, run, runs)
     store = runs.at(run)
-    return launch(site, run, store.url, config.dump(), committed_step(store), code)
+    job = launch(site, run, store.url, config.dump(), committed_step(store), code)
+    _keep_code(job, store)
+    return job
+
+
+def _keep_code(job: Job, store: Store) -> None:
+    """Put what the job runs from beside what it learns; the job goes its way if the store does not take it."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        archive.add(job.run_dir / "snapshot", "snapshot")
+    try:
+        store.put(f"code/{job.id}.tar.gz", packed.getvalue())
+    except UserError as error:
+        note(job.run_dir, "upload failed", reason=str(error))
 
 
 def check(config: Config, site: Site, run: str, runs: Store) -> None:

@@ -5,6 +5,7 @@ runs/<name>/
   config.yaml                  the resolved config of the newest start
   attempts/0001.json           one for each start; the highest number owns the run, all others must stop
   environment/a01.json         packages and hardware of each start
+  code/<job>.tar.gz            what each job runs from
   metrics/a01-000001.jsonl     a row a step; segments, since object stores cannot append
   events/a01-000001.jsonl      started, resumed, preempted, saved, ... with time, attempt and step
   checkpoints/step-000001000-a1/

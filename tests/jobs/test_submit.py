@@ -1,0 +1,77 @@
+"""What is checked before a submission, on folders in the place of a bucket; on real parts in tests/real."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from data_shards.errors import UserError
+from data_shards.index import Manifest
+from data_shards.store import Store
+from jobs import submit as submitting
+from jobs.runs import Job
+from jobs.site import ROOT, Site
+from jobs.start import events
+from jobs.submit import check
+from pipeline.config import Config, load
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(name="here", executor="local", shared_dir=str(tmp_path / "shared"))
+
+
+def config(folder: Path, *overrides: str) -> Config:
+    url = f"file://{folder}/set"
+    Manifest("layout", "contents", 1000, (1000,), (4_000_000,), {}, {}).save(Store(url), create_only=False)
+    return load(ROOT / "conf" / "demo.yaml", [f"data.url={url}", f"store=file://{folder}/runs", *overrides])
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_what_can_work_passes_and_leaves_nothing_behind(site, tmp_path):
+    wanted = config(tmp_path)
+    before = files(tmp_path)
+    check(wanted, site, "first", Store(wanted.store))
+    assert files(tmp_path) == before
+
+
+def test_reasons_of_config_site_and_running_job_are_said_at_once(site, tmp_path, monkeypatch):
+    wanted = config(tmp_path, "data.batch=60")
+    monkeypatch.setattr(submitting, "state", lambda job: "RUNNING")
+    run_dir = tmp_path / "shared" / "first"
+    run_dir.mkdir(parents=True)
+    Job("first", run_dir, "x", "local-1").save()
+    with pytest.raises(UserError) as refused:
+        check(wanted, site.model_copy(update={"nodes": 3}), "first", Store(wanted.store))
+    lines = str(refused.value).splitlines()
+    assert len(lines) == 2, lines
+    assert "4 does not divide among 3 ranks" in lines[0]
+    assert "job local-1, is on it already" in lines[1]
+
+
+def test_a_store_that_takes_nothing_is_refused_before_anything_is_written(site, tmp_path):
+    wanted = config(tmp_path, "store=file:///proc/runs")
+    with pytest.raises(UserError, match="/proc/runs"):
+        check(wanted, site, "first", Store(wanted.store))
+    assert not (tmp_path / "shared").exists()
+
+
+def test_what_a_job_runs_from_is_kept_in_the_store(tmp_path):
+    job = Job("first", tmp_path / "first", "x", "42")
+    (job.run_dir / "snapshot" / "jobs").mkdir(parents=True)
+    (job.run_dir / "snapshot" / "jobs" / "a.py").write_text("code")
+    store = Store(f"file://{tmp_path}/runs/first")
+    submitting._keep_code(job, store)
+    with tarfile.open(fileobj=io.BytesIO(store.get("code/42.tar.gz"))) as archive:
+        assert archive.extractfile("snapshot/jobs/a.py").read() == b"code"  # type: ignore[union-attr]
+
+
+def test_a_store_that_does_not_take_the_code_stops_no_job(tmp_path):
+    job = Job("first", tmp_path / "first", "x", "42")
+    (job.run_dir / "snapshot").mkdir(parents=True)
+    submitting._keep_code(job, Store("file:///proc/nowhere"))
+    assert events(job.run_dir)[-1]["event"] == "upload failed"
