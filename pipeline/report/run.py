@@ -17,11 +17,13 @@ from pipeline.evaluate.run import open_tiles
 from pipeline.evaluate.table import Evaluation, Neighbours
 from pipeline.evaluate.tiles import Tiles, read_tiles
 from pipeline.evaluate.views import render_distorted
+from pipeline.goodput import goodput
 from pipeline.loader import LoaderSettings, render
 from pipeline.report.data import Example, Neighbour, Refusal, ReportData
+from pipeline.report.figures import duration, percent, times
 from pipeline.report.page import write_report
 from pipeline.report.pictures import crop_strips, picture, thumbnail
-from pipeline.run import read_config, read_events, read_metrics
+from pipeline.run import read_attempts, read_config, read_events, read_metrics
 
 SHOWN = 8  # images whose crops are shown
 
@@ -42,32 +44,38 @@ def report_run(
     are. site: where it ran.
     """
     config = read_config(store)
-    shards = ShardSet.open(Store(bank_url))
+    shards, events = ShardSet.open(Store(bank_url)), read_events(store)
     bank, held_out = read_tiles(shards), open_tiles(held_out_url)
     data = ReportData(
         run=store.url.rstrip("/").rpartition("/")[2],
         config=config.dump(),
         rows=read_metrics(store),
-        events=read_events(store),
+        events=events,
         evaluation=evaluation,
-        crops=first_crops(config, shards.manifest, bank) if bank_url == config.data.url else (),
+        crops=first_crops(config, read_record(store), bank) if bank_url == config.data.url else (),
         examples=examples(evaluation, bank, held_out, config),
         refused=[refusal for url in (bank_url, held_out_url) for refusal in refusals(Store(url))],
         environments=environments(store),
         authors=authors,
-        facts={"Site": site, "Run's folder": store.url, "Shards": f"{bank_url}, held out {held_out_url}"},
+        facts={
+            "Goodput": _goodput(store, events),
+            "Site": site,
+            "Run's folder": store.url,
+            "Shards": f"{bank_url}, held out {held_out_url}",
+        },
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_report(path, data)
     return path
 
 
-def first_crops(config: Config, manifest: Manifest, bank: Tiles) -> list[bytes]:
+def first_crops(config: Config, record: Record | None, bank: Tiles) -> list[bytes]:
     """Images of the run's first step with the crops that the model saw, from all lanes in turn, as WebP."""
-    order = make_order(config.data, manifest.samples, manifest.mean_bytes, manifest.layout_id)
-    ids = order.batch(0)
-    index, lane = np.divmod(np.arange(min(SHOWN, ids.size)), len(ids))
-    chosen = ids[lane, index]
+    ids = open_data(config, record=record)[1].batch(0)
+    index, lane = np.divmod(np.arange(ids.size), len(ids))
+    there = np.flatnonzero(np.isin(ids[lane, index], bank.ids))[:SHOWN]  # others have been removed since
+    index, lane = index[there], lane[there]
+    chosen = np.searchsorted(bank.ids, ids[lane, index])
     sizes, images = bank.sizes[chosen], [bank.images[i] for i in chosen]
     draws = draw(config.augment, config.data.seed, lane, index, sizes[:, 0], sizes[:, 1])
     crops = render(images, sizes, config.augment, draws, LoaderSettings(device="cpu"))
@@ -97,6 +105,16 @@ def refusals(store: Store) -> list[Refusal]:
 def environments(store: Store) -> list[dict[str, Any]]:
     """Machine and packages of each attempt, the first one first."""
     return [json.loads(store.get(entry.path)) for entry in store.list("environment")]
+
+
+def _goodput(store: Store, events: list[dict[str, Any]]) -> str:
+    ordered = {a: sorted(rows, key=lambda row: int(row["result"]["step"])) for a, rows in read_attempts(store).items()}
+    ends = {attempt: (rows[0], rows[-1]) for attempt, rows in ordered.items()}
+    found = goodput(events, ends)
+    if found is None:
+        return ""
+    told = f"{percent(found.share)} of {duration(found.elapsed_s)} went into steps that count"
+    return f"{told}; {times(found.restarts, 'restart')}, {times(found.lost_steps, 'step')} done twice"
 
 
 def _found(entry: Neighbours, name: str, bank: Tiles, held_out: Tiles) -> list[Neighbour]:

@@ -73,11 +73,22 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 def write_run(run: Store, config: Config) -> None:
     run.put("config.yaml", yaml.safe_dump(config.dump()).encode())
     result = {"loss": 5.5, "lr": 0.1, "grad_norm": 1.0, "prototypes_used": 0.5, "usage_entropy": 0.7}
-    part = {"time": 1.8e9, "step_s": 0.5, "wait_s": 0.1, "images_s": 16.0, "attempt": 1}
-    rows = [{"result": {"step": step, **result}, "run": part} for step in (1, 2, 3)]
-    run.put("metrics/a01-000001.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
-    event = {"time": 1.8e9, "attempt": 1, "event": "started", "step": 0, "steps": 3, "ranks": 2}
-    run.put("events/a01-000001.jsonl", (json.dumps(event) + "\n").encode())
+    part = {"step_s": 0.5, "wait_s": 0.1, "images_s": 16.0}
+    for attempt, steps in ((1, (1, 2)), (2, (2, 3))):  # the second one begins before the end of the first
+        times = [1.8e9 + 4 * attempt + 0.5 * step for step in steps]
+        spent = [{**part, "time": time, "attempt": attempt} for time in times]
+        rows = [{"result": {"step": s, **result}, "run": own} for s, own in zip(steps, spent, strict=True)]
+        run.put(f"metrics/a{attempt:02d}-000001.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+        name = "started" if attempt == 1 else "resumed"
+        event = {
+            "time": 1.8e9 + 4 * attempt,
+            "attempt": attempt,
+            "event": name,
+            "step": steps[0] - 1,
+            "steps": 3,
+            "ranks": 2,
+        }
+        run.put(f"events/a{attempt:02d}-000001.jsonl", (json.dumps(event) + "\n").encode())
     place = {"host": "n1", "platform": "Linux", "python": "3.11", "gpus": [], "packages": {"torch": "2.13.0"}}
     run.put("environment/a01.json", json.dumps(place).encode())
 
@@ -140,5 +151,6 @@ def test_the_page_names_what_was_refused_where_the_run_lies_and_whose_the_images
         "An Author",
         "<h1>first</h1>",
         "w_0: 16",
+        "27.3\u00a0% of 6 s went into steps that count; 1 restart, 1 step done twice",
     ):
         assert told in page
