@@ -6,7 +6,7 @@ import itertools
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,12 +85,6 @@ def listed(report: DedupReport, name: str = "duplicates.txt") -> list[str]:
 def groups(report: DedupReport) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = pq.read_table(Path(report.folder) / "groups.parquet").to_pylist()
     return rows
-
-
-@pytest.fixture
-def db() -> Iterator[duckdb.DuckDBPyConnection]:
-    with duckdb.connect() as connection:
-        yield connection
 
 
 def pairs(db: duckdb.DuckDBPyConnection, given: set[int], distance: int, crowd: int = 10**6) -> set[tuple[int, int]]:
