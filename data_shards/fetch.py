@@ -5,6 +5,7 @@ sample is damaged. Nothing here knows of steps, lanes or batches. Everything run
 """
 
 import asyncio
+import contextlib
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from data_shards.cache import Cache, Part, cache_name
 from data_shards.index import RECORD, ShardSet, Span
 from data_shards.store import NotFound, Store, Truncated, Unavailable
 
@@ -22,6 +24,7 @@ BLOCK_RECORDS = (
     2048  # of the index are read at once (48 KiB): a small set's whole shard, under 1 % of a large set's bytes
 )
 BLOCKS = 64  # are kept
+BLOCK = 512  # bytes, of which a tar is made
 
 
 class Payload(NamedTuple):
@@ -39,16 +42,19 @@ class Damage(NamedTuple):
 
 
 Fetched = Payload | Damage
+Record = tuple[int, int, int, int, int]  # a RECORD's offset, size, crc32c, width, height
 EMPTY = Damage("its place is empty")  # the sample was removed and its bytes are gone: nothing to try again
 
 
 class Fetcher:
     """Fetches samples by id. Counts what it asked the store for; the store's counters have what went over the wire."""
 
-    def __init__(self, shards: ShardSet, range_bytes: int, retry_seconds: float) -> None:
-        self.requests = 0
-        self.bytes_read = 0
-        self.retries = 0
+    def __init__(self, shards: ShardSet, range_bytes: int, retry_seconds: float, cache: Cache | None = None) -> None:
+        self.requests = self.in_flight = self.retries = 0
+        self.bytes_read = 0  # from the store
+        self.cache_hits = self.cache_misses = 0  # ranges that were there whole, and those that were not
+        self.cache_bytes = 0  # read from there
+        self._cache = cache
         self._shards = shards
         self._range_bytes = range_bytes
         self._retry_seconds = retry_seconds
@@ -61,6 +67,14 @@ class Fetcher:
         """
         spans = [await self._span(span) for span in self._shards.spans(first_id, count)]
         return [sample for span in spans for sample in span]
+
+    async def size(self, first_id: int, count: int) -> int:
+        """Bytes of `count` samples with consecutive ids, by their index; 0 for those of which it cannot be read."""
+        found = 0
+        for span in self._shards.spans(first_id, count):
+            with contextlib.suppress(NotFound, Truncated):
+                found += int((await self._records(span.shard, span.first, span.count))["size"].sum())
+        return found
 
     async def one(self, sample: int) -> Fetched:
         return (await self.samples(sample, 1))[0]
@@ -82,29 +96,64 @@ class Fetcher:
 
     def _ranges(self, records: NDArray[np.void]) -> Iterator[tuple[int, int]]:
         """Consecutive samples that are read at once, as (first, end): up to `range_bytes`, but at least one sample."""
-        ends = records["offset"] + records["size"]
+        starts, ends = records["offset"].tolist(), (records["offset"] + records["size"]).tolist()
         start = 0
         for i in range(1, len(records) + 1):
-            if i == len(records) or int(ends[i]) - int(records["offset"][start]) > self._range_bytes:
+            if i == len(records) or ends[i] - starts[start] > self._range_bytes:
                 yield start, i
                 start = i
 
     async def _range(self, shard: int, first: int, records: NDArray[np.void]) -> list[Fetched]:
         """The samples `first` and following of a shard by one read; those that are wrong again, each alone."""
         start, end = int(records[0]["offset"]), int(records[-1]["offset"] + records[-1]["size"])
+        fresh: list[Part] = []
         try:
-            data = await self._read(*self._shards.tar(shard), start, self._inside(shard, start, end))
+            if self._cache is None:
+                data = await self._read(*self._shards.tar(shard), start, self._inside(shard, start, end))
+            else:
+                start, data, fresh = await self._cached(self._cache, shard, start, self._inside(shard, start, end))
         except NotFound as error:
             return [Damage(f"its shard is missing ({error})")] * len(records)
         except Truncated:
             data = b""
         found: list[Fetched] = []
-        for i, record in enumerate(records):
+        wrong = 0
+        for i, record in enumerate(records.tolist()):  # plain numbers: numpy's own cost more than the checksum
             sample = _proven(data, start, record)
             if isinstance(sample, Damage) and sample is not EMPTY:
+                wrong += 1
                 sample = await self._again(shard, first + i, sample)
             found.append(sample)
+        if self._cache is not None and not wrong:
+            for part in fresh:
+                await asyncio.to_thread(self._cache.put, self._cache_name(shard), part.start, part.data or b"")
         return found
+
+    async def _cached(self, cache: Cache, shard: int, start: int, end: int) -> tuple[int, bytes, list[Part]]:
+        """A range by way of the cache: its first byte, its bytes, and those parts of them that the store had to give.
+
+        It begins with the first sample's header in the tar and ends with the padding of the last, so that ranges of
+        neighbouring samples leave no gap between them.
+        """
+        if end <= start:
+            return start, b"", []
+        start, end = max(0, start - BLOCK), min(-(-end // BLOCK) * BLOCK, self._shards.manifest.shard_bytes[shard])
+        parts = await asyncio.to_thread(cache.parts, self._cache_name(shard), start, end)
+        fresh = []
+        for i, part in enumerate(parts):
+            if part.data is None:
+                data = await self._read(*self._shards.tar(shard), part.start, part.end)
+                parts[i] = Part(part.start, part.end, data)
+                fresh.append(parts[i])
+        self.cache_hits += not fresh
+        self.cache_misses += bool(fresh)
+        self.cache_bytes += end - start - sum(part.end - part.start for part in fresh)
+        return start, b"".join(part.data or b"" for part in parts), fresh
+
+    def _cache_name(self, shard: int) -> str:
+        store, path = self._shards.tar(shard)
+        manifest = self._shards.manifest
+        return cache_name(store.url, path, manifest.layout_id, manifest.contents_id, manifest.shard_bytes[shard])
 
     async def _again(self, shard: int, place: int, wrong: Damage) -> Fetched:
         """A sample whose bytes were wrong once, by itself; its index record too may have been what was wrong."""
@@ -112,9 +161,12 @@ class Fetcher:
             self.retries += 1
             self._blocks.pop((shard, place // BLOCK_RECORDS), None)
             try:
-                record = (await self._records(shard, place, 1))[0]
-                start = int(record["offset"])
-                end = self._inside(shard, start, start + int(record["size"]))
+                # not from the cache: what is there may be what was wrong
+                record = (await self._records(shard, place, 1))[0].item()
+                start = record[0]
+                end = self._inside(shard, start, start + record[1])
+                if self._cache is not None:
+                    await asyncio.to_thread(self._cache.drop, self._cache_name(shard), start, end)
                 data = await self._read(*self._shards.tar(shard), start, end)
             except NotFound as error:
                 return Damage(f"its shard is missing ({error})")
@@ -157,32 +209,35 @@ class Fetcher:
         begun = time.monotonic()
         while True:
             self.requests += 1
+            self.in_flight += 1
             try:
                 data: bytes = await store.read(path, start, end)
             except Unavailable:
                 if time.monotonic() - begun >= self._retry_seconds:
                     raise
                 self.retries += 1
-                await asyncio.sleep(min(1.0, self._retry_seconds / 10))
             else:
                 self.bytes_read += len(data)
                 return data
+            finally:
+                self.in_flight -= 1
+            await asyncio.sleep(min(1.0, self._retry_seconds / 10))
 
 
-def emptied(record: np.void) -> bool:
+def emptied(record: Record) -> bool:
     """Whether a sample was there that compaction has taken away: it leaves the offset, and nothing else."""
-    return bool(record["offset"]) and not any(record[name] for name in ("size", "crc32c", "width", "height"))
+    return record[0] > 0 and not any(record[1:])
 
 
-def _proven(data: bytes, start: int, record: np.void) -> Fetched:
+def _proven(data: bytes, start: int, record: Record) -> Fetched:
     """The sample that the record describes, out of the bytes from `start` on."""
-    offset, size = int(record["offset"]) - start, int(record["size"])
+    offset, size, right, width, height = record
     if size == 0:
         return EMPTY if emptied(record) else Damage("its index record is damaged")
-    if not 0 <= offset < offset + size <= len(data):
+    if not start <= offset <= start + len(data) - size:
         return Damage("its index record points outside its shard" if data else "its shard is cut short")
-    sample = data[offset : offset + size]
-    found, right = google_crc32c.value(sample), int(record["crc32c"])
+    sample = data[offset - start : offset - start + size]
+    found = google_crc32c.value(sample)
     if found != right:
         return Damage(f"its bytes have CRC32C {found:08x}, the index says {right:08x}")
-    return Payload(sample, int(record["width"]), int(record["height"]))
+    return Payload(sample, width, height)

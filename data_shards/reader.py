@@ -14,16 +14,17 @@ from collections import Counter
 from collections.abc import Container, Coroutine, Iterable
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
+from data_shards.cache import Cache
 from data_shards.errors import UserError
 from data_shards.fetch import EMPTY, Fetched, Fetcher, Payload
 from data_shards.index import ShardSet
 from data_shards.order import REPLACEMENTS, Order, Window, replacement_place
-from data_shards.permutation import Ints
 from data_shards.section import Section
 
 T = TypeVar("T")
@@ -36,7 +37,9 @@ class ReaderSettings(Section):
 
     affects_results: ClassVar[bool] = False
     prefetch_bytes: PositiveInt = 4 * 2**30  # of a rank's memory: one window a lane must fit, two are of use
-    range_bytes: PositiveInt = 8 * 2**20  # of one request at most
+    cache_dir: str | None = None  # on the node's own disk, for its ranks together; None: nothing is kept
+    cache_bytes: PositiveInt = 100 * 2**30  # of that disk, about
+    range_bytes: PositiveInt = 12 * 2**20  # of one request at most; a chunk of about 8 MiB is one
     connections: PositiveInt = 16  # requests at the same time
     retry_seconds: NonNegativeFloat = 600.0  # how long a store that does not answer is asked again
     max_bad_fraction: float = Field(0.01, ge=0, le=1)  # of the samples served (counted as 1,000 at first); 0: none
@@ -70,11 +73,17 @@ class BadSample(NamedTuple):
 
 @dataclass
 class _Chunk:
-    """A chunk of a window: being waited for, or here. Samples leave it as they are served."""
+    """A chunk of a window: being waited for, or here. Samples leave it as they are served.
+
+    held_bytes: what it takes, or will take; by the mean size of samples as long as its index was not read.
+    """
 
     first_id: int
     ready: "asyncio.Future[list[Fetched | None]]"
-    held_bytes: int = 0
+    held_bytes: int
+    sized: bool = False
+    fetched: bool = False  # it counts as held
+    passed: bool = False  # its window is over
 
 
 @dataclass
@@ -82,8 +91,8 @@ class _Held:
     """A window of a lane: of each place, which chunk and which sample of it; and the chunks that are wanted of it."""
 
     window: Window
-    slots: Ints
-    offsets: Ints
+    slots: list[int]
+    offsets: list[int]
     chunks: dict[int, _Chunk] = field(default_factory=dict)
 
     @property
@@ -123,7 +132,8 @@ class Reader:
         self._error: BaseException | None = None
         self._workers: list[asyncio.Task[None]] = []
         self._calls: set[Future[Any]] = set()
-        self._fetcher = Fetcher(shards, settings.range_bytes, settings.retry_seconds)
+        cache = Cache(Path(settings.cache_dir), settings.cache_bytes) if settings.cache_dir else None
+        self._fetcher = Fetcher(shards, settings.range_bytes, settings.retry_seconds, cache)
         self._store_retries = shards.store.counters.retries
         self._wait(self._start())
 
@@ -145,7 +155,10 @@ class Reader:
 
     @property
     def counters(self) -> dict[str, float]:
-        """Since the start: seconds that `batch` waited, requests, bytes, retries, samples; and what is held now."""
+        """Since the start: seconds that `batch` waited, requests, bytes, retries, samples, what the cache had.
+
+        And at present: windows, bytes held, requests in flight.
+        """
         return {
             "bytes_read": self._fetcher.bytes_read,
             "requests": self._fetcher.requests,
@@ -156,6 +169,10 @@ class Reader:
             "bad": len(self.bad),
             "windows": sum(map(len, self._windows.values())),
             "held_bytes": self._held_bytes,
+            "in_flight": self._fetcher.in_flight,
+            "cache_hits": self._fetcher.cache_hits,
+            "cache_misses": self._fetcher.cache_misses,
+            "cache_bytes": self._fetcher.cache_bytes,
         }
 
     def close(self) -> None:
@@ -222,7 +239,7 @@ class Reader:
         loop = asyncio.get_running_loop()
         used, first = np.unique(held.slots[index - held.window.first_index :], return_index=True)
         for slot, need in zip(used.tolist(), (first + index).tolist(), strict=True):
-            held.chunks[slot] = _Chunk(held.window.chunks[slot], loop.create_future())
+            held.chunks[slot] = _Chunk(held.window.chunks[slot], loop.create_future(), self._chunk_bytes())
             heapq.heappush(self._wanted, (need, lane, slot, held))
         self._windows[lane].append(held)
         await self._notify()
@@ -230,7 +247,8 @@ class Reader:
     def _laid_out(self, lane: int, index: int) -> _Held:
         """The window of an index, with nothing in it."""
         number, _, size = (int(value) for value in self._order.place(lane, index))
-        return _Held(self._order.window(lane, number), *self._order.slots(lane, number, np.arange(size)))
+        slots, offsets = self._order.slots(lane, number, np.arange(size))
+        return _Held(self._order.window(lane, number), slots.tolist(), offsets.tolist())
 
     async def _notify(self) -> None:
         async with self._changed:
@@ -241,32 +259,48 @@ class Reader:
         while self._error is None:
             async with self._changed:
                 await self._changed.wait_for(self._may_fetch)
-                _, _, slot, held = heapq.heappop(self._wanted)
+                wanted = heapq.heappop(self._wanted)
+            chunk = wanted[3].chunks[wanted[2]]
             try:
-                await self._fetch(held.chunks[slot])
+                await self._measure(chunk)
+                if self._fits(wanted[0], chunk.held_bytes):
+                    await self._fetch(chunk)
+                else:
+                    heapq.heappush(self._wanted, wanted)
             except Exception as error:  # noqa: BLE001  whatever it is, batch() raises it
                 self._fail(error)
 
     def _may_fetch(self) -> bool:
-        """What the step at hand needs is fetched whatever it takes, everything else while there is memory for it."""
         if not self._wanted:
             return False
-        needed = self._wanted[0][0] < (self._step + 1) * self._order.lane_batch
-        return needed or self._held_bytes + self._chunk_bytes() <= self._settings.prefetch_bytes
+        need, _, slot, held = self._wanted[0]
+        return self._fits(need, held.chunks[slot].held_bytes)
+
+    def _fits(self, need: int, size: int) -> bool:
+        """What the step at hand needs is fetched whatever it takes, everything else while there is memory for it."""
+        needed = need < (self._step + 1) * self._order.lane_batch
+        return needed or self._held_bytes + size <= self._settings.prefetch_bytes
 
     def _chunk_bytes(self) -> int:
         """What a chunk takes, before its index is known."""
         return int(self._order.chunk_samples * self._sample_bytes)
 
+    async def _measure(self, chunk: _Chunk) -> None:
+        if not chunk.sized:
+            chunk.held_bytes = await self._fetcher.size(chunk.first_id, self._order.chunk_samples)
+            chunk.sized = True
+
     async def _fetch(self, chunk: _Chunk) -> None:
-        reserved = self._chunk_bytes()
-        self._held_bytes += reserved
-        try:
-            samples = await self._fetcher.samples(chunk.first_id, self._order.chunk_samples)
-        finally:
-            self._held_bytes -= reserved
-        chunk.held_bytes = sum(len(sample.data) for sample in samples if isinstance(sample, Payload))
+        if chunk.passed:  # all of its samples were listed as bad
+            return
+        chunk.fetched = True
         self._held_bytes += chunk.held_bytes
+        samples = await self._fetcher.samples(chunk.first_id, self._order.chunk_samples)
+        if chunk.passed:
+            return
+        held = sum(len(sample.data) for sample in samples if isinstance(sample, Payload))
+        self._held_bytes += held - chunk.held_bytes
+        chunk.held_bytes = held
         if not chunk.ready.done():
             chunk.ready.set_result(list(samples))
 
@@ -274,7 +308,8 @@ class Reader:
         count = self._order.lane_batch
         indices = range(step * count, (step + 1) * count)
         await self._notify()  # this step may need what there was no memory for
-        samples = [await self._sample(lane, index, ()) for lane in self._lanes for index in indices]
+        places = [(lane, index) for lane in self._lanes for index in indices]
+        samples = [self._at_hand(*place) or await self._sample(*place, ()) for place in places]
         self._step = step + 1
         self._served += len(samples)
         self._replaced += sum(1 for sample in samples if sample.replaced)
@@ -286,22 +321,51 @@ class Reader:
         return samples
 
     def _forget(self, held: _Held) -> None:
-        self._held_bytes -= sum(chunk.held_bytes for chunk in held.chunks.values())
+        for chunk in held.chunks.values():
+            chunk.passed = True
+            self._held_bytes -= chunk.held_bytes if chunk.fetched else 0
 
     async def _replace(self, sample: Sample, reason: str) -> Sample:
         self._record(sample.id, sample.index // self._order.lane_batch, reason)
         self._replaced += not sample.replaced
         return await self._sample(sample.lane, sample.index, (*sample.replaced, sample.id))
 
+    def _holding(self, lane: int, index: int) -> _Held | None:
+        return next((h for h in self._windows[lane] if h.window.first_index <= index < h.end), None)
+
+    def _at_hand(self, lane: int, index: int) -> Sample | None:
+        """The sample of a place if it is here and good, as nearly all are: no coroutine for each of thousands."""
+        held = self._holding(lane, index)
+        if held is None or self._error is not None:
+            return None
+        place = index - held.window.first_index
+        chunk, offset = held.chunks.get(held.slots[place]), held.offsets[place]
+        if chunk is None or not chunk.ready.done():
+            return None
+        sample = self._order.follow(chunk.first_id, offset)
+        if sample in self._skip or sample in self._removed:
+            return None
+        found = self._take(chunk, offset)
+        return Sample(sample, lane, index, *found, ()) if found else None
+
+    def _take(self, chunk: _Chunk, offset: int) -> Payload | None:
+        """A good sample out of a chunk that is here. Only a replacement would need it again."""
+        samples = chunk.ready.result()
+        found = samples[offset]
+        if not isinstance(found, Payload):
+            return None
+        samples[offset] = None
+        chunk.held_bytes -= len(found.data)
+        self._held_bytes -= len(found.data)
+        return found
+
     async def _sample(self, lane: int, index: int, replaced: tuple[int, ...]) -> Sample:
         """The sample of a place of the order, or the first replacement after those in `replaced` that can be had."""
-        windows = self._windows[lane]
-        held = next((held for held in windows if held.window.first_index <= index < held.end), None)
-        held = held or self._laid_out(lane, index)
+        held = self._holding(lane, index) or self._laid_out(lane, index)
         place, size = index - held.window.first_index, held.window.size
         for k in range(len(replaced), REPLACEMENTS + 1):
             there = replacement_place(place, size, k) if k else place
-            slot, offset = int(held.slots[there]), int(held.offsets[there])
+            slot, offset = held.slots[there], held.offsets[there]
             sample = self._order.follow(held.window.chunks[slot], offset)
             if sample not in self._skip and sample not in self._removed:
                 found = await self._payload(held.chunks.get(slot), offset, sample, own=not k)
@@ -322,10 +386,8 @@ class Reader:
         if chunk is not None:
             samples = chunk.ready.result() if chunk.ready.done() else await asyncio.shield(chunk.ready)
             found = samples[offset]
-            if own and isinstance(found, Payload):
-                samples[offset] = None  # only a replacement would need it again
-                chunk.held_bytes -= len(found.data)
-                self._held_bytes -= len(found.data)
+            if own:
+                self._take(chunk, offset)
             if found is not None:
                 return found
         return await self._fetcher.one(sample)

@@ -3,13 +3,16 @@
 import asyncio
 import io
 import itertools
+import multiprocessing
+import os
 import random
 import tarfile
 import threading
 import time
 import tracemalloc
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import google_crc32c
 import numpy as np
@@ -79,18 +82,20 @@ def photos() -> Photos:
     return photos_in(Wire(f"memory://reader-{next(names)}"))
 
 
-def photos_in(store: Wire, largest: int = 900) -> Photos:
+def photos_in(
+    store: Wire, largest: int = 900, sizes: list[int] | None = None, shards: tuple[int, ...] = SHARDS
+) -> Photos:
     rng = random.Random(1)
-    sizes = [rng.randint(largest // 20, largest) for _ in range(sum(SHARDS))]
+    sizes = sizes or [rng.randint(largest // 20, largest) for _ in range(sum(shards))]
     samples = [(rng.randbytes(size), rng.randint(1, 9999), rng.randint(1, 9999)) for size in sizes]
     rest = iter(samples)
     lengths = []
-    for number, count in enumerate(SHARDS):
+    for number, count in enumerate(shards):
         tar, index = shard_of(list(itertools.islice(rest, count)), number)
         lengths.append(len(tar))
         store.put(shard_path(number), tar)
         store.put(shard_path(number).replace(".tar", ".idx"), index)
-    manifest = Manifest("layout", "contents", sum(SHARDS), SHARDS, tuple(lengths), settings={}, refused={})
+    manifest = Manifest("layout", "contents", sum(shards), shards, tuple(lengths), settings={}, refused={})
     return Photos(store, ShardSet(store, manifest), samples)
 
 
@@ -517,3 +522,147 @@ def test_counters_say_what_was_read(photos: Photos, opened: Opened) -> None:
     assert counters["requests"] == len(photos.store.reads)
     assert counters["bytes_read"] == sum(end - start for _, start, end in photos.store.reads)
     assert ORDER.lanes * 2 == counters["windows"]
+
+
+def test_what_is_held_is_never_over_the_budget_and_what_the_step_at_hand_needs() -> None:
+    """Of samples of very different sizes, one of them larger than the budget."""
+    rng = random.Random(4)
+    sizes = [rng.choice((50, 400, 3000, 20_000)) for _ in range(160)]
+    sizes[77] = 900_000
+    photos = photos_in(Wire(f"memory://reader-{next(names)}"), sizes=sizes)
+    budget = int(4 * ORDER.window_samples * photos.shards.manifest.mean_bytes)
+    seen: list[tuple[int, float]] = []
+
+    async def watched(read: Read, path: str, start: int | None, end: int | None) -> bytes:
+        seen.append((step, reader.counters["held_bytes"]))
+        data = await read(path, start, end)
+        await asyncio.sleep(0)
+        seen.append((step, reader.counters["held_bytes"]))
+        return data
+
+    step = 0
+    with Reader(photos.shards, ORDER, range(4), 0, SETTINGS.model_copy(update={"prefetch_bytes": budget})) as reader:
+        photos.store.answer = watched
+        for step in range(40):
+            assert reader.batch(step) == expected(photos, ORDER, step)
+    assert len(seen) > 100
+    needed = {at: needed_bytes(photos, at) for at in range(41)}
+    for at, held in seen:  # `batch` may have come on by one since `step` was set
+        assert held <= budget + max(needed[max(at - 1, 0)], needed[at], needed[at + 1])
+
+
+def needed_bytes(photos: Photos, step: int) -> int:
+    """The bytes of all chunks that a step takes samples of."""
+    firsts = set()
+    for lane, index in itertools.product(range(4), range(step * 4, step * 4 + 4)):
+        number, place, _ = (int(value) for value in ORDER.place(lane, index))
+        firsts.add(ORDER.window(lane, number).chunks[int(ORDER.slots(lane, number, place)[0])])
+    return sum(len(photos.samples[(first + i) % 160][0]) for first in firsts for i in range(ORDER.chunk_samples))
+
+
+def test_a_giant_sample_is_one_range_of_its_own_however_small_ranges_are() -> None:
+    sizes = [500] * 160
+    sizes[60] = 300_000
+    photos = photos_in(Wire(f"memory://reader-{next(names)}"), sizes=sizes)
+    settings = SETTINGS.model_copy(update={"range_bytes": 4000})
+    with Reader(photos.shards, ORDER, range(4), 0, settings) as reader:
+        for step in range(20):
+            assert reader.batch(step) == expected(photos, ORDER, step)
+    asked = [end - start for path, start, end in photos.store.reads if path.endswith(".tar")]
+    assert max(asked) == 300_000
+    assert sorted(set(asked))[-2] <= 4000
+
+
+def test_ten_thousand_tiny_samples_and_empty_shards_are_read_as_they_are() -> None:
+    counts = (0, 4000, 0, 0, 5999, 1, 0)
+    photos = photos_in(Wire(f"memory://reader-{next(names)}"), sizes=[1 + k % 3 for k in range(10_000)], shards=counts)
+    order = Order(10_000, 500, 3, 2, 500, 1, "layout")
+    with Reader(photos.shards, order, range(2), 0, SETTINGS.model_copy(update={"prefetch_bytes": 2**23})) as reader:
+        for step in range(24):  # over the end of an epoch
+            assert reader.batch(step) == expected(photos, order, step)
+        assert reader.bad == []
+
+
+def test_a_start_at_any_step_costs_the_same_requests_and_bytes(photos: Photos) -> None:
+    """Windows are equally full at steps that are a whole number of windows apart."""
+    costs = []
+    for start in (100, 100 + 5 * 200_000):
+        photos.store.reads.clear()
+        with Reader(photos.shards, ORDER, range(4), start, SETTINGS) as reader:
+            assert reader.batch(start) == expected(photos, ORDER, start)
+            settled(reader)
+            reads = [(path.endswith(".tar"), end - start) for path, start, end in photos.store.reads]
+        costs.append((len(reads), sum(size for is_tar, size in reads if is_tar)))
+    (few, small), (many, large) = costs
+    assert abs(few - many) <= 0.3 * few  # chunks may lie over the border of two shards or not
+    assert abs(small - large) <= 0.2 * small
+
+
+def cached(folder: Path, **changes: float | str) -> ReaderSettings:
+    return SETTINGS.model_copy(update={"cache_dir": str(folder), **changes})
+
+
+def test_a_second_reader_takes_everything_from_the_cache_also_where_its_chunks_lie_elsewhere(
+    photos: Photos, tmp_path: Path
+) -> None:
+    """The chunks of another seed start at other ids; what an epoch left out is all that the store is asked for."""
+    with Reader(photos.shards, ORDER, range(4), 0, cached(tmp_path)) as first:
+        for step in range(20):
+            assert first.batch(step) == expected(photos, ORDER, step)
+        assert first.counters["cache_misses"] > 0
+    other = replace(ORDER, seed=11)
+    with Reader(photos.shards, other, range(4), 0, cached(tmp_path)) as second:
+        photos.store.reads.clear()
+        for step in range(10):
+            assert second.batch(step) == expected(photos, other, step)
+        assert not [path for path, *_ in photos.store.reads if path.endswith(".tar")]
+        counters = second.counters
+    assert counters["cache_hits"] >= 32
+    assert counters["cache_misses"] == 0
+    assert counters["cache_bytes"] > 10 * 16 * 400
+
+
+def test_a_damaged_entry_replaces_nothing_and_is_fetched_again(photos: Photos, tmp_path: Path) -> None:
+    with Reader(photos.shards, ORDER, range(4), 0, cached(tmp_path)) as first:
+        drain(first, range(20))
+    entries = sorted(tmp_path.rglob("*.bytes"))
+    for path in entries[::2]:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
+        path.write_bytes(data)
+    for _ in range(2):
+        with Reader(photos.shards, ORDER, range(4), 0, cached(tmp_path)) as again:
+            for step in range(10):
+                assert again.batch(step) == expected(photos, ORDER, step)
+            assert again.bad == []
+            retries = again.counters["retries"]
+    assert retries == 0  # in the second round: what was damaged is gone
+
+
+def test_with_a_cache_bad_samples_are_the_same_as_without(photos: Photos, tmp_path: Path) -> None:
+    photos.damage(*range(0, 160, 9))
+    path, offset = photos.where(37 + 20)
+    photos.store.put(path, photos.store.get(path)[: offset + 5])
+    with Reader(photos.shards, ORDER, range(4), 0, SETTINGS) as plain:
+        wanted = drain(plain, range(15))
+    for _ in range(2):
+        with Reader(photos.shards, ORDER, range(4), 0, cached(tmp_path)) as reader:
+            assert drain(reader, range(15)) == wanted
+            assert {bad.id for bad in reader.bad} == {bad.id for bad in plain.bad}
+
+
+def read_in_turn(photos: Photos, folder: Path, seed: int) -> None:
+    order = replace(ORDER, seed=seed)
+    with Reader(photos.shards, order, range(4), 0, cached(folder, cache_bytes=40_000)) as reader:
+        os._exit(0 if all(reader.batch(step) == expected(photos, order, step) for step in range(30)) else 1)
+
+
+def test_processes_share_a_cache_that_is_too_small_for_them(photos: Photos, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=read_in_turn, args=(photos, tmp_path, seed)) for seed in range(3)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(60)
+    assert [child.exitcode for child in children] == [0, 0, 0]
+    assert 0 < sum(path.stat().st_size for path in tmp_path.rglob("*.bytes")) <= 45_000
