@@ -74,6 +74,18 @@ preview: .venv/stamp ## one page of the shard set DST=: pictures, sizes, kinds, 
 dedup: .venv/stamp ## what DST= has twice, or an evaluation set has (AGAINST="s3://.. s3://.." NEAR=bits OUT=)
 	@$(FARSEER) dedup "$(or $(DST),$(error say which set: make dedup DST=s3://bucket/folder))" $(site_option) $(if $(AGAINST),--against $(AGAINST)) $(if $(NEAR),--distance "$(NEAR)") $(if $(OUT),--out "$(OUT)") $(call flag,JSON,json)
 
+.PHONY: remove
+remove: .venv/stamp ## never show again what LIST=file names: keys, sources, sha256 (DST= IGNORE_UNKNOWN=1 FORCE=1)
+	@$(FARSEER) remove "$(or $(DST),$(error say from where: make remove DST=s3://bucket/folder LIST=file))" "$(or $(LIST),$(error say what: LIST=file))" $(site_option) $(call flag,IGNORE_UNKNOWN,ignore-unknown) $(call flag,FORCE,force) $(call flag,JSON,json)
+
+.PHONY: compact
+compact: .venv/stamp ## erase the bytes of what was removed from the shard set DST=; ids stay
+	@$(FARSEER) compact "$(or $(DST),$(error say which set: make compact DST=s3://bucket/folder))" $(site_option) $(call flag,JSON,json)
+
+.PHONY: seen
+seen: .venv/stamp ## whether RUN= has learnt from the image KEY= (a key, source or sha256), and at which steps
+	@$(FARSEER) seen "$(or $(KEY),$(error say which image: make seen KEY=000012-000345 RUN=name))" $(run_option) $(site_option) $(call flag,JSON,json)
+
 .PHONY: plan
 plan: .venv/stamp ## what a run would do and cost, or why it cannot (CONF= SITE= SET= IMAGES_PER_S= JSON=1)
 	@$(FARSEER) plan "$(CONF)" $(site_option) --set "$(SET)" $(if $(RUN),--run "$(RUN)") $(if $(IMAGES_PER_S),--images-per-s "$(IMAGES_PER_S)") $(call flag,JSON,json)

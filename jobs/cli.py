@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from data_shards.errors import UserError
+from jobs.curate_verbs import curate_verbs
 from jobs.run_verbs import newest_job, run_option, run_verbs
 from jobs.shard_verbs import shard_verbs
 from jobs.verbs import add_verb, json_option, say, site_option
@@ -37,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(prog="farseer", description="Train a vision model on unlabelled images, on SLURM.")
     verbs = root.add_subparsers(title="verbs", required=True, metavar="VERB")
     shard_verbs(verbs)
+    curate_verbs(verbs)
     run_verbs(verbs)
     _result_verbs(verbs)
     options = add_verb(verbs, "demo", demo, "the whole product on this machine, in about six minutes")

@@ -15,7 +15,17 @@ ROOT = Path(__file__).resolve().parents[1]
 MAKEFILE = (ROOT / "Makefile").read_text()
 README = (ROOT / "README.md").read_text()
 # What a target needs to be told; all that one may pass.
-GIVEN = ["RUN=r", "SRC=/a b", "DST=s3://b/d", "BANK=s3://b/1", "HELD_OUT=s3://b/2", "SITE=local", "SET=a.b=1 c.d=2"]
+GIVEN = [
+    "RUN=r",
+    "SRC=/a b",
+    "DST=s3://b/d",
+    "BANK=s3://b/1",
+    "HELD_OUT=s3://b/2",
+    "SITE=local",
+    "SET=a.b=1 c.d=2",
+    "LIST=a list",
+    "KEY=k",
+]
 needs_make = pytest.mark.skipif(not shutil.which("make"), reason="make is not installed: apt install make")
 
 

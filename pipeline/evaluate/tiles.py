@@ -1,24 +1,30 @@
 """Labelled images as they lie in a shard set: encoded bytes, what they show, how large they are."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_shards.errors import UserError
 from data_shards.index import ShardSet
+from data_shards.removed import read_removed
 
 STAMP = "stamp-"  # labels of cut-outs on a plain ground begin so; all others name the photograph that a tile is from
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """N encoded images in the order of their ids. sizes: (N, 2), height and width in pixels."""
+    """N encoded images in the order of their ids. sizes: (N, 2), height and width in pixels.
+
+    ids: (N,), in their set; empty when they are of none.
+    """
 
     images: Sequence[bytes]
     labels: Sequence[str]
     sizes: NDArray[np.int64]
+    ids: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -33,8 +39,10 @@ class Tiles:
 
 
 def read_tiles(shards: ShardSet) -> Tiles:
-    """All images of a small shard set. Raises UserError when some have no label."""
-    table = shards.table().to_pydict()
+    """All images of a small shard set but the removed ones. Raises UserError when some have no label."""
+    rows, removed = shards.table(), read_removed(shards)
+    ids = np.array([sample for sample in range(rows.num_rows) if sample not in removed], np.int64)
+    table = rows.take(ids).to_pydict()
     labels = [label or "" for label in table["label"]]
     if "" in labels:
         raise UserError(
@@ -42,10 +50,9 @@ def read_tiles(shards: ShardSet) -> Tiles:
             "one for each; pack it from folders named by what they show, or evaluate on another set"
         )
     images: list[bytes] = []
-    for shard, samples in enumerate(shards.manifest.shard_samples):
+    places = zip(map(shards.locate, ids.tolist()), table["offset"], table["size"], strict=True)
+    for shard, group in groupby(places, lambda place: place[0][0]):
         store, path = shards.tar(shard)
         data = store.get(path)
-        for row in range(len(images), len(images) + samples):
-            start = table["offset"][row]
-            images.append(data[start : start + table["size"][row]])
-    return Tiles(images, labels, np.column_stack([table["height"], table["width"]]).astype(np.int64))
+        images += [data[offset : offset + size] for _, offset, size in group]
+    return Tiles(images, labels, np.column_stack([table["height"], table["width"]]).astype(np.int64), ids)

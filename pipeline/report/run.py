@@ -7,15 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from data_shards.index import Manifest, ShardSet
 from data_shards.merge import read_refused
-from data_shards.order import make_order
 from data_shards.store import Store
 from pipeline.augment import draw
 from pipeline.config import Config
 from pipeline.evaluate.run import open_tiles
 from pipeline.evaluate.table import Evaluation, Neighbours
-from pipeline.evaluate.tiles import Tiles, read_tiles
+from pipeline.evaluate.tiles import Tiles
 from pipeline.evaluate.views import render_distorted
 from pipeline.goodput import goodput
 from pipeline.loader import LoaderSettings, render
@@ -23,7 +21,7 @@ from pipeline.report.data import Example, Neighbour, Refusal, ReportData
 from pipeline.report.figures import duration, percent, times
 from pipeline.report.page import write_report
 from pipeline.report.pictures import crop_strips, picture, thumbnail
-from pipeline.run import read_attempts, read_config, read_events, read_metrics
+from pipeline.run import Record, open_data, read_attempts, read_config, read_events, read_metrics, read_record
 
 SHOWN = 8  # images whose crops are shown
 
@@ -44,8 +42,8 @@ def report_run(
     are. site: where it ran.
     """
     config = read_config(store)
-    shards, events = ShardSet.open(Store(bank_url)), read_events(store)
-    bank, held_out = read_tiles(shards), open_tiles(held_out_url)
+    events = read_events(store)
+    bank, held_out = open_tiles(bank_url), open_tiles(held_out_url)
     data = ReportData(
         run=store.url.rstrip("/").rpartition("/")[2],
         config=config.dump(),

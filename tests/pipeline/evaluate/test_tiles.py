@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from data_shards.compact import compact
 from data_shards.errors import UserError
 from data_shards.index import Manifest, ShardSet
 from data_shards.pack import PackSettings, Source, pack
+from data_shards.removed import remove
 from data_shards.store import Store
 from pipeline.evaluate.tiles import Tiles, read_tiles
 from tests.photos import write_tiles
@@ -41,6 +43,21 @@ def test_photographs_and_cut_outs_are_told_apart_by_their_labels() -> None:
 
 def test_a_set_without_labels_is_refused_in_words(tmp_path: Path) -> None:
     files = sorted(write_tiles(tmp_path / "photos", 4).glob("*/*.jpg"))
-    shards = packed(tmp_path / "set", [Source(path, path.name, None) for path in files])
+    shards = packed(tmp_path / "set", [Source(str(path), name=path.name) for path in files])
     with pytest.raises(UserError, match="4 of 4 images have no label"):
         read_tiles(shards)
+
+
+def test_removed_tiles_are_left_out_before_and_after_their_bytes_are_erased(tmp_path: Path) -> None:
+    shards = packed(tmp_path / "set", write_tiles(tmp_path / "photos", 30))
+    whole = read_tiles(shards)
+    remove(shards, [row["key"] for n, row in enumerate(shards.table().to_pylist()) if n in (0, 11, 29)], force=True)
+    listed = read_tiles(shards)
+    compact(shards.store)
+    erased = read_tiles(shards)
+    kept = [n for n in range(30) if n not in (0, 11, 29)]
+    for left in (listed, erased):
+        assert left.ids.tolist() == kept
+        assert [*left.images] == [whole.images[n] for n in kept]
+        assert [*left.labels] == [whole.labels[n] for n in kept]
+        assert left.sizes.tolist() == whole.sizes[kept].tolist()
