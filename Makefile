@@ -58,6 +58,10 @@ lint: .venv/stamp ## style, types, and the direction of imports
 bench: .venv/stamp ## measure, beside a peer in the same run; figures in var/bench.json
 	@for part in loader from_s3; do $(BIN)/python -m bench.$$part; done
 
+.PHONY: bench-gpu
+bench-gpu: .venv/stamp ## measure the loader on a GPU; table in var/bench-gpu.json
+	@$(BIN)/python -m bench.gpu
+
 .PHONY: shards
 shards: .venv/stamp ## pack SRC=folder into DST=s3://bucket/folder (IN_PLACE=1: index tars where they lie)
 	@$(FARSEER) shards "$(or $(SRC),$(error say what to pack: make shards SRC=folder DST=s3://bucket/folder))" "$(or $(DST),$(error say where to: DST=s3://bucket/folder))" $(site_option) $(call flag,IN_PLACE,in-place)

@@ -68,7 +68,7 @@ class Graph:
         self._dali_cuts = dali_cuts or device.type == "cuda"
         self._single: list[Encoded] = []
         self._pool = ThreadPoolExecutor(threads) if threads > 1 and not self._dali_cuts else None
-        self._pipeline: Any = _define(
+        self._pipeline: Any = define(
             sizes if self._dali_cuts else [],
             lambda: self._inputs(feed() if feed else self._single[0]),
             hardware_jpeg if device.type == "cuda" else None,
@@ -107,11 +107,11 @@ class Graph:
     def _inputs(self, batch: Encoded) -> list[Any]:
         """What DALI is fed: n encoded images, and five arguments a crop where it cuts."""
         encoded = [np.frombuffer(image, np.uint8) for image in batch.images]
-        return [encoded, *(_arguments(batch.draws, self._augment) if self._dali_cuts else [])]
+        return [encoded, *(crop_arguments(batch.draws, self._augment) if self._dali_cuts else [])]
 
 
 @pipeline_def(enable_conditionals=True)
-def _define(sizes: list[int], feed: Callable[[], list[Any]], hardware_jpeg: float | None) -> Any:
+def define(sizes: list[int], feed: Callable[[], list[Any]], hardware_jpeg: float | None) -> Any:
     """The images as they are when there are no sizes, else the crops; and the images' shapes.
 
     hardware_jpeg: None on the CPU.
@@ -124,6 +124,12 @@ def _define(sizes: list[int], feed: Callable[[], list[Any]], hardware_jpeg: floa
         jpeg_fancy_upsampling=True,  # as the decoder of the CPU always does
         hw_decoder_load=hardware_jpeg or 0.0,
     )
+    pixels = crops_of(images, arguments, sizes)
+    return (*(pixels or [images]), images.shape())  # type: ignore[no-untyped-call]
+
+
+def crops_of(images: Any, arguments: Sequence[Any], sizes: list[int]) -> list[Any]:
+    """The part of the graph that cuts, flips and blurs: nodes of uint8 crops. arguments: `crop_arguments` as nodes."""
     pixels = []
     for k, size in enumerate(sizes):
         start, end, blurred, across, down = arguments[5 * k : 5 * k + 5]
@@ -132,11 +138,11 @@ def _define(sizes: list[int], feed: Callable[[], list[Any]], hardware_jpeg: floa
             # gaussian_blur takes 6 to 8 times as long on a CPU
             crop = fn.filter(fn.filter(crop, across, border="clamp"), down, border="clamp")  # type: ignore[arg-type]
         pixels.append(crop)
-    return (*(pixels or [images]), images.shape())  # type: ignore[no-untyped-call]
+    return pixels
 
 
-def _arguments(draws: list[Draws], augment: AugmentSettings) -> list[Any]:
-    """Five of each crop, for `_define`. A box that is read from right to left comes out flipped."""
+def crop_arguments(draws: list[Draws], augment: AugmentSettings) -> list[Any]:
+    """Five of each crop, for `crops_of`. A box that is read from right to left comes out flipped."""
     radius = ceil(3 * augment.sigma[1])  # the same for all batches: a longer kernel may round otherwise
     arguments: list[Any] = []
     for crop in draws:
