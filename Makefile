@@ -63,8 +63,8 @@ bench-gpu: .venv/stamp ## measure the loader on a GPU; table in var/bench-gpu.js
 	@$(BIN)/python -m bench.gpu
 
 .PHONY: shards
-shards: .venv/stamp ## pack SRC=folder into DST=s3://bucket/folder (IN_PLACE=1: index tars where they lie)
-	@$(FARSEER) shards "$(or $(SRC),$(error say what to pack: make shards SRC=folder DST=s3://bucket/folder))" "$(or $(DST),$(error say where to: DST=s3://bucket/folder))" $(site_option) $(call flag,IN_PLACE,in-place)
+shards: .venv/stamp ## pack SRC= into DST= (SET= APPEND=1 DALI_INDEX=1 WORKERS= SITE=; IN_PLACE=1: only index tars)
+	@$(FARSEER) shards "$(or $(SRC),$(error say what to pack: make shards SRC=folder DST=s3://bucket/folder))" "$(or $(DST),$(error say where to: DST=s3://bucket/folder))" $(site_option) --set "$(SET)" $(if $(WORKERS),--workers "$(WORKERS)") $(call flag,APPEND,append) $(call flag,IN_PLACE,in-place) $(call flag,DALI_INDEX,dali-index) $(call flag,JSON,json)
 
 .PHONY: verify
 verify: .venv/stamp ## whether the shard set DST= is whole (FULL=1: every image decoded; AFRESH=1 WORKERS= OUT=)

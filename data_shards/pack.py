@@ -23,7 +23,7 @@ from data_shards.sources import Source, SourceOptions, list_sources, metadata_sc
 from data_shards.store import Denied, Store
 from data_shards.work import pack_groups
 
-__all__ = ["PackReport", "PackSettings", "Refusal", "Source", "SourceOptions", "pack", "prepare", "report"]
+__all__ = ["PackReport", "PackSettings", "Refusal", "Source", "SourceOptions", "finish", "pack", "prepare", "report"]
 
 _PROBE = "plans/writable"
 EXAMPLES = 20  # of refused sources, in a report
@@ -79,8 +79,7 @@ def pack(
     start = time.monotonic()
     plan = prepare(source, dst, settings, options=options, append=append, progress=progress)
     if plan is not None:
-        pack_groups(dst, plan, range(plan.groups), worker_count(workers, plan, dst), progress)
-        merge(dst, plan)
+        finish(dst, plan, workers=workers, progress=progress)
     return report(dst, time.monotonic() - start, already_there=plan is None)
 
 
@@ -113,6 +112,12 @@ def prepare(
     return plan
 
 
+def finish(dst: Store, plan: Plan, *, workers: int | None = None, progress: Progress | None = None) -> None:
+    """The second and the third phase, in processes of this machine. Raises UserError as `pack` does."""
+    pack_groups(dst, plan, range(plan.groups), _worker_count(workers, plan, dst), progress)
+    merge(dst, plan)
+
+
 def report(dst: Store, seconds: float, *, already_there: bool) -> PackReport:
     """What is in the set now."""
     manifest = Manifest.load(dst)
@@ -131,7 +136,7 @@ def report(dst: Store, seconds: float, *, already_there: bool) -> PackReport:
     )
 
 
-def worker_count(wanted: int | None, plan: Plan, dst: Store) -> int:
+def _worker_count(wanted: int | None, plan: Plan, dst: Store) -> int:
     """How many processes pack a plan on this machine."""
     if dst.url.startswith("memory:"):
         return 1  # other processes have other memory

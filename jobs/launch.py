@@ -90,10 +90,6 @@ def slurm_executor(site: Site, run: str, store: str) -> submitit.SlurmExecutor:
     executor = submitit.SlurmExecutor(run_dir / "logs", max_num_timeout=1_000_000, python=site.python)
     before, after = batch_script(site, run_dir, store)
     optional = {
-        "partition": site.partition,
-        "account": site.account,
-        "qos": site.qos,
-        "constraint": site.constraint,
         "gpus_per_node": site.gpus_per_node or None,
         "exclude": ",".join(_excluded(site)) or None,
         "mem": None if site.memory_gb is None else f"{round(site.memory_gb * 1024)}MB",
@@ -118,8 +114,15 @@ def slurm_executor(site: Site, run: str, store: str) -> submitit.SlurmExecutor:
             **site.extra,
         },
         **{name: value for name, value in optional.items() if value is not None},
+        **sbatch_options(site),
     )
     return executor
+
+
+def sbatch_options(site: Site) -> dict[str, str]:
+    """Where on the cluster a job of any kind runs."""
+    named = {"partition": site.partition, "account": site.account, "qos": site.qos, "constraint": site.constraint}
+    return {name: value for name, value in named.items() if value is not None}
 
 
 def _excluded(site: Site) -> list[str]:
@@ -169,6 +172,12 @@ def _undone_on_error(run_dir: Path) -> Iterator[None]:
 
 
 def _write(run_dir: Path, config: dict[str, Any], code: Path) -> None:
+    write_snapshot(run_dir, code)
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+
+
+def write_snapshot(run_dir: Path, code: Path) -> None:
+    """Copy the packages into run_dir/snapshot, whole or not at all, and make the folder of the logs."""
     beside = run_dir / f"snapshot.{os.getpid()}"
     for name in _code_files(code):
         target = beside / name
@@ -179,7 +188,6 @@ def _write(run_dir: Path, config: dict[str, Any], code: Path) -> None:
     shutil.rmtree(run_dir / "snapshot", ignore_errors=True)
     beside.rename(run_dir / "snapshot")
     (run_dir / "logs").mkdir(exist_ok=True)
-    (run_dir / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
 
 
 def _code_files(code: Path) -> list[Path]:

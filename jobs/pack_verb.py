@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ from jobs.verbs import add_verb, json_option, progress, say
 
 if TYPE_CHECKING:
     from data_shards.pack import PackSettings, SourceOptions
+    from data_shards.plan import Plan
+    from data_shards.store import Store
 
 
 def pack_verb(verbs: Any) -> None:
@@ -27,7 +30,7 @@ def pack_verb(verbs: Any) -> None:
 
 
 def shards(options: argparse.Namespace) -> int:
-    from data_shards.pack import pack
+    from data_shards.pack import prepare, report
     from data_shards.store import Store
     from jobs.shard_verbs import use_keys
 
@@ -35,20 +38,16 @@ def shards(options: argparse.Namespace) -> int:
     settings, source_options = parse_settings(options.set + (" dali_index=true" if options.dali_index else ""))
     if options.in_place:
         return _in_place(options, settings)
-    report = pack(
-        options.source,
-        Store(options.target),
-        settings,
-        options=source_options,
-        append=options.append,
-        progress=progress(),
-        workers=options.workers,
-    )
+    start, dst = time.monotonic(), Store(options.target)
+    plan = prepare(options.source, dst, settings, options=source_options, append=options.append, progress=progress())
+    if plan is not None:
+        _pack(options, dst, plan)
+    found = report(dst, time.monotonic() - start, already_there=plan is None)
     if options.json:
-        say(json.dumps(asdict(report), indent=2))
+        say(json.dumps(asdict(found), indent=2))
     else:
-        more = "" if not report.already_there or options.append else "; APPEND=1 adds what SRC has got since"
-        say(*report.refused_lines(), f"{report.url}: {report.summary()}{more}")
+        more = "" if not found.already_there or options.append else "; APPEND=1 adds what SRC has got since"
+        say(*found.refused_lines(), f"{found.url}: {found.summary()}{more}")
     return 0
 
 
@@ -65,6 +64,20 @@ def _in_place(options: argparse.Namespace, settings: "PackSettings") -> int:
     else:
         say(*report.refused_lines(), f"{report.url}: {report.summary()}", about)
     return 0
+
+
+def _pack(options: argparse.Namespace, dst: "Store", plan: "Plan") -> None:
+    """On the nodes of a site when tasks are asked for, else in processes here."""
+    from data_shards.pack import finish
+    from jobs.site import load_site
+
+    site = load_site(options.site) if options.site and options.workers else None
+    if site is None or site.executor == "local":
+        finish(dst, plan, workers=options.workers, progress=progress())
+        return
+    from jobs.pack_array import pack_array
+
+    pack_array(site, dst, plan, options.workers, progress())
 
 
 def parse_settings(text: str) -> "tuple[PackSettings, SourceOptions]":

@@ -1,0 +1,101 @@
+"""Packing by a real SLURM array, into a folder that its nodes share."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_shards.errors import UserError
+from data_shards.index import Manifest
+from data_shards.pack import PackSettings, pack, prepare
+from data_shards.plan import load_plans
+from data_shards.store import Store
+from jobs import slurm as slurm_commands
+from jobs.daemons import wait_until
+from jobs.pack_array import pack_array
+from jobs.site import Site
+from tests.photos import write_tiles
+
+pytestmark = pytest.mark.slow
+SETTINGS = PackSettings(shard_bytes=20_000)
+DEADLINE_S = 120.0
+
+
+@pytest.fixture
+def site(slurm: Any, tmp_path: Path) -> Iterator[Site]:
+    tmp_path.chmod(0o755)
+    yield Site(name="here", shared_dir=str(tmp_path / "shared"), time_limit_min=10, environment=slurm.environment)
+    for queued in slurm_commands.queue():
+        if queued.run.startswith(f"file://{tmp_path}"):
+            slurm_commands.cancel(queued.job.partition("_")[0])
+
+
+def contents(store: Store) -> dict[str, bytes]:
+    return {entry.path: store.get(entry.path) for entry in store.list()}
+
+
+def test_an_array_packs_the_same_bytes_as_one_process_and_goes_on_after_a_task_was_killed(
+    site: Site, tmp_path: Path
+) -> None:
+    tiles = write_tiles(tmp_path / "tiles", 180)
+    straight, store = Store(f"file://{tmp_path}/straight"), Store(f"file://{tmp_path}/dst")
+    pack(tiles, straight, SETTINGS)
+    plan = prepare(tiles, store, SETTINGS)
+    assert plan is not None
+    killed = False
+
+    def kill_one(what: str, done: int, total: int, *, bytes: int = 0, refused: int = 0) -> None:
+        nonlocal killed
+        assert what == "groups of shards"
+        if not killed:
+            killed = wait_until(lambda: bool(kill_packers(tmp_path)), DEADLINE_S, 0.02)
+
+    with pytest.raises(UserError, match=r"job \d+ is over and .* groups are left; the same command goes on") as error:
+        pack_array(site, store, plan, 2, kill_one)
+    assert "\n" not in str(error.value)
+    assert killed
+    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "dst").glob("plans/1/commits/*.json")}
+    assert done
+    assert not store.exists("MANIFEST.json")
+    assert prepare(tiles, store, SETTINGS) == plan
+    pack_array(site, store, plan, 3, None)
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+    assert contents(store) == contents(straight)
+    assert prepare(tiles, store, SETTINGS) is None
+
+
+def kill_packers(folder: Path) -> list[int]:
+    """Kill, as the kernel would for want of memory, the processes that run this test's second task."""
+    killed = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = (process / "environ").read_bytes().split(b"\0")
+            command = (process / "cmdline").read_bytes()
+        except OSError:
+            continue
+        ours = f"FARSEER_RUN_DIR={folder}".encode()
+        is_task = b"SLURM_ARRAY_TASK_ID=1" in variables and b"submitit" in command and b"srun" not in command
+        commits = list(folder.glob("dst/plans/1/commits/*.json"))
+        if is_task and commits and any(one.startswith(ours) for one in variables):
+            os.kill(int(process.name), signal.SIGKILL)
+            killed.append(int(process.name))
+    return killed
+
+
+def test_what_stops_a_task_is_told_by_the_command_in_one_line(site: Site, tmp_path: Path) -> None:
+    tiles = write_tiles(tmp_path / "tiles", 20)
+    store = Store(f"file://{tmp_path}/dst")
+    plan = prepare(tiles, store, SETTINGS)
+    assert plan is not None
+    path = tmp_path / "dst" / plan.group_path(0)
+    path.rename(tmp_path / "aside")
+    with pytest.raises(UserError, match=rf"job \d+ is over .* the same command goes on: .*{path.name}: no such file"):
+        pack_array(site, store, plan, 1, None)
+    (tmp_path / "aside").rename(path)
+    pack_array(site, store, load_plans(store)[0], 1, None)
+    assert Manifest.load(store).samples == 20
+    assert json.loads(next(Path(site.shared_dir).glob("pack-*/array.json")).read_text())["job"].isdigit()
