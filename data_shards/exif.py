@@ -1,8 +1,9 @@
-"""What files say besides the picture: taken out without decoding, but for the orientation, which decides what is seen.
+"""What files say besides the picture: read for the orientation, which decides what is seen, and taken out on request.
 
 EXIF holds where and when and by which camera a photograph was taken, and a preview; XMP, IPTC, comments and pictures
 appended to a JPEG hold the like. A block of EXIF with the orientation alone stays where it is not the usual one, so
-that Pillow and DALI show the same as before.
+that Pillow and DALI show the same as before. Where a file has several blocks, or a broken one, decoders do not agree
+(and DALI 2.4 on a CPU may crash: it makes room by one block and turns by another).
 """
 
 import re
@@ -10,6 +11,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 
+_ORIENTATION, _SHORT = 0x0112, 3
 _EOI, _SOS = 0xD9, 0xDA
 _NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # in coded data, which escapes its own 0xFF by 0x00
 _PNG_KEPT = {b"IHDR", b"PLTE", b"tRNS", b"gAMA", b"cHRM", b"sRGB", b"iCCP", b"cICP", b"sBIT", b"pHYs", b"IDAT", b"IEND"}
@@ -17,9 +19,21 @@ _WEBP_KEPT = {b"VP8X", b"ICCP", b"ALPH", b"VP8 ", b"VP8L"}
 _WEBP_HAS_EXIF, _WEBP_HAS_XMP = 0x08, 0x04
 
 
-def without_exif(data: bytes, kind: str, orientation: int) -> bytes:
-    """The same picture and nothing besides. kind: Pillow's name of the format. Raises ValueError when it is broken."""
-    kept = b"" if orientation == 1 else _only_orientation(orientation)
+def orientation(data: bytes, kind: str) -> tuple[int, bool]:
+    """How to turn a picture (1 to 8, as EXIF counts), and whether all decoders read that alike.
+
+    kind: Pillow's name of the format.
+    """
+    blocks = list(_blocks(data, kind))
+    found = _entry(blocks[0]) if blocks else (_SHORT, 1)
+    if found is None:
+        return 1, False
+    return (found[1] if found[1] in range(1, 9) else 1), len(blocks) < 2 and found[0] == _SHORT
+
+
+def without_exif(data: bytes, kind: str, turned: int) -> bytes:
+    """The same picture with that orientation and nothing besides. Raises ValueError when the file is broken."""
+    kept = b"" if turned == 1 else _only_orientation(turned)
     if kind in ("JPEG", "MPO"):
         return b"".join(_jpeg(data, kept))
     if kind == "PNG":
@@ -51,9 +65,36 @@ def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
         at = end
 
 
-def _only_orientation(orientation: int) -> bytes:
+def _blocks(data: bytes, kind: str) -> Iterator[bytes]:
+    """The TIFFs that EXIF consists of."""
+    if kind in ("JPEG", "MPO"):
+        found = (data[start + 4 : end] for marker, start, end in jpeg_segments(data) if marker == 0xE1)
+        yield from (block[6:] for block in found if block.startswith(b"Exif\0"))
+    elif kind == "PNG":
+        yield from (data[start + 8 : end - 4] for name, start, end in _png_chunks(data) if name == b"eXIf")
+    elif kind == "WEBP":
+        found = (data[start + 8 : end] for name, start, end in _webp_chunks(data) if name == b"EXIF")
+        yield from (block.removeprefix(b"Exif\0\0") for block in found)
+
+
+def _entry(block: bytes) -> tuple[int, int] | None:
+    """Type and value of the orientation in a TIFF; the usual one where it has none; None where it is broken."""
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(block[:4])
+    try:
+        (at,) = struct.unpack_from(f"{order}I", block, 4)
+        (count,) = struct.unpack_from(f"{order}H", block, at)
+        for number in range(count):
+            tag, kind, _, value, _ = struct.unpack_from(f"{order}HHIHH", block, at + 2 + 12 * number)
+            if tag == _ORIENTATION:
+                return kind, value
+    except struct.error:
+        return None
+    return _SHORT, 1
+
+
+def _only_orientation(turned: int) -> bytes:
     """EXIF is a TIFF: its header, and one directory with one entry."""
-    return struct.pack(">2sHI HHHIHH I", b"MM", 42, 8, 1, 0x0112, 3, 1, orientation, 0, 0)
+    return struct.pack(">2sHI HHHIHH I", b"MM", 42, 8, 1, _ORIENTATION, _SHORT, 1, turned, 0, 0)
 
 
 def _jpeg(data: bytes, exif: bytes) -> Iterator[bytes]:
@@ -72,28 +113,38 @@ def _jpeg(data: bytes, exif: bytes) -> Iterator[bytes]:
 
 
 def _png(data: bytes, exif: bytes) -> Iterator[bytes]:
-    at, kind = 8, b""
-    while at + 12 <= len(data) and kind != b"IEND":
-        size, kind = struct.unpack(">I4s", data[at : at + 8])
-        if kind in _PNG_KEPT:
-            yield data[at : at + 12 + size]
-        if kind == b"IHDR" and exif:
+    name = b""
+    for name, start, end in _png_chunks(data):
+        if name in _PNG_KEPT:
+            yield data[start:end]
+        if name == b"IHDR" and exif:
             yield struct.pack(">I", len(exif)) + b"eXIf" + exif + struct.pack(">I", zlib.crc32(b"eXIf" + exif))
-        at += 12 + size
-    if kind != b"IEND":
+    if name != b"IEND":
         raise ValueError("PNG without its end")
 
 
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    at, name = 8, b""
+    while at + 12 <= len(data) and name != b"IEND":
+        size, name = struct.unpack_from(">I4s", data, at)
+        yield name, at, at + 12 + size
+        at += 12 + size
+
+
 def _webp(data: bytes, exif: bytes) -> Iterator[bytes]:
-    at = 12
-    while at + 8 <= len(data):
-        kind, size = struct.unpack("<4sI", data[at : at + 8])
-        end = at + 8 + size + size % 2
-        if kind == b"VP8X":
-            flags = data[at + 8] & ~(_WEBP_HAS_EXIF | _WEBP_HAS_XMP) | (_WEBP_HAS_EXIF if exif else 0)
-            yield data[at : at + 8] + bytes([flags]) + data[at + 9 : end]
-        elif kind in _WEBP_KEPT:
-            yield data[at:end]
-        at = end
+    for name, start, end in _webp_chunks(data):
+        if name == b"VP8X":
+            flags = data[start + 8] & ~(_WEBP_HAS_EXIF | _WEBP_HAS_XMP) | (_WEBP_HAS_EXIF if exif else 0)
+            yield data[start : start + 8] + bytes([flags]) + data[start + 9 : end]
+        elif name in _WEBP_KEPT:
+            yield data[start:end]
     if exif:
         yield b"EXIF" + struct.pack("<I", len(exif)) + exif
+
+
+def _webp_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    at = 12
+    while at + 8 <= len(data):
+        name, size = struct.unpack_from("<4sI", data, at)
+        yield name, at, at + 8 + size + size % 2
+        at += 8 + size + size % 2

@@ -4,7 +4,8 @@ not trusted.
 Limits on bytes and pixels are checked before anything is decoded; then the image is decoded once, in full. What passes
 is stored as it came: DALI and Pillow gave equal pixels and sizes, EXIF orientation applied, for each kind that is
 accepted so. Others are converted: what is lossy already (AVIF, JPEG 2000) to JPEG, the rest (GIF, PNM, TIFF of unusual
-modes) to PNG. An orientation that stands in XMP alone is not applied, as it is not by DALI.
+modes) to PNG. EXIF that decoders read differently is dropped but for the orientation. One that stands in XMP alone is
+not applied, as it is not by DALI.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from data_shards.exif import jpeg_segments, without_exif
+from data_shards.exif import jpeg_segments, orientation, without_exif
 from data_shards.phash import perceptual_hash
 from data_shards.section import Section
 
@@ -113,28 +114,21 @@ def _formats() -> list[str]:
 
 def _accepted(image: Image.Image, data: bytes, rules: Rules) -> Photo:
     kind, target = str(image.format), _target(image, rules)
-    if rules.decode == "full" or target:
-        image.load()
-    orientation = 1 if kind == "TIFF" else _orientation(image)  # Pillow gives a TIFF as it is to be seen
+    turned, agreed = orientation(data, kind) if kind in KEPT else (image.getexif().get(_ORIENTATION, 1), True)
     phash = None
     if rules.decode == "full" or target:
-        image.getexif()[_ORIENTATION] = orientation
+        image.load()
+        if kind != "TIFF":  # which Pillow gives as it is to be seen
+            image.getexif()[_ORIENTATION] = turned
         phash = perceptual_hash(image)
     if target:
         upright = ImageOps.exif_transpose(image)
         if rules.longest_side:
             upright.thumbnail((rules.longest_side, rules.longest_side), Image.Resampling.LANCZOS, reducing_gap=3.0)
         return Photo(_encoded(upright, target), KEPT[target], True, *upright.size, phash)
-    stored = without_exif(data, kind, orientation) if rules.drop_exif else data
-    width, height = image.size[::-1] if orientation >= 5 else image.size
+    stored = without_exif(data, kind, turned) if rules.drop_exif or not agreed else data
+    width, height = image.size[::-1] if turned >= 5 else image.size
     return Photo(stored, KEPT[kind], stored != data, width, height, phash)
-
-
-def _orientation(image: Image.Image) -> int:
-    exif = Image.Exif()
-    exif.load(image.info.get("exif", b""))
-    found = exif.get(_ORIENTATION, 1)
-    return found if found in range(1, 9) else 1
 
 
 def _target(image: Image.Image, rules: Rules) -> str | None:

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image, ImageOps, PngImagePlugin
 
 from data_shards.exif import jpeg_segments
+from data_shards.exif import orientation as exif_orientation
 from data_shards.images import Refused, Rules, examine
 from data_shards.phash import perceptual_hash
 from tests.photos import photographs
@@ -352,11 +353,64 @@ def test_nothing_but_the_picture_is_left_when_exif_is_dropped_and_it_is_seen_the
     assert examine(photo.data, Rules(drop_exif=True)).data == photo.data
 
 
+def block(orientation: int, order: str = ">", kind: int = 3) -> bytes:
+    """EXIF with an orientation alone, of a type."""
+    value = struct.pack(f"{order}HH", orientation, 0) if kind == 3 else struct.pack(f"{order}I", orientation)
+    entry = struct.pack(f"{order}HHI", 0x0112, kind, 1) + value
+    return struct.pack(f"{order}2sHIH", b"MM" if order == ">" else b"II", 42, 8, 1) + entry + bytes(4)
+
+
+def jpeg_with(*blocks: bytes) -> bytes:
+    data = encoded("JPEG", small_photo())
+    segments = (b"\xff\xe1" + struct.pack(">H", 8 + len(one)) + b"Exif\0\0" + one for one in blocks)
+    return data[:2] + b"".join(segments) + data[2:]
+
+
+def png_with(block: bytes, before: bytes) -> bytes:
+    data = encoded("PNG", small_photo())
+    at = data.index(before) - 4
+    chunk = struct.pack(">I", len(block)) + b"eXIf" + block
+    return data[:at] + chunk + struct.pack(">I", zlib.crc32(chunk[4:])) + data[at:]
+
+
+# and how the picture is turned then: as the first block says, unless that is broken
+UNUSUAL_EXIF: list[tuple[str, Callable[[], bytes], int, bool]] = [
+    ("one block", lambda: jpeg_with(block(6)), 6, False),
+    ("one block of the other order", lambda: jpeg_with(block(6, "<")), 6, False),
+    ("two blocks", lambda: jpeg_with(block(6), block(3)), 6, True),
+    ("two blocks the other way", lambda: jpeg_with(block(3), block(6)), 3, True),
+    ("a block that does not turn before one that does", lambda: jpeg_with(block(1), block(6)), 1, True),
+    ("an orientation beyond 8", lambda: jpeg_with(block(9)), 1, False),
+    ("a type that DALI does not take", lambda: jpeg_with(block(6, "<", 4)), 6, True),
+    ("a directory beyond its end", lambda: jpeg_with(b"MM\0*\0\0\xff\xff"), 1, True),
+    ("no TIFF at all", lambda: jpeg_with(b"junk, junk"), 1, True),
+    ("PNG, before the pixels", lambda: png_with(block(6), b"IDAT"), 6, False),
+    ("PNG, behind the pixels", lambda: png_with(block(6), b"IEND"), 6, False),
+    ("WebP", lambda: encoded("WEBP", small_photo(), exif=block(6)), 6, False),
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "orientation", "mended"), [one[1:] for one in UNUSUAL_EXIF], ids=[one[0] for one in UNUSUAL_EXIF]
+)
+@pytest.mark.parametrize("decode", ["full", "header"])
+def test_exif_that_decoders_read_differently_is_made_plain(
+    make: Callable[[], bytes], orientation: int, mended: bool, decode: str
+) -> None:
+    photo = examine(make(), Rules(decode=decode))
+    assert (photo.width, photo.height) == ((64, 40) if orientation < 5 else (40, 64))
+    assert photo.converted == mended
+    kind = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[photo.extension]
+    assert exif_orientation(photo.data, kind) == (orientation, True)
+
+
 @pytest.mark.slow
 def test_dali_shows_what_pillow_shows_with_and_without_exif() -> None:
     dali = pytest.importorskip("nvidia.dali")
     kinds = [(kind, orientation) for kind in ("JPEG", "PNG", "WEBP") for orientation in range(1, 9)]
     files = [with_secrets(kind, orientation) for kind, orientation in kinds]
+    files += [make() for _, make, _, _ in UNUSUAL_EXIF]  # some of which let DALI crash as they are
+    kinds += [(name, orientation) for name, _, orientation, _ in UNUSUAL_EXIF]
     stored = [examine(data, Rules(drop_exif=drop)).data for drop in (False, True) for data in files]
 
     @dali.pipeline_def(batch_size=len(stored), num_threads=1, device_id=None)
