@@ -54,6 +54,7 @@ def test_planted_copies_and_leaks_are_found_in_s3_and_nothing_else(
     leak = (tmp_path / "lists" / "leaks.txt").read_text().split("\t")
     assert leak[:3] == [keys["11.jpg"], theirs, other["leak.jpg"]]
 
-    Store(ours).put("removed/000001.txt", (tmp_path / "lists" / "duplicates.txt").read_bytes())
+    assert main(["remove", ours, str(tmp_path / "lists" / "duplicates.txt"), "--force"]) == 0
+    capsys.readouterr()
     assert main(["dedup", ours, "--out", str(tmp_path / "lists"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["groups"] == 0
