@@ -27,6 +27,7 @@ from data_shards.images import PILLOW_MAX_PIXELS, Refused, Rules, examine
 from data_shards.index import MANIFEST, RECORD, Manifest, ShardSet, index_path, manifest_path, shard_path, table_path
 from data_shards.processes import unordered
 from data_shards.progress import Progress
+from data_shards.removed import by_shard, read_removed
 from data_shards.store import NotFound, Store
 
 RANGE_BYTES = 8 * 2**20  # of a tar that are read at once; each process holds two
@@ -80,7 +81,10 @@ class VerifyReport:
 
 
 class Part(NamedTuple):
-    """What the manifest says of a shard. elsewhere: its tar is not one of this set's, and may hold other members."""
+    """What the manifest says of a shard. elsewhere: its tar is not one of this set's, and may hold other members.
+
+    removed: places whose images are not shown any more, so that it does not matter what they are.
+    """
 
     number: int
     samples: int
@@ -88,6 +92,7 @@ class Part(NamedTuple):
     home: Store
     tar: tuple[Store, str]
     elsewhere: bool
+    removed: frozenset[int]
 
     @property
     def name(self) -> str:
@@ -120,8 +125,9 @@ def verify(
     """
     shards = ShardSet.open(store)
     manifest = shards.manifest
+    gone = {number: frozenset(places.tolist()) for number, places in by_shard(shards, read_removed(shards).ids)}
     parts = [
-        Part(number, samples, size, store, shards.tar(number), bool(manifest.tars))
+        Part(number, samples, size, store, shards.tar(number), bool(manifest.tars), gone.get(number, frozenset()))
         for number, (samples, size) in enumerate(zip(manifest.shard_samples, manifest.shard_bytes, strict=True))
     ]
     faults = list(_versions(store, manifest))
@@ -313,6 +319,7 @@ def _images(part: Part) -> tuple[int, tuple[Fault, ...]]:
     faults = [
         Fault(part.name, keys[place], found, mend)
         for place, piece in _pieces(part, records)
+        if place not in part.removed or not records["size"][place]
         for found, mend in _sample(piece, records[place], hashes[place], None if part.elsewhere else keys[place])
     ]
     return part.number, tuple(faults)

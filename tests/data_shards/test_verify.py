@@ -192,6 +192,13 @@ def test_an_emptied_place_whose_bytes_are_still_there_is_named(store: Store) -> 
     assert "is empty by the index, but not in the tar; make compact" in str(fault)
 
 
+def test_a_damaged_image_that_was_removed_is_a_fault_no_more(store: Store) -> None:
+    flip(store, TAR, offset(store, 2) + 700)
+    flip(store, TAR, offset(store, 3) + 700)
+    store.put("removed/000001.txt", b"000001-000002\n")
+    assert verify(store, full=True).keys == ["000001-000003"]
+
+
 def test_a_manifest_that_runs_cannot_find_under_its_layout_is_named(store: Store) -> None:
     path = manifest_path(Manifest.load(store).layout_id)
     store.put(path, store.get(path) + b" ")
