@@ -132,3 +132,38 @@ def test_differences_name_the_keys_that_changed(good: Path) -> None:
 @pytest.mark.parametrize("path", sorted(Path("conf").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_config_that_is_shipped_loads(path: Path) -> None:
     assert load(path).data.batch > 0
+
+
+SOURCES = "data.url=null data.sources='[{url: s3://a, weight: 3}, {url: s3://b, weight: 1}]'"
+
+
+def sources(text: str) -> str:
+    return f"data.url=null data.sources='{text}'"
+
+
+def test_a_mixture_s_fingerprint_changes_with_its_shares_and_not_with_its_places(good: Path) -> None:
+    mixed = load(good, SOURCES).fingerprint()
+    assert load(good, sources("[{url: s3://c, weight: 0.75}, {url: s3://d, weight: 0.25}]")).fingerprint() == mixed
+    others = ["[{url: s3://a, weight: 2}, {url: s3://b, weight: 1}]", "[{url: s3://b}, {url: s3://a, weight: 3}]"]
+    others += ["[{url: s3://a, weight: 3}, {url: s3://b, weight: 1}, {url: s3://c, weight: 1}]", "[{url: s3://a}]"]
+    assert mixed not in {load(good, sources(one)).fingerprint() for one in others}
+    assert load(good, sources("[{url: s3://a}]")).fingerprint() == load(good).fingerprint()
+    assert differences(load(good, SOURCES).results(), load(good, sources(others[0])).results()) == [
+        "data.shares: [3, 1] -> [2, 1]"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("data.sources='[{url: s3://a}]'", "give one of data.url .* and data.sources .*; found both"),
+        ("data.url=null", "found neither"),
+        (sources("[{url: s3://a, share: 1}]"), r"data\.sources\.0\.share: unknown key .*; valid: url, weight"),
+        (sources("[{url: s3://a, weight: 0}]"), r"data\.sources\.0\.weight: found 0"),
+        (sources("[{url: s3://a}, {url: s3://a/}]"), "s3://a is there twice; give it once"),
+        (sources("[{url: s3://a, weight: 1e6}, {url: s3://b}]"), "a weight of 1 is less than one in 10,000"),
+    ],
+)
+def test_a_mixture_that_cannot_be_is_told_in_words(good: Path, given: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(good, given)

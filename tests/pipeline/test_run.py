@@ -26,6 +26,7 @@ from pipeline.run import (
     Superseded,
     check_same,
     environment,
+    open_data,
     read_config,
     read_events,
     read_metrics,
@@ -391,3 +392,63 @@ def test_the_environment_names_the_packages_and_their_versions() -> None:
     assert {"code", "cuda", "nccl", "driver", "gpus"} <= found.keys()
     assert yaml.safe_load(yaml.safe_dump(found)) == found
     assert json.loads(json.dumps(found)) == found
+
+
+# ---- which version of its data
+
+
+def test_a_run_that_exists_keeps_the_version_that_it_began_with_when_its_set_grows(
+    store: Store, tmp_path: Path
+) -> None:
+    url = f"memory://set-{os.getpid()}-{next(NUMBERS)}"
+    mega = 2**20
+    small = replace(MANIFEST, shard_bytes=(60 * mega, 40 * mega))
+    small.save(Store(url))
+    values = config(data={"url": url, "batch": 8, "lanes": 4, "window_chunks": 2})
+    shards, order, filled = open_data(values)
+    Run.start(store, tmp_path, filled, shards)
+    larger = {"samples": 120, "shard_samples": (60, 40, 20), "shard_bytes": (60 * mega, 40 * mega, 140 * mega)}
+    grown = replace(small, layout_id="grown", **larger)
+    grown.save(Store(url), create_only=False)
+    pinned = open_data(values, record=read_record(store))
+    assert (pinned[0].manifest, pinned[1:]) == (small, (order, filled))
+    check_same(store, pinned[2], pinned[0])
+    newest = open_data(values)
+    assert newest[0].manifest == grown
+    with pytest.raises(UserError, match=r"data\.chunk_samples: 8 -> 4"):
+        check_same(store, newest[2], newest[0])
+
+
+def test_each_set_of_a_mixture_keeps_its_version_and_another_set_is_refused(store: Store, tmp_path: Path) -> None:
+    urls = [f"memory://mixed-{os.getpid()}-{next(NUMBERS)}" for _ in range(3)]
+    for number, url in enumerate(urls):
+        replace(MANIFEST, layout_id=f"layout-{number}").save(Store(url))
+
+    def mixed(*some: str, weights: tuple[int, ...] = (2, 1)) -> Config:
+        pairs = [{"url": url, "weight": weight} for url, weight in zip(some, weights, strict=True)]
+        return config(data={"sources": pairs, "batch": 8, "lanes": 4, "chunk_samples": 4, "window_chunks": 2})
+
+    shards, order, filled = open_data(mixed(*urls[:2]))
+    Run.start(store, tmp_path, filled, shards)
+    record = read_record(store)
+    assert record.layouts == ("layout-0", "layout-1")
+    assert (record.samples, record.layout_id) == (200, shards.manifest.layout_id)
+    replace(MANIFEST, layout_id="grown").save(Store(urls[1]), create_only=False)
+    again = open_data(mixed(*urls[:2]), record=record)
+    assert again[1:] == (order, filled)
+    check_same(store, again[2], again[0])
+    for other, message in [
+        (mixed(urls[0], urls[2]), "began on shards with layout"),
+        (mixed(*urls[:2], weights=(1, 1)), r"data\.shares: \[2, 1\] -> \[1, 1\]"),
+        (mixed(*urls, weights=(2, 1, 1)), r"data\.shares: \[2, 1\] -> \[2, 1, 1\]"),
+    ]:
+        found = open_data(other, record=record)
+        with pytest.raises(UserError, match=message):
+            check_same(store, found[2], found[0])
+
+
+def test_a_record_of_before_there_were_mixtures_still_reads(store: Store) -> None:
+    values = asdict(record_of(config(), SHARDS))
+    del values["layouts"]
+    store.put("run.json", json.dumps(values).encode())
+    assert read_record(store).layouts == ("layout-a",)
