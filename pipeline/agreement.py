@@ -27,8 +27,14 @@ class StepSums:
     loss: int  # fixed point; see `mean_loss`
     not_finite: int
     replaced: int
-    bytes_read: int
+    bytes_read: int  # this and the next five: of this step
+    requests: int
     retries: int
+    cache_hits: int
+    cache_misses: int
+    cache_bytes: int
+    in_flight: int  # this and the next: at present
+    held_bytes: int
     preempted: int
     terminated: int
 

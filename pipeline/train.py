@@ -36,6 +36,8 @@ from pipeline.signals import RankEnvironment, StopRequest, own_signals
 from pipeline.watchdog import Hang, Watchdog
 
 Outcome = Literal["finished", "preempted", "terminated", "cancelled"]
+READ = ("bytes_read", "requests", "retries", "cache_hits", "cache_misses", "cache_bytes")  # counters of the reader
+READING = ("in_flight", "held_bytes")  # what it is doing
 SKIPS_ALLOWED = 3  # steps in a row whose gradients are not finite
 SAVE_S = 300.0  # a save that stops training for longer hangs
 
@@ -302,6 +304,7 @@ class Watch(pl.Callback):
         self._counters = dict(counters)
         now = time.perf_counter()
         run_part = {"time": time.time(), "step_s": now - self._started, "wait_s": batch.wait_s}
+        run_part["reader_wait_s"] = grown.get("wait_s", 0.0)
         self._started = now
         self._last = (result, run_part)
         self.agreement.begin(
@@ -311,8 +314,8 @@ class Watch(pl.Callback):
                 loss=fixed_point(result.loss),
                 not_finite=int(not result.finite),
                 replaced=batch.replaced,
-                bytes_read=int(grown.get("bytes_read", 0)),
-                retries=int(grown.get("retries", 0)),
+                **{name: int(grown.get(name, 0)) for name in READ},
+                **{name: int(counters.get(name, 0)) for name in READING},
                 preempted=int(session.request.preempted),
                 terminated=int(session.request.terminated),
             )
@@ -349,8 +352,8 @@ class Watch(pl.Callback):
             **run_part,
             "images_s": batch / run_part["step_s"],
             "replaced": sums.replaced,
-            "bytes_read": sums.bytes_read,
-            "retries": sums.retries,
+            "read_mb_s": sums.bytes_read / 1e6 / run_part["step_s"],
+            **{name: getattr(sums, name) for name in (*READ, *READING)},
             "rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
         return row, run

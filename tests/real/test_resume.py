@@ -61,6 +61,18 @@ def straight(tiny_set: str, runs: str, tmp_path_factory: pytest.TempPathFactory)
     return rows
 
 
+def test_rows_say_what_all_ranks_read(straight: list[dict[str, Any]], runs: str) -> None:
+    rows = [row["run"] for row in read_metrics(Store(f"{runs}/straight"))]
+    assert rows[0]["bytes_read"] > 0
+    assert rows[0]["requests"] > 0
+    assert max(row["held_bytes"] for row in rows) > 0
+    for row in rows:
+        assert row["read_mb_s"] == pytest.approx(row["bytes_read"] / 1e6 / row["step_s"])
+        assert row["cache_hits"] == row["cache_misses"] == row["cache_bytes"] == row["retries"] == 0
+        assert row["in_flight"] >= 0
+        assert row["reader_wait_s"] >= 0
+
+
 def test_a_run_whose_ranks_are_all_killed_at_a_random_step_ends_with_the_rows_of_the_straight_one(
     straight: list[dict[str, Any]], tiny_set: str, runs: str, tmp_path: Path
 ) -> None:
