@@ -6,6 +6,7 @@ WebDataset, neighbours of the same name up to its first dot are one sample: besi
 for itself.
 """
 
+import re
 import tarfile
 import zipfile
 from collections import Counter
@@ -76,13 +77,19 @@ def _split(name: str) -> tuple[str, str]:
     return folder + slash + key, extension.lower()
 
 
+def _kind(extension: str) -> str:
+    """What to count it as: names are from outside, and are shown."""
+    last = extension.rpartition(".")[2]
+    return last if re.fullmatch("[a-z0-9]{1,10}", last) else "other"
+
+
 def _sample(file: BinaryIO, group: list[Member], ignored: Counter[str]) -> list[Member]:
     by_extension = [(_split(member.name)[1], member) for member in group]
     found = [m for e, m in by_extension if e in _IMAGES]
     found = found or [m for e, m in by_extension if e.rpartition(".")[2] in _IMAGES]  # photo.1.jpg
     found = found or [m for e, m in by_extension if not e]
     texts = {e: m for e, m in by_extension if e in _TEXTS and m.size <= _TEXT_BYTES and not m.deflated and found}
-    ignored.update(e for e, m in by_extension if m not in found and e not in texts)
+    ignored.update(_kind(e) for e, m in by_extension if m not in found and e not in texts)
     read = {extension: _text(file, member) for extension, member in texts.items()}
     return [member._replace(texts=read or None) for member in found]
 

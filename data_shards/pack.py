@@ -7,6 +7,7 @@ Three phases, each of which goes on where it was: the plan (data_shards.plan), t
 import contextlib
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -32,7 +33,10 @@ WORTH_A_PROCESS = 500  # sources: to start a process takes as long as to pack th
 
 @dataclass(frozen=True)
 class PackReport:
-    """What came of it. `reasons`: how many were refused, by rule; `examples`: the first of them."""
+    """What came of it. `reasons`: how many were refused, by rule; `examples`: the first of them.
+
+    ignored: how many members of archives are no images, by extension.
+    """
 
     url: str
     layout_id: str
@@ -44,13 +48,16 @@ class PackReport:
     examples: tuple[Refusal, ...]
     seconds: float
     already_there: bool
+    ignored: dict[str, int]
 
     def summary(self) -> str:
         """One line for a terminal."""
         tally = ", ".join(f"{count} {reason}" for reason, count in self.reasons.items())
+        besides = ", ".join(f"{count:,} {kind}" for kind, count in self.ignored.items())
         return (
             f"{self.samples:,} images in {self.shards:,} shards, {self.bytes / 1e6:,.1f} MB"
             + (f"; refused {self.refused:,} ({tally})" if self.refused else "; none refused")
+            + (f"; left out besides the images: {besides}" if besides else "")
             + ("; they were there already" if self.already_there else f"; {self.seconds:.1f} s")
         )
 
@@ -104,9 +111,10 @@ def prepare(
     if begun is not None:
         return begun if begun.end_shard > done else None
     _check_writable(dst)
-    listed = list_sources(asked.source, asked.options) if isinstance(source, str | Path) else source
+    ignored = Counter[str]()
+    listed = list_sources(asked.source, asked.options, ignored) if isinstance(source, str | Path) else source
     columns = metadata_schema(asked.source, asked.options) if isinstance(source, str | Path) else None
-    plan = make_plan(dst, asked, listed, columns, plans, manifest.layout_id if manifest else None, progress)
+    plan = make_plan(dst, asked, listed, columns, plans, manifest.layout_id if manifest else None, progress, ignored)
     if plan is not None and plan.asked != asked:
         raise _other(dst, asked, plan)
     return plan
@@ -133,6 +141,7 @@ def report(dst: Store, seconds: float, *, already_there: bool) -> PackReport:
         examples=tuple(islice(read_refused(dst), EXAMPLES)) if refused else (),
         seconds=seconds,
         already_there=already_there,
+        ignored=dict(sum((Counter(plan.ignored) for plan in load_plans(dst)), Counter[str]())),
     )
 
 

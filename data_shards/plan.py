@@ -12,8 +12,8 @@ by it, on disk where memory does not do. So memory is bounded, whatever the numb
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b, md5
 from itertools import count, islice
 from pathlib import Path
@@ -82,7 +82,7 @@ class Plan:
     """One packing. What is said of shards and groups follows from these numbers alone.
 
     identity: hash of the sources in their order and of the shards' borders. bytes: what the tars will hold, about.
-    after: layout of the set that this one adds to, if it does.
+    after: layout of the set that this one adds to, if it does. ignored: members of archives that are no images.
     """
 
     number: int
@@ -93,6 +93,7 @@ class Plan:
     first_shard: int
     shards: int
     after: str | None
+    ignored: dict[str, int] = field(default_factory=dict)
 
     @property
     def folder(self) -> str:
@@ -171,11 +172,12 @@ def make_plan(
     earlier: Sequence[Plan] = (),
     after: str | None = None,
     progress: Progress | None = None,
+    ignored: Mapping[str, int] | None = None,
 ) -> Plan | None:
     """Lay the sources out and put the plan into the store; None when all of them are in `earlier` plans.
 
-    columns: names and types of the sources' metadata. Raises UserError when there is no source or two have one name,
-    and whatever listing them raises.
+    columns: names and types of the sources' metadata. ignored: what the listing counts. Raises UserError when there is
+    no source or two have one name, and whatever listing them raises.
     """
     if taken := set(columns.names if columns else ()) & set(COLUMNS.names):
         raise UserError(f"{asked.source}: {', '.join(sorted(taken))}: the index has columns of that name; rename them")
@@ -197,6 +199,7 @@ def make_plan(
             first_shard=earlier[-1].end_shard if earlier else 0,
             shards=min(count, max(1, -(-size // asked.settings.shard_bytes))),
             after=after,
+            ignored=dict(ignored or {}),
         )
         return _put(store, replace(plan, identity=_lay_out(database, plan, folder, progress)), folder)
 

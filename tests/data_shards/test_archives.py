@@ -15,7 +15,9 @@ import pytest
 
 from data_shards.errors import UserError
 from data_shards.images import Refused
+from data_shards.pack import PackSettings, pack
 from data_shards.sources import Source, SourceOptions, list_sources, metadata_schema, read_source
+from data_shards.store import Store
 from tests.photos import write_tiles
 
 MB = 10**6
@@ -215,13 +217,25 @@ def test_a_webdataset_shard_gives_its_images_with_labels_and_texts(photos: dict[
         ("002.jpg", "3", None),
     ]
     assert [read_source(source, MB) for source in found] == [first, second, third]
-    assert ignored == {"npy": 1, "seg.png": 1}
+    assert ignored == {"npy": 1, "png": 1}
     schema = metadata_schema(str(path))
     assert schema is not None
     assert schema.names == ["json", "txt"]
     assert [source.label for source in listed(path, label="folder")] == [None, "dir.x", None]
     with pytest.raises(UserError, match=r"has no \.class; SET=label=folder"):
         listed(path, label="class")
+
+
+def test_members_that_are_no_images_are_counted_in_the_report_of_a_packing(
+    photos: dict[str, bytes], tmp_path: Path
+) -> None:
+    members = [(f"{n}.{end}", data) for n, data in enumerate(photos.values()) for end in ("jpg", "npy", "\x1b[31m\n")]
+    dst = Store(f"memory://{tmp_path.name}")
+    report = pack(tar_of(tmp_path / "a.tar", members), dst, PackSettings())
+    assert (report.samples, report.ignored) == (12, {"npy": 12, "other": 12})
+    assert "none refused; left out besides the images: 12 npy, 12 other; " in report.summary()
+    again = pack(tmp_path / "a.tar", dst, PackSettings())
+    assert (again.already_there, again.ignored) == (True, report.ignored)
 
 
 def test_duplicate_keys_get_names_of_their_own_and_images_of_one_key_are_all_taken(
