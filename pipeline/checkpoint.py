@@ -23,7 +23,7 @@ from data_shards.errors import UserError
 from data_shards.section import Section
 from data_shards.store import Store
 from pipeline import commit, leftovers, snapshot
-from pipeline.commit import Damaged, Fence, File, Part, Place
+from pipeline.commit import Damaged, Fence, File, Part, Place, Retention
 from pipeline.ranks import Ranks
 from pipeline.sender import POLL_S, Save, Sender
 
@@ -32,7 +32,8 @@ class CheckpointSettings(Section):
     """How often a run is saved and what is kept."""
 
     every_steps: PositiveInt = 1000
-    keep: Annotated[int, Field(ge=2)] = 3  # the newest may turn out to be damaged
+    keep: Annotated[int, Field(ge=2)] = 3  # the last ones; the newest may turn out to be damaged
+    keep_every: PositiveInt | None = None  # for ever: those whose step this divides; evaluated ones stay anyway
     local_dir: str | None = None  # on the node's own disk; by default in the run's folder
     force: bool = False  # go on although the config differs from the one that the run began with
     affects_results: ClassVar[bool] = False
@@ -76,7 +77,8 @@ class Checkpointer:
         self._fetched = self._local / f"fetched-a{attempt}"
         self._ranks = Ranks(rank, world_size, group)
         self._fence, self._event = fence, event
-        self._sender = Sender(store, fence, event, before_commit, settings.keep)
+        keep = Retention(settings.keep, settings.keep_every)
+        self._sender = Sender(store, fence, event, before_commit, keep)
         self._host = snapshot.HostCopy()
         self._dealt: tuple[str, list[str]] = ("", [])  # for a state of which form; the names that this rank writes
         self._last: Save | None = None

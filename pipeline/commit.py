@@ -237,11 +237,26 @@ def put_manifest(store: Store, place: Place, parts: list[Part], fence: Fence) ->
     return manifest
 
 
-def retain(store: Store, newest: Place, fingerprint: str, keep: int, damaged: set[Place], busy: set[Place],
+@dataclass(frozen=True)
+class Retention:
+    """What stays: the last `last`, for ever each whose step `every` divides, and those that were evaluated."""
+
+    last: int
+    every: int | None = None
+
+    def for_ever(self, store: Store) -> Callable[[Place], bool]:
+        """Asks the store which steps have an evaluation."""
+        evaluated = {entry.path for entry in store.list("eval")}
+        return lambda place: (
+            (self.every is not None and place.step % self.every == 0) or f"eval/step-{place.step:09d}.json" in evaluated
+        )
+
+
+def retain(store: Store, newest: Place, fingerprint: str, keep: Retention, damaged: set[Place], busy: set[Place],
            fence: Fence) -> list[str]:  # fmt: skip
     """Delete what the commit of `newest` made superfluous; returns a line for each checkpoint that resisted.
 
-    The last `keep` of this fingerprint stay, without those found `damaged`, and all of another fingerprint. Uncommitted
+    Of this fingerprint stays what `keep` says, without those found `damaged`, and all of another one. Uncommitted
     ones go unless they are `busy` or newer. A later attempt's are never touched. The manifest goes first: what is half
     deleted then no longer exists, instead of being a checkpoint whose verification fails; the rest of it is found as
     uncommitted by the next call.
@@ -259,14 +274,16 @@ def retain(store: Store, newest: Place, fingerprint: str, keep: int, damaged: se
     return lines
 
 
-def _superfluous(store: Store, checkpoints: Survey, newest: Place, fingerprint: str, keep: int, damaged: set[Place],
-                 busy: set[Place]) -> list[Place]:  # fmt: skip
+def _superfluous(store: Store, checkpoints: Survey, newest: Place, fingerprint: str, keep: Retention,
+                 damaged: set[Place], busy: set[Place]) -> list[Place]:  # fmt: skip
     existing = committed(checkpoints)
     ours = [place for place in existing if place not in damaged and place.attempt <= newest.attempt]
     ours = [place for place in ours if _has_fingerprint(store, place, fingerprint)]
     uncommitted = [place for place in checkpoints if place not in existing and place not in busy]
     abandoned = [place for place in uncommitted if place.attempt < newest.attempt or place < newest]
-    candidates = {*ours[keep:], *(damaged & set(existing)), *abandoned}
+    old = ours[keep.last :]
+    stays = keep.for_ever(store) if old else bool
+    candidates = {*(place for place in old if not stays(place)), *(damaged & set(existing)), *abandoned}
     return sorted(place for place in candidates if place.attempt <= newest.attempt)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from data_shards.errors import UserError
 from data_shards.store import Store, Unavailable
 from pipeline import commit, snapshot
-from pipeline.commit import Fence, File, Part, Place, Refused
+from pipeline.commit import Fence, File, Part, Place, Refused, Retention
 
 PEERS_S = 600.0  # rank 0 waits so long for the others' parts before it reports and rests
 POLL_S = (0.05, 2.0)  # between two looks at the store: at first, at most
@@ -48,7 +48,7 @@ class Sender:
     """`event(name, **fields)` is called from the threads. `damaged`: existing checkpoints that do not count as such."""
 
     def __init__(
-        self, store: Store, fence: Fence, event: Callable[..., None], before_commit: Callable[[], None], keep: int
+        self, store: Store, fence: Fence, event: Callable[..., None], before_commit: Callable[[], None], keep: Retention
     ) -> None:
         self._store, self._fence, self._event, self._before_commit, self._keep = (
             store,

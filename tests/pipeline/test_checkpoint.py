@@ -1,11 +1,13 @@
 """Checkpoints in a store that is a folder: what is saved comes back, what is damaged is noticed, cuts are harmless."""
 
 import json
+import os
 import pickle
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,8 @@ class Attempt:
     """One start of a run on one rank: its Checkpointer and what it told."""
 
     def __init__(
-        self, folder: Path, number: int = 1, *, keep: int = 2, local: Path | None = None, fingerprint: str = "f1",
+        self, folder: Path, number: int = 1, *, keep: int = 2, keep_every: int | None = None,
+        local: Path | None = None, fingerprint: str = "f1",
         ranks: tuple[int, int, dist.ProcessGroup | None] = (0, 1, None),
     ) -> None:  # fmt: skip
         self.store = LoggedStore(f"file://{folder}/store")
@@ -61,8 +64,8 @@ class Attempt:
         self.local = local or folder / "local"
         self.checkpoints = Checkpointer(
             self.store, self.local, attempt=number, fingerprint=fingerprint, rank=ranks[0],
-            world_size=ranks[1], group=ranks[2], settings=CheckpointSettings(keep=keep), fence=self.call_fence,
-            event=self.event, before_commit=lambda: self.store.log.append("before commit"),
+            world_size=ranks[1], group=ranks[2], settings=CheckpointSettings(keep=keep, keep_every=keep_every),
+            fence=self.call_fence, event=self.event, before_commit=lambda: self.store.log.append("before commit"),
         )  # fmt: skip
 
     def call_fence(self) -> None:
@@ -110,8 +113,13 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def objects(folder: Path) -> dict[str, bytes]:
-    root = folder / "store" / "checkpoints"
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+    """What lies in the store, without what vanishes while one looks: old checkpoints are deleted in the background."""
+    root, found = folder / "store" / "checkpoints", {}
+    for directory, _, names in os.walk(root):
+        for name in names:
+            with suppress(FileNotFoundError):
+                found[str((Path(directory) / name).relative_to(root))] = (Path(directory) / name).read_bytes()
+    return dict(sorted(found.items()))
 
 
 def folders(folder: Path) -> list[str]:
@@ -321,6 +329,14 @@ def test_the_last_ones_are_kept_and_an_older_one_goes_only_after_a_newer_is_comm
     deletions = [line for line in log if line.startswith(f"delete checkpoints/{gone}/")]
     assert deletions[0].endswith("MANIFEST.json")
     assert log.index(deletions[0]) > log.index(f"put checkpoints/{cause}/MANIFEST.json")
+
+
+def test_every_mth_and_those_that_were_evaluated_stay_for_ever(tmp_path: Path) -> None:
+    attempt = Attempt(tmp_path, keep=2, keep_every=4)
+    attempt.store.put("eval/step-000000002.json", b"{}")
+    for step in range(1, 8):
+        attempt.commit(step)
+    until(lambda: folders(tmp_path) == [f"step-00000000{step}-a1" for step in (2, 4, 6, 7)])
 
 
 def test_a_deletion_that_fails_is_told_and_done_after_the_next_save(tmp_path: Path) -> None:
