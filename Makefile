@@ -130,6 +130,10 @@ evaluate: .venv/stamp ## what the trunk of RUN= can do: BANK= and HELD_OUT= are 
 report: .venv/stamp ## evaluate RUN= and write its report, one page (BANK= HELD_OUT= as above)
 	@$(FARSEER) report $(run_option) $(site_option) "$(or $(BANK),$(error say what to learn from: BANK=s3://...))" "$(or $(HELD_OUT),$(error say what to ask: HELD_OUT=s3://...))"
 
+.PHONY: chaos
+chaos: .venv/stamp slurm ## N= faults against short real runs on a cluster of their own (SEED=, FAULT=)
+	@$(FARSEER) chaos --trials "$(or $(N),5)" --seed "$(or $(SEED),0)" $(if $(FAULT),--fault "$(FAULT)")
+
 .PHONY: cluster-up
 cluster-up: .venv/stamp slurm ## a real S3 server and a real SLURM on this machine: SITE=local
 	@$(BIN)/python -m jobs.cluster up

@@ -46,6 +46,10 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--set", default="", help="overrides of conf/demo.yaml: 'train.steps=100'")
     options = add_verb(verbs, "cluster", cluster, "an S3 server and a SLURM on this machine: SITE=local")
     options.add_argument("action", choices=("up", "down", "status"))
+    options = add_verb(verbs, "chaos", chaos, "faults against short real runs here: do all end as the undisturbed one?")
+    options.add_argument("--trials", type=int, default=5)
+    options.add_argument("--seed", type=int, default=0, help="of the faults and their moments")
+    options.add_argument("--fault", action="append", default=[], help="draw among these only; may be given again")
     _supervise_options(add_verb(verbs, "supervise", supervise, argparse.SUPPRESS))
     return root
 
@@ -104,6 +108,15 @@ def cluster(options: argparse.Namespace) -> int:
     else:
         say(*(cluster.up if options.action == "up" else cluster.status)(LOCAL.parent))
     return 0
+
+
+def chaos(options: argparse.Namespace) -> int:
+    from jobs.chaos.campaign import campaign, table
+    from jobs.site import ROOT
+
+    rows = campaign(ROOT / "var", options.trials, options.seed, options.fault, say)
+    say("", *table(rows))
+    return 0 if all(row.equal for row in rows) else 1
 
 
 def supervise(options: argparse.Namespace) -> int:

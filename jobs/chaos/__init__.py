@@ -1,0 +1,1 @@
+"""A campaign of faults against real runs: `farseer chaos`."""

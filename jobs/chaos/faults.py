@@ -1,0 +1,236 @@
+"""What can happen to a run. Each fault waits for its moment, strikes, and returns the moment in words.
+
+A fault leaves the rest to the product: what follows must end with the rows of the undisturbed run. `Scene.repair`
+brings back what of the machine itself a fault took away.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from data_shards.errors import UserError
+from jobs import cluster, runs, slurm
+from jobs.chaos.proxy import Mode
+from jobs.chaos.trial import Trial
+from jobs.daemons import Process, wait_until
+from jobs.local_slurm import Record
+from pipeline import commit
+
+AWAY_S = 15.0  # the store is away for so long: longer than the watchdog's floor
+Fault = Callable[[Trial], str]
+
+
+def preempted(trial: Trial) -> str:
+    """A job of a higher partition takes all nodes."""
+    moment = _now(trial)
+    command = ["sbatch", "--partition=main", f"--nodes={trial.scene.settings.nodes}", "--exclusive"]
+    subprocess.run([*command, "--output=/dev/null", "--wrap=sleep 3"], check=True, capture_output=True)
+    return moment
+
+
+def requeued(trial: Trial) -> str:
+    """`scontrol requeue` by hand."""
+    moment = _now(trial)
+    slurm.requeue(trial.job.id)
+    return moment
+
+
+def out_of_time(trial: Trial) -> str:
+    """The time limit: the ranks stand still until SLURM has sent its signal."""
+    moment, ranks = _now(trial), trial.ranks()
+    subprocess.run(["scontrol", "update", f"JobId={trial.job.id}", "TimeLimit=1"], check=True, capture_output=True)
+    trial.hit(ranks, signal.SIGSTOP)
+    try:
+        trial.wait(lambda: _pending(ranks[0].pid, signal.SIGUSR2), "the signal of the time limit")
+    finally:
+        trial.hit(ranks, signal.SIGCONT)
+    return moment
+
+
+def rank_killed(trial: Trial) -> str:
+    moment = _now(trial)
+    trial.hit([trial.rng.choice(trial.ranks())], signal.SIGKILL)
+    return moment
+
+
+def ranks_killed(trial: Trial) -> str:
+    moment = _now(trial)
+    trial.hit(trial.ranks(), signal.SIGKILL)
+    return moment
+
+
+def node_killed(trial: Trial) -> str:
+    """A node's slurmd, its steps' daemons and its tasks, at once; SLURM notices by its silence."""
+    moment, victim = _now(trial), trial.rng.choice(trial.ranks()).host
+    for process in _of_node(trial, victim):
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+    return f"{moment}, {victim}"
+
+
+def controller_killed(trial: Trial) -> str:
+    """slurmctld dies and comes back."""
+    moment = _now(trial)
+    controller = _record(trial).running["slurmctld"]
+    os.kill(controller.pid, signal.SIGKILL)
+    wait_until(lambda: not controller.running(), 10)
+    cluster.start_slurm(trial.scene.slurm.directory, trial.scene.settings)
+    return moment
+
+
+def hung(trial: Trial) -> str:
+    """A rank stops; the watchdogs of the others notice."""
+    moment = _now(trial)
+    trial.hit([trial.rng.choice(trial.ranks())], signal.SIGSTOP)
+    return moment
+
+
+def killed_while(what: str, there: Callable[[Trial], bool]) -> Fault:
+    """All ranks die as soon as a save is that far."""
+
+    def fault(trial: Trial) -> str:
+        trial.somewhere()
+        trial.wait(lambda: there(trial), what)
+        moment = _now(trial, wait=False)
+        trial.hit(trial.ranks(), signal.SIGKILL)
+        return f"{moment}, {what}"
+
+    return fault
+
+
+def store(mode: Mode, at: str = "training") -> Fault:
+    """The store misbehaves for a while: during training, from the middle of a save on, or while the run resumes."""
+
+    def fault(trial: Trial) -> str:
+        moment = trial.somewhere()
+        if at == "a save":
+            trial.wait(lambda: _saving(trial), "a save")
+        trial.hit_at = time.time()
+        if at == "the resume":
+            trial.hit(trial.ranks(), signal.SIGKILL)
+        trial.scene.proxy.mode = mode
+        end = time.monotonic() + AWAY_S
+        trial.wait(lambda: time.monotonic() > end, "the end of the fault")
+        trial.scene.proxy.mode = "pass"
+        return f"{moment}, {at}"
+
+    return fault
+
+
+def disk_full(trial: Trial) -> str:
+    """No room for the next save on the node's disk."""
+    if trial.scene.disk is None:
+        raise UserError("no small disk is mounted (that takes root)")
+    moment, filler = _now(trial), trial.scene.disk / "filler"
+    _fill(filler)
+    try:
+        trial.wait(
+            lambda: any(e["event"].startswith("save failed") for e in runs.history(trial.run_dir)), "a full disk"
+        )
+    finally:
+        filler.unlink()
+    return moment
+
+
+def _told(trial: Trial, event: str) -> bool:
+    return any(one["event"] == event for one in runs.history(trial.run_dir))
+
+
+def _saving(trial: Trial) -> bool:
+    """A save is being written to the local disk."""
+    return any(trial.local.glob(f"{trial.run_dir.name}-*/step-*/rank-*"))
+
+
+def _uploading(trial: Trial) -> bool:
+    """The store has a part of a checkpoint that is none yet."""
+    return any(commit.MANIFEST not in objects for objects in commit.survey(trial.store).values())
+
+
+def _before_manifest(trial: Trial) -> bool:
+    """All ranks have sent their parts, and the manifest is not there."""
+    everyone = set(range(trial.scene.site.ranks))
+    return any(
+        commit.MANIFEST not in objects and commit.ranks_present(objects) >= everyone
+        for objects in commit.survey(trial.store).values()
+    )
+
+
+FAULTS: dict[str, Fault] = {
+    "preempted by a higher partition": preempted,
+    "requeued by hand": requeued,
+    "time limit": out_of_time,
+    "a rank killed": rank_killed,
+    "all ranks killed": ranks_killed,
+    "a node killed": node_killed,
+    "the controller killed": controller_killed,
+    "a rank hangs": hung,
+    "killed during a save": killed_while("a save is written", _saving),
+    "killed during an upload": killed_while("a save is uploaded", _uploading),
+    "killed before the manifest": killed_while("all parts are there", _before_manifest),
+    "the store refuses": store("refuse"),
+    "the store cuts answers": store("cut"),
+    "the store is slow": store("slow"),
+    "the store is silent": store("silent"),
+    "the store refuses during a save": store("refuse", "a save"),
+    "the store refuses at the resume": store("refuse", "the resume"),
+    "the local disk is full": disk_full,
+}
+
+
+def _now(trial: Trial, wait: bool = True) -> str:
+    """The moment has come: note it."""
+    moment = trial.somewhere() if wait else f"step {trial.step}"
+    trial.hit_at = time.time()
+    return moment
+
+
+def _record(trial: Trial) -> Record:
+    record = Record.load(trial.scene.slurm.directory)
+    assert record is not None
+    return record
+
+
+def _of_node(trial: Trial, node: str) -> list[Process]:
+    """The node's daemon, what runs on it, and the daemons of its steps, which are the parents of their tasks."""
+    found = [_record(trial).running[node]]
+    for entry in Path("/proc").iterdir():
+        process = Process.of(int(entry.name)) if entry.name.isdigit() else None
+        if process is None or process.environment().get("SLURMD_NODENAME") != node:
+            continue
+        parent = _parent(process)
+        found += [process, *([parent] if parent and _name(parent) == "slurmstepd" else [])]
+    return found
+
+
+def _parent(process: Process) -> Process | None:
+    with suppress(OSError):
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        return Process.of(int(fields[1]))
+    return None
+
+
+def _name(process: Process) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{process.pid}/comm").read_text().strip()
+    return ""
+
+
+def _pending(pid: int, number: signal.Signals) -> bool:
+    """Whether a signal waits for a process that is stopped."""
+    with suppress(OSError):
+        status = Path(f"/proc/{pid}/status").read_text()
+        masks = re.findall(r"^(?:SigPnd|ShdPnd):\s*([0-9a-f]+)$", status, re.MULTILINE)
+        return any(int(mask, 16) >> (number - 1) & 1 for mask in masks)
+    return False
+
+
+def _fill(path: Path) -> None:
+    with suppress(OSError), path.open("wb") as file:
+        while True:
+            file.write(bytes(2**16))
+            file.flush()

@@ -1,0 +1,113 @@
+"""What can happen to a job, on a real SLURM of four nodes and a real S3: each run ends as the undisturbed one, bit for
+bit, with no step missing or twice."""
+
+import random
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_shards.pack import PackSettings, pack
+from data_shards.store import Store
+from jobs import cluster, runs
+from jobs.chaos.campaign import DATA, DISK_FAULT, attempt, draw, reference, scene
+from jobs.chaos.faults import FAULTS, hung
+from jobs.chaos.trial import Scene, Trial
+from jobs.local_slurm import PACKAGES
+from jobs.site import ROOT
+from pipeline.config import load
+from pipeline.run import read_events
+from tests.conftest import kept_environment
+from tests.photos import write_tiles
+from tests.real.ranks import start
+from tests.real.test_resume import STEPS, config_for, local_steps, results
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    """A cluster and a store of this module's own: what happens here must not happen to other tests."""
+    if missing := cluster.missing_programs():
+        pytest.skip(f"SLURM is not installed ({', '.join(missing)}): apt install {' '.join(PACKAGES)}")
+    folder = tmp_path_factory.mktemp("life")
+    config = load(ROOT / "conf" / "chaos.yaml", f"store=s3://runs/life data.url={DATA}")
+    with kept_environment(), scene(folder, config) as found:
+        pack(write_tiles(folder / "tiles", 192), Store(DATA), PackSettings(shard_bytes=150_000))
+        yield found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(stage: Scene) -> list[dict[str, Any]]:
+    return reference(stage)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_whatever_happens_the_run_ends_as_the_undisturbed_one(
+    stage: Scene, undisturbed: list[dict[str, Any]], fault: str
+) -> None:
+    if fault == DISK_FAULT and stage.disk is None:
+        pytest.skip("a small disk cannot be mounted here (that takes root)")
+    row = attempt(stage, fault, random.randrange(10**6), undisturbed)
+    assert row.equal, row
+
+
+def test_a_hang_is_told_by_the_name_of_the_silent_rank_with_the_stacks_of_the_others(stage: Scene) -> None:
+    trial = Trial(stage, "hang", seed=1)
+    hung(trial)
+    (stopped,) = [record for record in trial.ranks() if _is_stopped(record.pid)]
+    trial.finish()
+    (requeued,) = [event for event in runs.history(trial.run_dir) if event["event"] == "requeued"]
+    assert f"silent: rank {stopped.rank} on {stopped.host}" in requeued["reason"]
+    assert requeued["suspects"] == [stopped.host]
+    stacks = trial.run_dir / "a01" / f"stacks-{1 - stopped.rank:04d}.txt"
+    assert "train.py" in stacks.read_text()
+
+
+def test_a_run_goes_on_through_more_preemptions_than_submitit_allows(
+    stage: Scene, undisturbed: list[dict[str, Any]]
+) -> None:
+    trial = Trial(stage, "four-times", seed=1)
+    for number in range(1, 5):
+        trial.wait(lambda number=number: trial.step >= 10 * number, f"step {10 * number}")
+        runs.preempt(trial.job)
+        trial.wait(lambda number=number: trial.job.start.number == number, "the next start")
+    trial.finish()
+    assert trial.results() == undisturbed
+
+
+def test_of_two_attempts_alive_at_once_the_older_one_stops_and_harms_nothing(
+    tiny_set: str, runs: str, tmp_path: Path
+) -> None:
+    run_dir, config = tmp_path / "zombie", config_for(tiny_set, runs)
+    store = Store(f"{runs}/zombie")
+    older = start(config, run_dir, 2)
+    older.wait_until(lambda: local_steps(run_dir, 1) >= 13)
+    older.signal(signal.SIGSTOP)
+    newer = start(config, run_dir, 2)
+    newer.wait_until(lambda: local_steps(run_dir, 2) >= 5)
+    older.signal(signal.SIGCONT)
+    assert all(code != 0 for code in older.wait()), older.tails()
+    assert newer.wait() == [0, 0], newer.tails()
+    assert "attempt 2 owns the run now" in older.tails()
+    rows = results(f"{runs}/zombie")
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    (resumed,) = [event for event in read_events(store) if event["event"] == "resumed"]
+    steps = [int(e.path.split("step-")[1][:9]) for e in store.list("checkpoints") if e.path.endswith("MANIFEST.json")]
+    assert max(steps) == STEPS
+    assert all(
+        "-a2/" in e.path or int(e.path.split("step-")[1][:9]) <= resumed["step"] for e in store.list("checkpoints")
+    )
+
+
+def test_draws_are_the_same_for_a_seed_and_take_all_faults_by_turns() -> None:
+    names = list(FAULTS)
+    first = draw(2 * len(names), 7, names)
+    assert first == draw(2 * len(names), 7, names)
+    assert sorted(name for name, _ in first[: len(names)]) == sorted(names)
+
+
+def _is_stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
