@@ -81,15 +81,30 @@ def list_tars(src: str) -> list[str]:
 
 
 def metadata_schema(src: str, options: SourceOptions | None = None) -> pa.Schema | None:
-    """Names and types of `Source.columns`, of which a source may lack some; None when there are none."""
+    """Names and types of `Source.columns`, of which a source may lack some; None when there are none.
+
+    Raises UserError when several lists differ in them.
+    """
     options = options or SourceOptions()
-    first, _ = next(_expanded(src))
-    if not _is_folder(first):
-        with opened(first) as file:
-            if _kind(file, first) == "parquet":
-                return parquet_schema(file, first, options.path_column, _label_column(options))
+    schemas = list(_list_schemas(src, options))
+    for url, schema in schemas:
+        if schema != schemas[0][1]:
+            raise UserError(f"{url}: other columns, or of other types, than {schemas[0][0]}; pack them apart")
+    if schemas:
+        return schemas[0][1]
     found = {name for source in islice(list_sources(src, options), _PEEKED) for name in source.columns or ()}
     return pa.schema([(name, pa.string()) for name in sorted(found)]) if found else None
+
+
+def _list_schemas(src: str, options: SourceOptions) -> Iterator[tuple[str, pa.Schema | None]]:
+    """Of the Parquet lists that `src` stands for; none when it stands for something else."""
+    for url, _ in _expanded(src):
+        if _is_folder(url):
+            return
+        with opened(url) as file:
+            if _kind(file, url) != "parquet":
+                return
+            yield url, parquet_schema(file, url, options.path_column, _label_column(options))
 
 
 def read_source(source: Source, max_bytes: int, *, skip_unreachable: bool = False) -> bytes:

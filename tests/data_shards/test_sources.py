@@ -193,6 +193,19 @@ def test_several_lists_are_taken_by_a_pattern(tmp_path: Path) -> None:
     assert names(tmp_path / "part-{2,0}.txt") == ["2.jpg", "0.jpg"]
 
 
+def test_several_parquet_lists_must_agree_in_their_columns(tiles: Path, tmp_path: Path) -> None:
+    _, table = parquet_list(tmp_path, tiles)
+    pq.write_table(table, tmp_path / "part-0.parquet")
+    pq.write_table(table.slice(0, 3), tmp_path / "part-1.parquet")
+    schema = metadata_schema(f"{tmp_path}/part-*.parquet")
+    assert schema is not None
+    assert len(names(f"{tmp_path}/part-*.parquet")) == 15
+    assert schema.field("score").type == pa.float32()
+    pq.write_table(table.set_column(3, "score", table["score"].cast(pa.string())), tmp_path / "part-2.parquet")
+    with pytest.raises(UserError, match=r"part-2.parquet: other columns, or of other types, than .*part-0.parquet"):
+        metadata_schema(f"{tmp_path}/part-*.parquet")
+
+
 def test_files_too_large_empty_missing_or_no_files_are_refused_without_being_read(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     (tmp_path / "large").write_bytes(b"." * 101)
