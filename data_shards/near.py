@@ -44,25 +44,19 @@ def find_pairs(db: duckdb.DuckDBPyConnection, distance: int, crowd: int, progres
     """
     db.execute("CREATE TABLE near (a UBIGINT, b UBIGINT); CREATE TABLE crowded (hash UBIGINT)")
     choices = masks(distance, count_rows(db, "hashes")) if distance else []
-    wanted = f"bit_count(xor(x.hash, y.hash)) <= {distance} AND (x.rank IS NOT NULL OR y.rank IS NOT NULL)"
     for done, mask in enumerate(choices, 1):
         db.execute(f"""
-            CREATE OR REPLACE TEMP TABLE crowds AS
-            SELECT hash & {mask} AS bucket FROM hashes GROUP BY bucket HAVING count(*) > {crowd};
-            INSERT INTO near
-            SELECT x.hash, y.hash
-            FROM hashes x JOIN hashes y ON x.hash & {mask} = y.hash & {mask} AND x.hash < y.hash
-            WHERE {wanted} AND x.hash & {mask} NOT IN (SELECT bucket FROM crowds);
-
-            CREATE OR REPLACE TEMP TABLE crowds AS
-            SELECT hash, rank, bucket FROM hashes JOIN crowds ON bucket = hash & {mask};
+            CREATE OR REPLACE TEMP TABLE buckets AS
+            SELECT hash & {mask} AS bucket, count(*) AS size FROM hashes GROUP BY bucket HAVING size > 1;
+            CREATE OR REPLACE TEMP TABLE dealt AS
+            SELECT hash, rank, bucket, size, row_number() OVER (PARTITION BY bucket ORDER BY rank, hash) AS place
+            FROM hashes JOIN buckets ON bucket = hash & {mask};
             INSERT INTO near
             SELECT least(x.hash, y.hash), greatest(x.hash, y.hash)
-            FROM crowds x JOIN (
-                SELECT * FROM crowds QUALIFY row_number() OVER (PARTITION BY bucket ORDER BY rank, hash) <= {crowd}
-            ) y ON x.bucket = y.bucket AND x.hash != y.hash
-            WHERE {wanted};
-            INSERT INTO crowded SELECT hash FROM crowds
+            FROM dealt x JOIN dealt y ON x.bucket = y.bucket AND x.place < y.place
+            WHERE x.place <= {crowd} AND bit_count(xor(x.hash, y.hash)) <= {distance}
+            AND (x.rank IS NOT NULL OR y.rank IS NOT NULL);
+            INSERT INTO crowded SELECT hash FROM dealt WHERE size > {crowd}
         """)
         if progress:
             progress("comparisons", done, len(choices))
