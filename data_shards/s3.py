@@ -5,6 +5,7 @@ s3fs and botocore would try again too; theirs is off, so that one place decides 
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import random
 import secrets
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 
 import aiohttp
 import s3fs
+from aiobotocore.credentials import AioCredentials
 from aiobotocore.session import AioSession
 from botocore import exceptions as boto
 from botocore.parsers import ResponseParserError
@@ -40,6 +42,7 @@ _DENIED = {
     "401",
     "403",
 }
+_EXPIRED = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
 _TRANSIENT_CODES = {"RequestTimeout", "SlowDown", "ConditionalRequestConflict", "OperationAborted", "BadDigest"}
 _TRANSIENT = (
     boto.HTTPClientError,
@@ -229,6 +232,8 @@ class S3:
                 if waited + pause > limit_s:
                     raise self._give_up(named, key, waited) from error
             self.counters.retries += 1
+            if isinstance(named, Denied):
+                await self._renew_key()
             await asyncio.sleep(pause)
         raise AssertionError  # a million pauses are over any limit
 
@@ -310,7 +315,8 @@ class S3:
         if code == "InvalidRange" or status == 416:
             return Truncated(f"{self._url(key)}: ends before the bytes that were asked for")
         if code in _DENIED or status in (401, 403):
-            return Denied(f"{self._url(key)}: access denied at {self._host} for {await self._key_id()} ({code})")
+            hint = "; renew it where it comes from and start again" if code in _EXPIRED else ""
+            return Denied(f"{self._url(key)}: access denied at {self._host} for {await self._key_id()} ({code}){hint}")
         return StoreError(f"{self._url(key)}: {self._host} answers {status} {code}: {_short(error)}")
 
     async def _buckets(self) -> str:
@@ -321,6 +327,14 @@ class S3:
             return ""
         return f"; it has: {', '.join(names[:20])}" if names else "; it has none"
 
+    async def _renew_key(self) -> None:
+        """Take the key that the profile's files hold by now. One that a role or SSO gives, botocore renews by itself."""
+        held = await (await self._connected()).session.get_credentials()
+        with contextlib.suppress(boto.BotoCoreError):  # the files may be half written
+            found = await AioSession().get_credentials()
+            if type(held) is type(found) is AioCredentials:
+                held.access_key, held.secret_key, held.token = found.access_key, found.secret_key, found.token
+
     async def _key_id(self) -> str:
         """Which key, so that its owner knows it and nobody else learns it."""
         session = (await self._connected()).session
@@ -328,7 +342,8 @@ class S3:
         if found is None:
             return "no key; set AWS_PROFILE"
         source = "the environment" if found.method == "env" else f"profile {session.profile or 'default'}"
-        return f"key id {found.access_key[:4]}.. from {source}"
+        key = await found.get_frozen_credentials()  # those that expire have no other way to it
+        return f"key id {key.access_key[:4]}.. from {source}"
 
 
 def _short(error: BaseException) -> str:
