@@ -44,9 +44,9 @@ def examine(site: Site, runs: str, shards: Sequence[str] = (), probe: bool = Fal
     looks: list[Callable[[], Iterator[Finding]]] = [lambda: look_at_store(runs), lambda: look_at_shards(shards)]
     if site.executor == "slurm":
         looks.append(lambda: look_at_slurm(site))
-    looks += [lambda: _disk(site), lambda: _gpus(site), lambda: _wandb(site), lambda: _hosts(site)]
-    if probe and site.executor == "slurm":
-        looks.append(lambda: look_at_nodes(site, runs))
+    asks_nodes = probe and site.executor == "slurm"
+    looks += [lambda: _disk(site), lambda: _wandb(site), lambda: _hosts(site)]
+    looks.append((lambda: look_at_nodes(site, runs)) if asks_nodes else (lambda: _gpus(site)))
     with ThreadPoolExecutor(len(looks)) as pool:
         return [finding for found in pool.map(_all, looks) for finding in found]
 

@@ -91,7 +91,8 @@ def what_failed(job: Job) -> Iterator[str]:
 def sentence(event: dict[str, Any]) -> str:
     """An event as a line: when, what, and whatever else it tells."""
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"]))
-    form = next((f for f in _SENTENCES.get(event["event"], ()) if _fields(f) <= event.keys()), event["event"])
+    forms = (*_SENTENCES.get(event["event"], ()), "{event} at step {step}: {reason}", "{event}: {reason}", "{event}")
+    form = next(form for form in forms if _fields(form) <= event.keys())
     told = {"time", "event", "attempt", *_fields(form)}
     rest = [f"{key} {_short(value)}" for key, value in event.items() if key not in told and value is not None]
     return f"{when}  {form.format(**event)}" + (f" ({', '.join(rest)})" if rest else "")
@@ -118,7 +119,6 @@ _SENTENCES: dict[str, tuple[str, ...]] = {
     "requeued": ("requeued: {reason}", "requeued at step {step}"),
     "failed": ("the job has FAILED: {reason}",),
     "alarm": ("ALARM at step {step}: {reason}", "ALARM: {reason}"),
-    "upload failed": ("an upload failed: {reason}",),
     "checkpoint damaged": ("the checkpoint of step {step} is damaged: {reason}",),
     "checkpoint completed": ("the checkpoint of step {step} was completed after the end of its attempt: {reason}",),
     "step skipped": ("step {step} is skipped: {reason}",),

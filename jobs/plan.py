@@ -17,6 +17,7 @@ from jobs.estimate import Duration, Speed
 from jobs.launch import script_text
 from jobs.reasons import Reasons
 from jobs.site import Site
+from jobs.verbs import duration
 from pipeline.config import Config
 from pipeline.run import open_data
 
@@ -175,7 +176,7 @@ def _time(site: Site, takes: Duration) -> Iterator[Figure]:
     text += f", {takes.time_limits} at the time limit; {estimate.RESTART_S:.0f} s each"
     yield Figure(group, "restarts", takes.failures + takes.time_limits, text)
     days = takes.step_seconds / 86_400
-    yield Figure(group, "days", days, f"{_span(takes.step_seconds)}, {_span(takes.seconds)} with restarts")
+    yield Figure(group, "days", days, f"{_days(takes.step_seconds)} of steps, {_days(takes.seconds)} with restarts")
     gpus = site.nodes * site.gpus_per_node
     hours = takes.seconds / 3600 * (gpus or site.ranks)
     if gpus:
@@ -214,8 +215,6 @@ def _bytes(number: float) -> str:
     return f"{number:.0f} bytes"
 
 
-def _span(seconds: float) -> str:
-    for unit, size in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:.0f} seconds"
+def _days(seconds: float) -> str:
+    days = seconds / 86_400
+    return f"{days:,.1f}" if days >= 1 else f"{days:.2g} ({duration(seconds)})"
