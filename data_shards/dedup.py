@@ -26,7 +26,8 @@ from pydantic import Field, PositiveInt
 from data_shards.duplicates import PLAIN, connect, decide
 from data_shards.errors import UserError
 from data_shards.index import ShardSet, table_path
-from data_shards.near import Progress, count_rows
+from data_shards.near import count_rows
+from data_shards.progress import Progress
 from data_shards.removed import read_removed
 from data_shards.section import Section
 from data_shards.store import Store

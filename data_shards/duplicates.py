@@ -19,7 +19,8 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_shards.near import Progress, count_rows, find_pairs
+from data_shards.near import count_rows, find_pairs
+from data_shards.progress import Progress
 
 PLAIN = 24  # a hash of fewer bits than that is of an image with so little in it that others look like it by chance
 

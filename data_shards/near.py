@@ -8,12 +8,11 @@ Near-Duplicates for Web Crawling (WWW 2007), section 3.
 """
 
 import math
-from collections.abc import Callable
 from itertools import combinations
 
 import duckdb
 
-Progress = Callable[[str, int, int], None]
+from data_shards.progress import Progress
 
 BITS = 64
 _ROW = 20  # what it costs to put a hash into its bucket, in comparisons of two hashes
