@@ -199,11 +199,11 @@ def _flat(asked: Asked) -> dict[str, Any]:
 
 
 def _name(source: str | Path | Sequence[Source]) -> str:
-    """What stands for the source in a plan: the same for the same call from any folder."""
+    """What stands for the source in a plan: the same from any folder, for sources handed over wherever they lie."""
     if isinstance(source, str | Path):
         text = str(source)
         return text if "://" in text else str(Path(text).expanduser().absolute())
     digest = blake2b(digest_size=8)
     for one in source:
-        digest.update(repr(one[:5]).encode("utf-8", "surrogateescape"))
+        digest.update(repr(one[1:5]).encode("utf-8", "surrogateescape"))
     return f"{len(source)} sources {digest.hexdigest()}"

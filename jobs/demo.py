@@ -12,6 +12,7 @@ from pathlib import Path
 
 from data_shards.errors import UserError
 from data_shards.pack import PackReport, PackSettings, pack
+from data_shards.sources import list_sources
 from data_shards.store import Store
 from jobs import cluster, photos
 from jobs.logs import sentence
@@ -62,7 +63,7 @@ def demo(src: Path | None = None, overrides: str = "", var: Path = VAR) -> Figur
     _say(pictures.summary())
 
     _stage(3, "Packing them into shards in the store")
-    bank, held_out = f"s3://shards/{pictures.name}/train", f"s3://shards/{pictures.name}/test"
+    bank, held_out = (f"s3://shards/demo/{pictures.name}/{part}" for part in ("train", "test"))
     planted = photos.plant_corrupt(pictures.train, seed=0)
     packed = _pack(pictures.train, bank)
     _pack(pictures.test, held_out)
@@ -97,7 +98,8 @@ def demo(src: Path | None = None, overrides: str = "", var: Path = VAR) -> Figur
 
 
 def _pack(folder: Path, url: str) -> PackReport:
-    report = pack(folder, Store(url), PackSettings(shard_bytes=SHARD_BYTES))
+    # handed over one by one, so that a checkout that was moved finds its set there
+    report = pack([*list_sources(str(folder))], Store(url), PackSettings(shard_bytes=SHARD_BYTES))
     _say(f"{url}: {report.summary()}")
     return report
 
