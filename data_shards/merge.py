@@ -4,10 +4,11 @@ Whoever ends last merges; two who both think so write the same bytes. At most MO
 """
 
 import json
+import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from data_shards.errors import UserError
@@ -28,6 +29,13 @@ class Refusal(NamedTuple):
         return f"{self.source!r}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
 
 
+class Commit(NamedTuple):
+    """A finished shard, as its record says."""
+
+    written: Written
+    refused: list[Refusal]
+
+
 def read_refused(store: Store) -> Iterator[Refusal]:
     """What was refused when the set was packed, in the order of the shards."""
     for entry in store.list(REFUSED):
@@ -40,13 +48,18 @@ def refused_path(plan: Plan, group: int) -> str:
     return f"{REFUSED}/{plan.group_shards(group).start:06d}.jsonl"
 
 
-def save_group(store: Store, plan: Plan, group: int, shards: Sequence[Written], refused: Sequence[Refusal]) -> None:
-    """Put what came of a group's shards: what was refused, then the summary."""
-    if refused:
-        lines = "".join(json.dumps(one._asdict()) + "\n" for one in refused)
-        store.put(refused_path(plan, group), lines.encode())
-    summary = {"shards": shards, "refused": Counter(one.reason for one in refused)}
-    store.put(plan.summary_path(group), json.dumps(summary).encode())
+def save_group(store: Store, plan: Plan, group: int, commits: Iterable[Commit]) -> None:
+    """Put what came of a group's shards, taken one by one: what was refused, then the summary."""
+    shards, reasons = list[Written](), Counter[str]()
+    with tempfile.TemporaryFile(prefix="farseer-refused-") as lines:
+        for commit in commits:
+            shards.append(commit.written)
+            reasons.update(one.reason for one in commit.refused)
+            lines.writelines(json.dumps(one._asdict()).encode() + b"\n" for one in commit.refused)
+        lines.flush()
+        if reasons:
+            store.upload(Path(f"/proc/self/fd/{lines.fileno()}"), refused_path(plan, group))
+    store.put(plan.summary_path(group), json.dumps({"shards": shards, "refused": reasons}).encode())
 
 
 def unfinished(store: Store, plan: Plan) -> set[int]:

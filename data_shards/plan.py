@@ -6,7 +6,7 @@
     DST/plans/1/groups/0000.json          a finished group of shards (data_shards.merge)
 
 The sources are listed once. A keyed permutation of their ranks puts neighbours of the listing far apart; DuckDB sorts
-by it, on disk where memory does not do. So memory is bounded, whatever the number of sources.
+by it, on disk (TMPDIR) where memory does not do. So memory is bounded, whatever the number of sources.
 """
 
 import json

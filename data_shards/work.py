@@ -17,13 +17,13 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExe
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
 from data_shards.errors import UserError
 from data_shards.images import Photo, Refused, Rules, examine
-from data_shards.merge import Refusal, save_group
+from data_shards.merge import Commit, Refusal, save_group
 from data_shards.plan import Plan
 from data_shards.progress import Progress
 from data_shards.shard import Written, write_shard
@@ -35,13 +35,6 @@ TOLD_S = 0.2  # between two words about the progress
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-class Commit(NamedTuple):
-    """A finished shard, as its record says."""
-
-    written: Written
-    refused: list[Refusal]
 
 
 class Stopped(Exception):
@@ -97,6 +90,8 @@ def pack_groups(
                     one.result()
         except BaseException:
             tally.stop()
+            for one in running:
+                one.cancel()
             raise
     tell()
 
@@ -106,11 +101,11 @@ def pack_group(store: Store, plan: Plan, tally: Tally, group: int) -> None:
     if store.exists(plan.summary_path(group)):
         return
     columns, parts = plan.load_sources(store, group)
-    commits = [
+    commits = (
         _find_commit(store, plan, shard) or _pack_shard(store, plan, tally, shard, sources, columns)
         for shard, sources in zip(plan.group_shards(group), parts, strict=True)
-    ]
-    save_group(store, plan, group, [one.written for one in commits], [line for one in commits for line in one.refused])
+    )
+    save_group(store, plan, group, commits)
 
 
 def _pack_shard(

@@ -10,7 +10,7 @@ import pytest
 
 from data_shards.errors import UserError
 from data_shards.index import Manifest
-from data_shards.merge import Refusal, merge, read_refused, save_group, unfinished
+from data_shards.merge import Commit, Refusal, merge, read_refused, save_group, unfinished
 from data_shards.plan import Asked, PackSettings, Plan
 from data_shards.shard import Written
 from data_shards.sources import SourceOptions
@@ -25,8 +25,11 @@ def store(tmp_path: Path) -> Store:
 
 
 def finish(store: Store, plan: Plan, group: int, samples: int = 9) -> None:
-    written = [Written(samples, 1000 + shard, f"{shard:032x}") for shard in plan.group_shards(group)]
-    save_group(store, plan, group, written, [Refusal(f"{group}.jpg", "empty", "")])
+    commits = [
+        Commit(Written(samples, 1000 + shard, f"{shard:032x}"), [Refusal(f"{shard}.jpg", "empty", "")])
+        for shard in plan.group_shards(group)
+    ]
+    save_group(store, plan, group, commits)
 
 
 def test_groups_are_unfinished_until_their_summary_is_there(store: Store) -> None:
@@ -94,7 +97,7 @@ def test_a_late_merge_of_an_append_does_not_undo_a_newer_one(store: Store) -> No
 def test_a_billion_samples_in_a_hundred_thousand_shards_are_merged_from_a_thousand_objects(tmp_path: Path) -> None:
     program = """
         import json, resource, sys
-        from data_shards.merge import merge, save_group
+        from data_shards.merge import Commit, merge, save_group
         from data_shards.plan import Asked, PackSettings, Plan
         from data_shards.shard import Written
         from data_shards.sources import SourceOptions
@@ -103,7 +106,8 @@ def test_a_billion_samples_in_a_hundred_thousand_shards_are_merged_from_a_thousa
         plan = Plan(1, "identity", Asked("there", PackSettings(), SourceOptions()), 10**9, 10**14, 0, 100_000, None)
         for group in range(plan.groups):
             shards = plan.group_shards(group)
-            save_group(store, plan, group, [Written(10_000, 10**9, f"{shard:032x}") for shard in shards], [])
+            commits = [Commit(Written(10_000, 10**9, f"{shard:032x}"), []) for shard in shards]
+            save_group(store, plan, group, commits)
         requests = store.counters.requests
         manifest = merge(store, plan)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -62,7 +62,7 @@ def test_an_array_packs_the_same_bytes_as_one_process_and_goes_on_after_a_task_w
     assert done
     assert not store.exists("MANIFEST.json")
     assert prepare(tiles, store, SETTINGS) == plan
-    pack_array(site, store, plan, 3, None)
+    pack_array(site.model_copy(update={"cpus_per_rank": 2}), store, plan, 3, None)
     assert {path: path.stat().st_mtime_ns for path in done} == done
     assert contents(store) == contents(straight)
     assert prepare(tiles, store, SETTINGS) is None
