@@ -14,6 +14,7 @@ a second of one processor), loader_s3_images_s and webdataset_s3_images_s (by th
 """
 
 import argparse
+import contextlib
 import io
 import multiprocessing
 import os
@@ -52,6 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=8)
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that server and sides end with it
     with tempfile.TemporaryDirectory() as folder:
         os.sched_setaffinity(0, CORES)
         server = cluster.start_s3(Path(folder))
@@ -100,16 +102,20 @@ def compare(rounds: int) -> dict[str, float]:
         process = context.Process(target=serve, args=(theirs, batches))
         process.start()
         sides[name], turns[name] = (process, end), []
-    for k in range(rounds + 1):
-        for name, (process, end) in sides.items():
-            if k:
-                os.killpg(process.pid, signal.SIGCONT)
-            end.send(True)
-            turns[name].append(end.recv())
-            os.killpg(process.pid, signal.SIGSTOP)
-    for process, _ in sides.values():
-        os.killpg(process.pid, signal.SIGKILL)
-        process.join()
+    try:
+        for k in range(rounds + 1):
+            for name, (process, end) in sides.items():
+                if k:
+                    os.killpg(process.pid, signal.SIGCONT)
+                end.send(True)
+                turns[name].append(end.recv())
+                os.killpg(process.pid, signal.SIGSTOP)
+    finally:
+        for process, _ in sides.values():
+            with contextlib.suppress(ProcessLookupError):  # its group is made by itself
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
+            process.join()
     (wall, cpu), (peer_wall, peer_cpu) = (np.array(turns[name][1:]).T for name in sides)
     images = TURN * BATCH
     return {
