@@ -69,7 +69,7 @@ def _blocks(data: bytes, kind: str) -> Iterator[bytes]:
     """The TIFFs that EXIF consists of."""
     if kind in ("JPEG", "MPO"):
         found = (data[start + 4 : end] for marker, start, end in jpeg_segments(data) if marker == 0xE1)
-        yield from (block[6:] for block in found if block.startswith(b"Exif\0"))
+        yield from (block[6:] for block in found if block.startswith(b"Exif\0\0"))
     elif kind == "PNG":
         yield from (data[start + 8 : end - 4] for name, start, end in _png_chunks(data) if name == b"eXIf")
     elif kind == "WEBP":
@@ -80,16 +80,17 @@ def _blocks(data: bytes, kind: str) -> Iterator[bytes]:
 def _entry(block: bytes) -> tuple[int, int] | None:
     """Type and value of the orientation in a TIFF; the usual one where it has none; None where it is broken."""
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(block[:4])
+    found = (_SHORT, 1)
     try:
         (at,) = struct.unpack_from(f"{order}I", block, 4)
         (count,) = struct.unpack_from(f"{order}H", block, at)
         for number in range(count):
             tag, kind, _, value, _ = struct.unpack_from(f"{order}HHIHH", block, at + 2 + 12 * number)
             if tag == _ORIENTATION:
-                return kind, value
-    except struct.error:
+                found = kind, value
+    except struct.error:  # also when a directory has fewer entries than it says
         return None
-    return _SHORT, 1
+    return found
 
 
 def _only_orientation(turned: int) -> bytes:

@@ -176,7 +176,7 @@ def _check_coding(image: Image.Image, data: bytes) -> None:
 
 def _jpeg_coding(data: bytes) -> str | None:
     """What is unusual about a JPEG's frame, by its headers; None when nothing is."""
-    frame, scans = "without a frame header", 0
+    frame, scans, marker = "without a frame header", 0, 0
     for marker, start, _ in jpeg_segments(data):
         scans += marker == 0xDA
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
@@ -184,6 +184,8 @@ def _jpeg_coding(data: bytes) -> str | None:
             frame = "" if marker in _JPEG_CODINGS and bits == 8 else f"of type SOF{marker - 0xC0} with {bits} bits"
             if frame:
                 return frame
+    if not frame and marker not in (0xD9, 0xDA):  # Pillow looks for the next segment, DALI gives up
+        return "with bytes between its segments"
     return frame or (f"of {scans} scans; {JPEG_SCANS} is the limit" if scans > JPEG_SCANS else None)
 
 

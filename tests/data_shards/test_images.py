@@ -210,6 +210,14 @@ def test_a_jpeg_of_more_scans_than_dali_takes_is_refused() -> None:
     assert reason(data[:-2] + scan * 300 + data[-2:]) == "unusual coding"
 
 
+def test_a_jpeg_with_bytes_between_its_segments_is_refused_as_dali_does_not_decode_it() -> None:
+    data = encoded("JPEG")
+    at = data.index(b"\xff\xc4")
+    with Image.open(io.BytesIO(data[:at] + b"junk" + data[at:])) as image:
+        image.load()  # Pillow passes over them
+    assert reason(data[:at] + b"junk" + data[at:]) == "unusual coding"
+
+
 @pytest.mark.parametrize("mode", ["F", "I"])
 def test_a_tiff_whose_range_nobody_knows_is_refused(mode: str) -> None:
     assert reason(encoded("TIFF", picture(mode="L").convert(mode))) == "unusual coding"
@@ -383,6 +391,7 @@ UNUSUAL_EXIF: list[tuple[str, Callable[[], bytes], int, bool]] = [
     ("an orientation beyond 8", lambda: jpeg_with(block(9)), 1, False),
     ("a type that DALI does not take", lambda: jpeg_with(block(6, "<", 4)), 6, True),
     ("a directory beyond its end", lambda: jpeg_with(b"MM\0*\0\0\xff\xff"), 1, True),
+    ("fewer entries than it says", lambda: jpeg_with(block(6).replace(b"\0\1\1\x12", b"\0\x6d\1\x12")), 1, True),
     ("no TIFF at all", lambda: jpeg_with(b"junk, junk"), 1, True),
     ("PNG, before the pixels", lambda: png_with(block(6), b"IDAT"), 6, False),
     ("PNG, behind the pixels", lambda: png_with(block(6), b"IEND"), 6, False),
