@@ -22,6 +22,7 @@ lanes from another lane on in each row, so that no lane gets stuck with one set.
 """
 
 import json
+from bisect import bisect_right
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from hashlib import blake2b
@@ -190,8 +191,9 @@ class Order:
         """The id of a sample of the chunk that starts at `first_id`: after the last id of a set comes its first."""
         if not self.parts:
             return (first_id + offset) % self.samples
-        which = np.searchsorted(self._ends, first_id, side="right")
-        return int(self._wrapped(np.array(first_id + offset), np.array(which)))
+        which = bisect_right(self._end_list, first_id)
+        sample = first_id + offset
+        return sample if sample < self._end_list[which] else sample - self.parts[which].samples
 
     def window(self, lane: int, number: int) -> Window:
         windows = _windows(self, number, number)
@@ -262,6 +264,10 @@ class Order:
     def _ends(self) -> Ints:
         """After the last id of each set."""
         return np.cumsum([part.samples for part in self.sets], dtype=np.int64)
+
+    @cached_property
+    def _end_list(self) -> list[int]:
+        return list(self._ends.tolist())
 
     @property
     def _schedule(self) -> Schedule:

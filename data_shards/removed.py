@@ -6,11 +6,13 @@ A run reads them at each start and replaces what they name. They name shards and
 of a set and take away no id.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import blake2b
 from itertools import count
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -48,8 +50,14 @@ class Removed:
         return cls(small, tuple(lists), digest)
 
     def __contains__(self, sample: object) -> bool:
-        place = int(np.searchsorted(self.ids, sample))  # type: ignore[call-overload]
-        return place < len(self.ids) and bool(self.ids[place] == sample)
+        ids, wanted = self._plain, cast(int, sample)
+        place = bisect_left(ids, wanted)
+        return place < len(ids) and ids[place] == wanted
+
+    @cached_property
+    def _plain(self) -> "memoryview[int]":
+        """The same memory, which gives plain numbers: numpy would copy all of them to a type that fits both."""
+        return self.ids.data
 
     def __len__(self) -> int:
         return len(self.ids)
