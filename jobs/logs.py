@@ -121,5 +121,9 @@ _SENTENCES: dict[str, tuple[str, ...]] = {
     "alarm": ("ALARM at step {step}: {reason}", "ALARM: {reason}"),
     "checkpoint damaged": ("the checkpoint of step {step} is damaged: {reason}",),
     "checkpoint completed": ("the checkpoint of step {step} was completed after the end of its attempt: {reason}",),
+    "removed": (
+        "from step {step} on {count} removed images are left out, by {note}",
+        "from step {step} on {count} removed images are left out",
+    ),
     "step skipped": ("step {step} is skipped: {reason}",),
 }

@@ -127,3 +127,10 @@ def test_events_read_as_sentences():
     assert sentence({"time": 0.0, "event": "save delayed", "step": 3, "why": None}).endswith("save delayed (step 3)")
     braces = {"time": 0.0, "event": "failed", "reason": "KeyError: '{x}'"}
     assert sentence(braces).endswith("the job has FAILED: KeyError: '{x}'")
+
+
+def test_a_start_that_leaves_out_other_images_than_before_says_so():
+    event = {"time": 0.0, "event": "removed", "step": 40, "count": 3, "hash": "1a2b", "lists": [2]}
+    assert sentence(event).endswith("from step 40 on 3 removed images are left out (hash 1a2b, lists [2])")
+    changed = event | {"note": "another list than before"}
+    assert "from step 40 on 3 removed images are left out, by another list than before (" in sentence(changed)
