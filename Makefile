@@ -95,8 +95,8 @@ plan: .venv/stamp ## what a run would do and cost, or why it cannot (CONF= SITE=
 	@$(FARSEER) plan "$(CONF)" $(site_option) --set "$(SET)" $(if $(RUN),--run "$(RUN)") $(if $(IMAGES_PER_S),--images-per-s "$(IMAGES_PER_S)") $(call flag,JSON,json)
 
 .PHONY: submit
-submit: .venv/stamp ## start a run, or go on with it (CONF= RUN= SITE= SET=, FORCE=1)
-	@$(FARSEER) submit "$(CONF)" $(run_option) $(site_option) --set "$(SET)" $(call flag,FORCE,force)
+submit: .venv/stamp ## start a run, or go on with it (CONF= RUN= SITE= SET=, FORCE=1; FROM=run@step)
+	@$(FARSEER) submit "$(CONF)" $(run_option) $(site_option) --set "$(SET)" $(call flag,FORCE,force) $(if $(FROM),--from "$(FROM)")
 
 .PHONY: resume
 resume: .venv/stamp ## go on with a run that exists, under its own config (RUN=)

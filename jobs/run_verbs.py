@@ -26,6 +26,7 @@ def run_verbs(verbs: Any) -> None:
     options = run_option(add_verb(verbs, "submit", submit, "check everything, then start a run or go on with it"))
     _plan_options(options)
     options.add_argument("--force", action="store_true", help="go on under another config than the run began with")
+    options.add_argument("--from", dest="origin", help="begin with the weights of another run: its name, or name@step")
     site_option(run_option(add_verb(verbs, "resume", resume, "go on with a run that exists, under its own config")))
     options = add_verb(verbs, "status", status, "all runs: how far, how fast, what to look at")
     site_option(options)
@@ -78,7 +79,7 @@ def submit(options: argparse.Namespace) -> int:
     from jobs.submit import submit as start
 
     config, site = _config_and_site(options, " checkpoint.force=true" if options.force else "")
-    return _submitted(start(config, site, options.name), site.name)
+    return _submitted(start(config, site, options.name, origin=options.origin), site.name)
 
 
 def resume(options: argparse.Namespace) -> int:

@@ -20,15 +20,20 @@ from jobs.start import note
 from jobs.supervise import committed_step
 from pipeline.config import Config
 from pipeline.run import check_same, open_data, read_record
+from pipeline.weights import point
 
 
-def submit(config: Config, site: Site, run: str, code: Path = ROOT) -> Job:
+def submit(config: Config, site: Site, run: str, code: Path = ROOT, origin: str | None = None) -> Job:
     """Start a run, or go on with it. Raises UserError, with nothing written, when it cannot work.
 
-    code: the folder whose three packages the job will run.
+    code: the folder whose three packages the job will run. origin: another run, `name` or `name@step`, whose weights
+    this one begins with.
     """
     site.activate()
     runs = Store(config.store, retry_seconds=CHECK_SECONDS)
+    if origin is not None:
+        train = config.train.model_copy(update={"start_from": point(runs, origin)})
+        config = config.model_copy(update={"train": train})
     check(config, site, run, runs)
     store = runs.at(run)
     job = launch(site, run, store.url, config.dump(), committed_step(store), code)

@@ -112,10 +112,13 @@ class SwAV(pl.LightningModule):
         used, entropy = prototype_usage(list(codes)) if measured else (None, None)
         self.result = StepResult(self.step, loss_value, lr, norm_value, finite, used, entropy)
 
+    def weights(self) -> dict[str, Tensor]:
+        """The part of `state` that is the network: parameters and running statistics."""
+        return {f"model.{name}": tensor for name, tensor in self.net.state_dict().items()}
+
     def state(self) -> dict[str, Tensor]:
         """Named tensors that a checkpoint holds and a resume fills in place; running statistics are averaged first."""
         average_running_statistics(self.net)
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, torch.optim.Optimizer)
-        weights = {f"model.{name}": tensor for name, tensor in self.net.state_dict().items()}
-        return weights | optimizer_tensors(self.net, optimizer) | self.queue.state()
+        return self.weights() | optimizer_tensors(self.net, optimizer) | self.queue.state()

@@ -34,6 +34,7 @@ from pipeline.ranks import Ranks, same_removed
 from pipeline.run import Record, Run, open_data, read_record
 from pipeline.signals import RankEnvironment, StopRequest, own_signals
 from pipeline.watchdog import Hang, Watchdog
+from pipeline.weights import fill, parse
 
 Outcome = Literal["finished", "preempted", "terminated", "cancelled"]
 READ = ("bytes_read", "requests", "retries", "cache_hits", "cache_misses", "cache_bytes")  # counters of the reader
@@ -259,9 +260,14 @@ class Watch(pl.Callback):
         self._monitor = self._open_monitor() if session.launch.rank == 0 else None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        origin = self.session.config.train.start_from
         if self._found is not None:
             self.session.checkpoints.load(self._found, self.module.state())
             self.module.step = self._found.step
+        elif origin is not None:
+            run, place = parse(origin)
+            self.session.ranks.together(lambda: fill(Store(run), place, self.module.weights()))
+            self.session._event("forked", step=0, origin=origin)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

@@ -43,11 +43,12 @@ def requeued(trial: Trial) -> str:
 def out_of_time(trial: Trial) -> str:
     """The time limit: the ranks stand still until SLURM has sent its signal."""
     moment, ranks = _now(trial), trial.ranks()
-    subprocess.run(["scontrol", "update", f"JobId={trial.job.id}", "TimeLimit=1"], check=True, capture_output=True)
+    _limit(trial, 1)
     trial.hit(ranks, signal.SIGSTOP)
     try:
         trial.wait(lambda: _pending(ranks[0].pid, signal.SIGUSR2), "the signal of the time limit")
     finally:
+        _limit(trial, trial.scene.site.time_limit_min)  # a busy machine needs most of a minute to start
         trial.hit(ranks, signal.SIGCONT)
     return moment
 
@@ -135,6 +136,11 @@ def disk_full(trial: Trial) -> str:
     finally:
         filler.unlink()
     return moment
+
+
+def _limit(trial: Trial, minutes: int) -> None:
+    command = ["scontrol", "update", f"JobId={trial.job.id}", f"TimeLimit={minutes}"]
+    subprocess.run(command, check=True, capture_output=True)
 
 
 def _told(trial: Trial, event: str) -> bool:

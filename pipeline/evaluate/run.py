@@ -1,12 +1,9 @@
 """Evaluating a run: its newest checkpoint's trunk, and the trunk it began with, on labelled sets in the store."""
 
 import json
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from data_shards.errors import UserError
 from data_shards.index import ShardSet
@@ -19,7 +16,7 @@ from pipeline.evaluate.tiles import Tiles, read_tiles
 from pipeline.evaluate.views import render_views
 from pipeline.regnet import RegNet
 from pipeline.run import read_config
-from pipeline.snapshot import Saved
+from pipeline.weights import fill
 
 PREFIX = "model.trunk."
 
@@ -57,18 +54,8 @@ def trained_trunk(store: Store, config: Config) -> tuple[RegNet, int]:
     trunk = RegNet(config.model)
     for place in commit.committed(commit.survey(store)):
         try:
-            _fill(store, place, {PREFIX + name: tensor for name, tensor in trunk.state_dict().items()})
+            fill(store, place, {PREFIX + name: tensor for name, tensor in trunk.state_dict().items()})
         except commit.Damaged:
             continue
         return trunk, place.step
     raise UserError(f"{store.url}: no checkpoint yet; evaluate it after its first one (make status shows the step)")
-
-
-def _fill(store: Store, place: commit.Place, state: dict[str, Tensor]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        for file in commit.read_manifest(store, place).files:
-            commit.fetch(store, place, file, Path(folder))
-        saved = Saved(Path(folder))
-        if (mismatch := saved.mismatch(state)) is not None:
-            raise UserError(f"{store.url}/{place.path}: {mismatch}; evaluate it with the program that trained it")
-        saved.read_into(state)

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_shards.errors import UserError
 from data_shards.store import Store
 from pipeline.run import read_events, read_metrics
+from pipeline.weights import point
 from tests.real.ranks import start
 
 pytestmark = pytest.mark.slow
@@ -150,3 +152,24 @@ def test_a_damaged_newest_checkpoint_sends_the_resume_to_the_older_one_and_the_r
     events = read_events(store)
     assert any("sha256" in str(e.get("reason", "")) and folder.rsplit("/", 1)[-1] in str(e) for e in events), events
     assert results(f"{runs}/damaged") == straight
+
+
+def test_a_fork_begins_with_the_weights_of_another_run_and_says_where_they_come_from(
+    straight: list[dict[str, Any]], tiny_set: str, runs: str, tmp_path: Path
+) -> None:
+    origin, config = point(Store(runs), "straight"), config_for(tiny_set, runs)
+    config["train"] = {"steps": 5, "start_from": origin}
+    forked = start(config, tmp_path / "forked", 2)
+    assert forked.wait() == [0, 0], forked.tails()
+    (event,) = [e for e in read_events(Store(f"{runs}/forked")) if e["event"] == "forked"]
+    assert event["origin"] == origin
+    first, other = results(f"{runs}/forked")[0], straight[0]
+    assert (first["batch_hash"], first["crop_hash"]) == (other["batch_hash"], other["crop_hash"])
+    assert first["loss"] < other["loss"] - 0.01  # the same crops, and 60 steps of learning
+
+
+def test_a_fork_from_nowhere_is_refused_with_what_there_is(straight: list[dict[str, Any]], runs: str) -> None:
+    with pytest.raises(UserError, match=r"FROM=straight@7: .* there are: 40, 50, 60$"):
+        point(Store(runs), "straight@7")
+    with pytest.raises(UserError, match=r"FROM=gone: .* there are: none$"):
+        point(Store(runs), "gone")
