@@ -15,13 +15,10 @@ from itertools import count
 from typing import Any, cast
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
-from pyarrow import csv
 
 from data_shards.errors import UserError
 from data_shards.index import ShardSet, sample_key
-from data_shards.lookup import find
 from data_shards.progress import Progress
 from data_shards.store import AlreadyExists
 
@@ -109,6 +106,8 @@ def remove(
     Raises UserError, with nothing written, when some name no image (unless ignored), or so many would be removed that
     a removed image's stand-ins are removed too now and then (unless forced).
     """
+    from data_shards.lookup import find  # not for those who only read the lists, which every rank does
+
     url, found = shards.store.url, find(shards, lines, progress)
     if found.unknown and not ignore_unknown:
         shown = ", ".join(map(repr, found.examples[:3])) + (", ..." if found.unknown > 3 else "")
@@ -153,6 +152,9 @@ def _write(shards: ShardSet, ids: Ids) -> str:
 
 def _ids(shards: ShardSet, path: str) -> Ids:
     """The ids that a list names; not those in shards that this version of the set does not have."""
+    import pyarrow as pa
+    from pyarrow import csv
+
     data = shards.store.get(path)
     columns = {"shard": pa.int64(), "place": pa.int64()}
     try:
