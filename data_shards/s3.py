@@ -328,7 +328,7 @@ class S3:
         return f"; it has: {', '.join(names[:20])}" if names else "; it has none"
 
     async def _renew_key(self) -> None:
-        """Take the key that the profile's files hold by now. One that a role or SSO gives, botocore renews by itself."""
+        """Take the key that the profile's files hold by now. What a role or SSO gives, botocore renews itself."""
         held = await (await self._connected()).session.get_credentials()
         with contextlib.suppress(boto.BotoCoreError):  # the files may be half written
             found = await AioSession().get_credentials()

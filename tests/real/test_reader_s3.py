@@ -1,12 +1,8 @@
-"""The reader against a real S3 server, and through a wire on which things go wrong."""
+"""The reader against a real S3 server; what happens on the way there is in test_faults_s3.py."""
 
-import contextlib
 import io
 import random
-import socket
 import tarfile
-import time
-from collections.abc import Iterator
 from typing import Any
 
 import google_crc32c
@@ -16,8 +12,7 @@ import pytest
 from data_shards.index import RECORD, Manifest, ShardSet, shard_path
 from data_shards.order import Order
 from data_shards.reader import Reader, ReaderSettings, Sample
-from data_shards.store import Denied, Store, Unavailable
-from tests.real.test_store_s3 import Wire
+from data_shards.store import Store
 
 COUNTS = (60, 60, 32, 8)
 ORDER = Order(sum(COUNTS), 5, 4, 4, 16, 7, "layout")
@@ -52,37 +47,15 @@ def url(s3: Any, samples: list[bytes]) -> str:
     return store.url
 
 
-class Cable(Wire):
-    """A wire that can be cut for good."""
-
-    def __init__(self, server_url: str) -> None:
-        self.clients: list[socket.socket] = []
-        super().__init__(server_url)
-
-    def serve(self, client: socket.socket, fault: str) -> None:
-        self.clients.append(client)
-        super().serve(client, fault)
-
-    def cut(self) -> None:
-        self.faults = ["reset"] * 100_000
-        for client in self.clients:
-            with contextlib.suppress(OSError):
-                client.shutdown(socket.SHUT_RDWR)
+def opened(url: str, retry_seconds: float) -> ShardSet:
+    return ShardSet.open(Store(url, retry_seconds=retry_seconds))
 
 
-@pytest.fixture
-def wire(s3: Any, url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cable]:
-    """A proxy that later clients go through; the set is there already."""
-    wire = Cable(s3.server.url)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", wire.url)
-    yield wire
-    wire.listener.close()
-
-
-def reader_of(url: str, start: int = 0, retry_seconds: float = 20.0, **changes: Any) -> Reader:
-    store = Store(url, retry_seconds=retry_seconds)
+def reader_of(
+    url: str, start: int = 0, retry_seconds: float = 20.0, shards: ShardSet | None = None, **changes: Any
+) -> Reader:
     settings = SETTINGS.model_copy(update={"retry_seconds": retry_seconds, **changes})
-    return Reader(ShardSet(store, Manifest.load(store)), ORDER, range(4), start, settings)
+    return Reader(shards or opened(url, retry_seconds), ORDER, range(4), start, settings)
 
 
 def check(batch: list[Sample], step: int, samples: list[bytes]) -> None:
@@ -115,31 +88,3 @@ def test_a_flipped_bit_a_cut_shard_and_a_lost_one_are_replaced_and_told_apart(ur
     cut = {sample for sample, reason in reasons.items() if "cut short" in reason}
     assert cut
     assert cut == set(range(min(cut), 120)) & set(reasons)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("fault", ["reset", "unwell", "a page", "cut"])
-def test_faults_on_the_wire_replace_nothing(url: str, wire: Cable, samples: list[bytes], fault: str) -> None:
-    with reader_of(url) as reader:
-        wire.faults = [fault] * 12
-        for step in STEPS:
-            check(reader.batch(step), step, samples)
-        assert reader.bad == []
-    if fault != "cut":  # small ranges fit before the cut
-        assert len(wire.faults) < 12
-
-
-@pytest.mark.slow
-def test_a_store_that_goes_away_ends_the_reading_after_retry_seconds_and_no_sample_is_bad(
-    url: str, wire: Cable, samples: list[bytes]
-) -> None:
-    one_window = int(4 * ORDER.window_samples * 17_000)
-    with reader_of(url, retry_seconds=1.5, prefetch_bytes=one_window) as reader:
-        check(reader.batch(0), 0, samples)
-        wire.cut()
-        begun = time.monotonic()
-        with pytest.raises((Unavailable, Denied)) as error:
-            _ = [reader.batch(step) for step in range(1, 2000)]
-        assert "\n" not in str(error.value)
-        assert time.monotonic() - begun < 30
-        assert reader.bad == []

@@ -1,7 +1,6 @@
 """The store against a real S3 server: what it answers, and what a user is told when it does not."""
 
 import asyncio
-import contextlib
 import multiprocessing
 import os
 import socket
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 
 from data_shards.store import AlreadyExists, Denied, NotFound, Store, StoreError, Truncated, Unavailable
+from tests.proxy import Wire
 
 
 @pytest.fixture
@@ -152,16 +152,18 @@ def keys(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[
     return use
 
 
-def own_key_id() -> str:
+def own_key() -> tuple[str, str]:
+    """Key id and secret."""
     lines = Path(os.environ["AWS_SHARED_CREDENTIALS_FILE"]).read_text().splitlines()
-    return next(line.partition("=")[2].strip() for line in lines if line.startswith("aws_access_key_id"))
+    values = {name.strip(): value.strip() for name, _, value in (line.partition("=") for line in lines)}
+    return values["aws_access_key_id"], values["aws_secret_access_key"]
 
 
 @pytest.mark.parametrize("right_id", [True, False])
 def test_a_wrong_key_is_refused_at_once_without_showing_it(
     s3: Any, keys: Callable[[str, str], None], right_id: bool
 ) -> None:
-    key_id = own_key_id() if right_id else "AKIAWRONGWRONGWRONG"
+    key_id = own_key()[0] if right_id else "AKIAWRONGWRONGWRONG"
     keys(key_id, "not-the-secret-of-this-key")
     store = Store("s3://shards/x")
     for call in (store.check, lambda: store.get("x"), lambda: store.put("x", b""), store.list, lambda: store.size("x")):
@@ -206,79 +208,16 @@ def test_where_nothing_listens_is_asked_until_the_time_is_over(s3: Any, monkeypa
         assert "endpoint_url" in one_line(error)
 
 
-class Wire:
-    """A TCP proxy before the server. `faults`: what happens to the next connections, one each; after that, nothing."""
-
-    def __init__(self, server_url: str) -> None:
-        host, _, port = server_url.removeprefix("http://").partition(":")
-        self.server = (host, int(port))
-        self.faults: list[str] = []
-        self.connections = 0
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
-        threading.Thread(target=self.accept, daemon=True).start()
-
-    def accept(self) -> None:
-        with contextlib.suppress(OSError):  # closed
-            while True:
-                client, _ = self.listener.accept()
-                self.connections += 1
-                fault = self.faults.pop(0) if self.faults else ""
-                threading.Thread(target=self.serve, args=(client, fault), daemon=True).start()
-
-    def serve(self, client: socket.socket, fault: str) -> None:
-        with client, contextlib.suppress(OSError):
-            if fault == "reset":
-                return
-            if fault == "unwell":
-                client.recv(65536)
-                client.sendall(b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-                return
-            if fault == "a page":
-                client.recv(65536)
-                client.sendall(b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 6\r\nConnection: close\r\n\r\n<html>")
-                return
-            if fault == "silence":
-                client.recv(65536)
-                client.settimeout(60)
-                client.recv(1)  # until the client gives up
-                return
-            with socket.create_connection(self.server) as server:
-                if fault == "half":  # a put's head without its body
-                    server.sendall(client.recv(65536))
-                    client.sendall(server.recv(65536))
-                    return
-                threading.Thread(target=self.pump, args=(client, server, None), daemon=True).start()
-                if fault == "lost":
-                    self.drop_answer(client, server)
-                else:
-                    self.pump(server, client, 50_000 if fault == "cut" else None)
-
-    @staticmethod
-    def drop_answer(client: socket.socket, server: socket.socket) -> None:
-        while b"HTTP/1.1 100" in (data := server.recv(65536)):  # the request's body is still to come
-            client.sendall(data)
-
-    @staticmethod
-    def pump(source: socket.socket, target: socket.socket, budget: int | None) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                target.sendall(data[:budget])
-                if budget is not None and (budget := budget - len(data)) <= 0:
-                    break
-            target.shutdown(socket.SHUT_WR)
-
-
 @pytest.fixture
 def wire(s3: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wire]:
     wire = Wire(s3.server.url)
     monkeypatch.setenv("AWS_ENDPOINT_URL", wire.url)
     yield wire
-    wire.listener.close()
+    wire.close()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["reset", "unwell", "a page", "cut", "silence"])
+@pytest.mark.parametrize("fault", ["reset", "unwell", "a page", "cut", "torn", "silence"])
 def test_a_read_survives_faults_on_the_wire(store: Store, wire: Wire, fault: str) -> None:
     data = os.urandom(200_000)
     store.put("x", data)
@@ -307,3 +246,23 @@ def test_a_store_that_stays_unwell_is_given_up_with_its_reason(store: Store, wir
     with pytest.raises(Unavailable, match="503") as error:
         Store(store.url, retry_seconds=1).list()
     assert wire.url in one_line(error)
+
+
+@pytest.mark.slow
+def test_a_key_that_is_replaced_in_its_file_is_taken_while_reading(
+    store: Store, wire: Wire, keys: Callable[[str, str], None]
+) -> None:
+    key = own_key()
+    store.put("x", b"1")
+    keys(*key)
+    reading = Store(store.url, retry_seconds=30)
+    assert reading.get("x") == b"1"
+    keys("AKIAWRONGWRONGWRONG", "no-secret")
+    wire.faults = ["expired"]
+    answer = reading.submit(reading.read("x"))
+    asked, end = len(wire.requests), time.monotonic() + 20
+    while len(wire.requests) < asked + 3 and time.monotonic() < end:
+        time.sleep(0.02)  # by now the server itself refuses the wrong key
+    assert not answer.done()
+    keys(*key)
+    assert answer.result(30) == b"1"
