@@ -168,3 +168,15 @@ def test_the_plan_is_json_for_scripts_and_holds_the_script_and_the_config(tmp_pa
     assert said["config"]["data"]["url"] == url
     assert "supervise serve" in said["script"]
     assert not (tmp_path / "shared").exists()
+
+
+def test_the_plan_of_a_mixture_says_the_share_and_the_epochs_of_each_set(tmp_path):
+    large = put_set(tmp_path / "large", 10_000, 4000)
+    small_url = f"file://{tmp_path}/small"
+    Manifest("other", "contents", 1000, (1000,), (4_000_000,), {}, {}).save(Store(small_url))
+    pairs = f"[{{url: '{large}', weight: 3}}, {{url: '{small_url}', weight: 1}}]"
+    made = make_plan(small("null", f"data.sources={pairs}", "train.steps=100"), site(tmp_path))
+    text = "\n".join(made.text())
+    images = 100 * made.config.data.batch
+    assert f"75.00% of the images, {0.75 * images / 10_000:,.2f} epochs of its 10,000" in text
+    assert f"25.00% of the images, {0.25 * images / 1000:,.2f} epochs of its 1,000" in text
