@@ -16,25 +16,24 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
 
 from data_shards.errors import UserError
 from data_shards.images import Photo, Refused, Rules, examine
 from data_shards.merge import Commit, Refusal, save_group
-from data_shards.plan import Plan
+from data_shards.plan import Asked, Plan
 from data_shards.progress import Progress
 from data_shards.shard import Written, write_shard
 from data_shards.sources import Source, read_source
 from data_shards.store import NotFound, Store
 
-READ_AHEAD = 8  # sources of a process that are read at the same time
+READERS = 8  # threads of a process that read sources
+READ_TOGETHER = 4  # sources that one of them reads before it hands them over
 TOLD_S = 0.2  # between two words about the progress
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 class Stopped(Exception):
@@ -111,44 +110,50 @@ def pack_group(store: Store, plan: Plan, tally: Tally, group: int) -> None:
 def _pack_shard(
     store: Store, plan: Plan, tally: Tally, shard: int, sources: Iterable[Source], columns: pa.Schema | None
 ) -> Commit:
-    _, settings, options = plan.asked
     refused: list[Refusal] = []
-    read = partial(read_source, max_bytes=settings.max_bytes, skip_unreachable=options.skip_unreachable)
 
     def accepted() -> Iterator[tuple[Source, Photo]]:
-        for source, data in _ahead(read, sources):
-            size, found = _examine(source, data, settings)
-            tally.add(size, isinstance(found, Refusal))
+        for source, data in _read_ahead(sources, plan.asked):
+            found = data if isinstance(data, Refusal) else _examine(source, data, plan.asked.settings)
+            tally.add(0 if isinstance(data, Refusal) else len(data), isinstance(found, Refusal))
             if isinstance(found, Refusal):
                 refused.append(found)
             else:
                 yield source, found
 
-    written = write_shard(shard, accepted(), store, columns, settings.dali_index)
+    written = write_shard(shard, accepted(), store, columns, plan.asked.settings.dali_index)
     store.put(plan.commit_path(shard), json.dumps((written, refused)).encode())
     return Commit(written, refused)
 
 
-def _examine(source: Source, read: "Future[bytes]", rules: Rules) -> tuple[int, Photo | Refusal]:
-    """Bytes of the source, and what it is."""
-    size = 0
+def _examine(source: Source, data: bytes, rules: Rules) -> Photo | Refusal:
     try:
-        data = read.result()
-        size = len(data)
-        return size, examine(data, rules)
+        return examine(data, rules)
     except Refused as refused:
-        return size, Refusal(source.name, refused.reason, refused.detail)
+        return Refusal(source.name, refused.reason, refused.detail)
 
 
-def _ahead(call: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, "Future[R]"]]:
-    """Each item with its call, in their order; a few calls run ahead in threads."""
-    with ThreadPoolExecutor(READ_AHEAD) as threads:
-        waiting: deque[tuple[T, Future[R]]] = deque()
-        for item in items:
-            waiting.append((item, threads.submit(call, item)))
-            if len(waiting) > READ_AHEAD:
-                yield waiting.popleft()
-        yield from waiting
+def _read(sources: Sequence[Source], asked: Asked) -> list[bytes | Refusal]:
+    found: list[bytes | Refusal] = []
+    for source in sources:
+        try:
+            found.append(read_source(source, asked.settings.max_bytes, skip_unreachable=asked.options.skip_unreachable))
+        except Refused as refused:
+            found.append(Refusal(source.name, refused.reason, refused.detail))
+    return found
+
+
+def _read_ahead(sources: Iterable[Source], asked: Asked) -> Iterator[tuple[Source, bytes | Refusal]]:
+    """What the sources hold, in their order; threads read a few ahead, several at a time to trouble each other less."""
+    rest, waiting = iter(sources), deque[tuple[list[Source], Future[list[bytes | Refusal]]]]()
+    with ThreadPoolExecutor(READERS) as threads:
+        while some := list(islice(rest, READ_TOGETHER)):
+            waiting.append((some, threads.submit(_read, some, asked)))
+            if len(waiting) > READERS:
+                first, found = waiting.popleft()
+                yield from zip(first, found.result(), strict=True)
+        for some, found in waiting:
+            yield from zip(some, found.result(), strict=True)
 
 
 def _find_commit(store: Store, plan: Plan, shard: int) -> Commit | None:
