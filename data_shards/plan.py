@@ -9,6 +9,7 @@ The sources are listed once. A keyed permutation of their ranks puts neighbours 
 by it, on disk (TMPDIR) where memory does not do. So memory is bounded, whatever the number of sources.
 """
 
+import contextlib
 import json
 import os
 import tempfile
@@ -208,7 +209,9 @@ def _border(number: int, total: int, parts: int) -> int:
     return total * number // parts
 
 
-def _database(folder: Path) -> "duckdb.DuckDBPyConnection":
+@contextlib.contextmanager
+def _database(folder: Path) -> Iterator["duckdb.DuckDBPyConnection"]:
+    """Raises UserError for what the engine complains of: its disk is full, or its memory too small."""
     import duckdb
 
     options: dict[str, Any] = {
@@ -216,7 +219,14 @@ def _database(folder: Path) -> "duckdb.DuckDBPyConnection":
         "temp_directory": str(folder / "spill"),
         "preserve_insertion_order": False,
     }
-    return duckdb.connect(str(folder / "listed.db"), config=options)
+    try:
+        with duckdb.connect(str(folder / "listed.db"), config=options) as database:
+            yield database
+    except duckdb.Error as error:
+        text = " ".join(str(error).split())
+        raise UserError(
+            f"{folder.parent}: sorting the sources failed; TMPDIR=... takes another disk: {text}"
+        ) from error
 
 
 def _list(

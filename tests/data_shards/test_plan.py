@@ -72,6 +72,13 @@ def test_a_plan_of_another_version_is_refused(tmp_path: Path) -> None:
         load_plans(store)
 
 
+def test_an_engine_without_room_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_shards.plan.MEMORY", "1KB")
+    with pytest.raises(UserError, match="sorting the sources failed; TMPDIR=") as error:
+        make_plan(Store(f"memory://{tmp_path.name}"), ASKED, sources(5_000))
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.slow
 def test_ten_times_as_many_sources_take_no_more_memory(tmp_path: Path) -> None:
     program = """
