@@ -18,7 +18,7 @@ from data_shards.store import AlreadyExists, Store
 from pipeline import commit
 from pipeline.checkpoint import Checkpointer, CheckpointSettings
 from pipeline.commit import Place
-from tests.real.test_store_s3 import Wire
+from tests.proxy import Wire
 
 MEGABYTES = 24  # of a state; an upload of two parts
 
@@ -102,7 +102,7 @@ def wire(s3: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wire]:
     wire = Wire(s3.server.url)
     monkeypatch.setenv("AWS_ENDPOINT_URL", wire.url)
     yield wire
-    wire.listener.close()
+    wire.close()
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 
 from data_shards.store import Store, Unavailable
 from pipeline.run import Journal, read_metrics
-from tests.real.test_store_s3 import Wire
+from tests.proxy import Wire
 
 
 @pytest.mark.slow
@@ -32,7 +32,7 @@ def test_rows_whose_upload_arrived_but_was_never_confirmed_are_not_doubled_by_th
     journal.upload()
     journal.append(rows[3])
     journal.upload()
-    wire.listener.close()
+    wire.close()
     assert [line for entry in direct.list("metrics") for line in direct.get(entry.path).splitlines()] == (
         tmp_path / "metrics.jsonl"
     ).read_bytes().splitlines()
