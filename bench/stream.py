@@ -38,7 +38,7 @@ from jobs import cluster
 
 SHARDS, SHARD_SAMPLES = 4, 2960  # 4 x 133 MB, as a set of photographs of 45 kB has them
 CHUNK_SAMPLES, BATCH = 185, 256
-EPOCHS = 2
+EPOCHS = 5
 CORES = {0, 1}
 
 
@@ -146,7 +146,7 @@ def curl_config(shards: ShardSet, path: Path) -> Path:
             span_bytes = f"range = {start}-{start + size - 1}"
             lines.append(f'url = "{url}"\n{span_bytes}\noutput = /dev/null\nwrite-out = "%{{size_download}} "\n')
     order = random.Random(0)
-    path.write_text("next\n".join(order.sample(lines, len(lines)) + order.sample(lines, len(lines))))
+    path.write_text("next\n".join(line for _ in range(EPOCHS) for line in order.sample(lines, len(lines))))
     return path
 
 
