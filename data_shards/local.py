@@ -88,6 +88,9 @@ class Folder:
             with _named(key):
                 Path("/", key).unlink(missing_ok=True)
 
+    async def abandon(self, folder: str) -> int:
+        return 0  # nothing is put in parts
+
     async def check(self) -> None:
         """Folders are made at the first put."""
 
@@ -174,6 +177,9 @@ class Memory:
         for key in keys:
             if self._files.isfile(f"/{key}"):
                 self._files.rm_file(f"/{key}")
+
+    async def abandon(self, folder: str) -> int:
+        return 0  # nothing is put in parts
 
     async def check(self) -> None:
         """Always there."""

@@ -135,6 +135,20 @@ class S3:
             await asyncio.shield(self._call("abort_multipart_upload", **whole))
             raise error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error from error
 
+    async def abandon(self, folder: str) -> int:
+        uploads: list[dict[str, Any]] = []
+        mark: dict[str, str] = {}
+        while True:
+            page = await self._tried(partial(self._call, "list_multipart_uploads", Prefix=f"{folder}/", **mark), folder)
+            uploads += page.get("Uploads", [])
+            if not page.get("IsTruncated"):
+                break
+            mark = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+        for upload in uploads:
+            whole = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
+            await self._tried(partial(self._call, "abort_multipart_upload", **whole), upload["Key"])
+        return len(uploads)
+
     async def _part(
         self, local: Path, number: int, start: int, size: int, whole: dict[str, str], gate: asyncio.Semaphore
     ) -> dict[str, Any]:

@@ -49,6 +49,8 @@ class Truncated(StoreError):
 class Unavailable(StoreError):
     """The store did not answer within `retry_seconds`."""
 
+    passing = True
+
 
 class Entry(NamedTuple):
     """An object in a listing; `path` is relative to the store's url, `size` in bytes."""
@@ -89,6 +91,7 @@ class Backend(Protocol):
     async def size(self, key: str) -> int: ...
     async def find(self, folder: str, more: str | None) -> tuple[list[Entry], str | None]: ...
     async def delete(self, keys: list[str]) -> None: ...
+    async def abandon(self, folder: str) -> int: ...
     async def check(self) -> None: ...
     async def keeps_versions(self) -> bool | None: ...
     async def close(self) -> None: ...
@@ -200,6 +203,13 @@ class Store:
     def delete(self, paths: Iterable[str]) -> None:
         """Remove objects; what is not there already is no error."""
         self._wait(self._backend.delete([self._key(path) for path in paths]))
+
+    def abandon(self, prefix: str) -> int:
+        """Give up what uploads in parts have left below a folder: of writers that died, it takes room and is no object.
+
+        Returns how many there were. Those that go on would fail: call it when nobody else may write there.
+        """
+        return self._wait(self._backend.abandon(self._key(prefix)))
 
     def check(self) -> None:
         """Raise the one line that says what is wrong with host, key or bucket; soon, whatever `retry_seconds` is."""

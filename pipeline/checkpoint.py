@@ -136,6 +136,7 @@ class Checkpointer:
         """
         for folder in self._local.glob("fetched-a*"):
             shutil.rmtree(folder, ignore_errors=True)
+        self._ranks.together(self._abandon)
         leftovers.complete(
             self._store, self._local, self._attempt, self._fingerprint, self._ranks, self._fence, self._event
         )
@@ -175,6 +176,12 @@ class Checkpointer:
         saved.read_into(state)
         self._ranks.exchange(None)  # nobody removes what another still reads
         self._drop_fetched(place)
+
+    def _abandon(self) -> None:
+        """Free what killed attempts had begun to upload in parts. This attempt owns the run, and has not begun to."""
+        if self._ranks.rank == 0:
+            self._fence()
+            self._store.abandon(commit.ROOT)
 
     def _agree(self, step: int, state: dict[str, Tensor]) -> list[str]:
         """The names that this rank writes; drops the saves that all ranks drop.

@@ -4,6 +4,8 @@ import asyncio
 import multiprocessing
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -95,6 +97,27 @@ def test_forty_megabytes_go_up_in_parts_and_come_down_unchanged(store: Store, tm
     store.download("large", tmp_path / "back")
     assert (tmp_path / "back").read_bytes() == local.read_bytes()
     assert store.counters.bytes_written == 40 * 2**20 + 7
+
+
+@pytest.mark.slow
+def test_an_upload_in_parts_whose_process_was_killed_is_given_up(store: Store, tmp_path: Path) -> None:
+    local = tmp_path / "local"
+    local.write_bytes(os.urandom(40 * 2**20))
+    killed = f"""
+import os, pathlib
+from data_shards.s3 import S3
+from data_shards.store import Store
+async def kill(*_): os._exit(9)
+S3._part = kill  # begun, and not a part of it has arrived
+Store({store.url!r}).at("dead").upload(pathlib.Path({str(local)!r}), "x")
+"""
+    for _ in range(2):
+        assert subprocess.run([sys.executable, "-c", killed], check=False).returncode == 9
+    store.put("dead/whole", b"1")
+    assert store.abandon("deadly") == 0
+    assert store.abandon("dead") == 2
+    assert store.abandon("dead") == 0
+    assert [entry.path for entry in store.list()] == ["dead/whole"]
 
 
 def test_threads_and_coroutines_share_a_store(store: Store) -> None:
