@@ -43,9 +43,9 @@ def requeued(trial: Trial) -> str:
 def out_of_time(trial: Trial) -> str:
     """The time limit: the ranks stand still until SLURM has sent its signal."""
     moment, ranks = _now(trial), trial.ranks()
-    _limit(trial, 1)
     trial.hit(ranks, signal.SIGSTOP)
     try:
+        _limit(trial, 1)
         trial.wait(lambda: _pending(ranks[0].pid, signal.SIGUSR2), "the signal of the time limit")
     finally:
         _limit(trial, trial.scene.site.time_limit_min)  # a busy machine needs most of a minute to start
@@ -116,7 +116,7 @@ def store(mode: Mode, at: str = "training") -> Fault:
             trial.hit(trial.ranks(), signal.SIGKILL)
         trial.scene.proxy.mode = mode
         end = time.monotonic() + AWAY_S
-        trial.wait(lambda: time.monotonic() > end, "the end of the fault")
+        trial.wait(lambda: time.monotonic() > end or runs.state(trial.job) is None, "the end of the fault")
         trial.scene.proxy.mode = "pass"
         return f"{moment}, {at}"
 
@@ -128,13 +128,10 @@ def disk_full(trial: Trial) -> str:
     if trial.scene.disk is None:
         raise UserError("no small disk is mounted (that takes root)")
     moment, filler = _now(trial), trial.scene.disk / "filler"
-    _fill(filler)
-    try:
-        trial.wait(
-            lambda: any(e["event"].startswith("save failed") for e in runs.history(trial.run_dir)), "a full disk"
-        )
+    try:  # again and again: a save that arrives in the store gives its room back
+        trial.wait(lambda: _filled(filler) and _told(trial, "save failed"), "a full disk")
     finally:
-        filler.unlink()
+        filler.unlink(missing_ok=True)
     return moment
 
 
@@ -235,8 +232,11 @@ def _pending(pid: int, number: signal.Signals) -> bool:
     return False
 
 
-def _fill(path: Path) -> None:
-    with suppress(OSError), path.open("wb") as file:
+def _filled(path: Path) -> bool:
+    """Take all the room that is left, on a file system that is small and our own."""
+    if not path.parent.is_mount():
+        raise UserError(f"{path.parent}: the small disk is gone; it must not be this machine's own that is filled")
+    with suppress(OSError), path.open("ab", buffering=0) as file:
         while True:
-            file.write(bytes(2**16))
-            file.flush()
+            file.write(bytes(4096))
+    return True
