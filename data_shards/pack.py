@@ -28,7 +28,7 @@ __all__ = ["PackReport", "PackSettings", "Refusal", "Source", "SourceOptions", "
 
 _PROBE = "plans/writable"
 EXAMPLES = 20  # of refused sources, in a report
-WORTH_A_PROCESS = 500  # sources: to start a process takes as long as to pack these
+WORTH_A_PROCESS = 2000  # sources: to start a process takes as long as to pack these
 
 
 @dataclass(frozen=True)
