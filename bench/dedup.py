@@ -73,7 +73,7 @@ def one(images: int, memory_mib: int, folder: Path | None) -> dict[str, float]:
                     | (1::UBIGINT << hash // 3721 % 61) | (1::UBIGINT << hash // 226981 % 61))
             FROM images WHERE rank >= {images * 5 // 100} AND rank < {images * 15 // 100};
         """)
-        made_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        made_mib = _peak_mib()
         expected = count_rows(
             db,
             f"""images i LEFT JOIN images o ON i.rank = 2e12::UBIGINT + o.rank
@@ -84,7 +84,8 @@ def one(images: int, memory_mib: int, folder: Path | None) -> dict[str, float]:
         def show(_: str, done: int, total: int) -> None:
             nonlocal passes
             passes = total
-            sys.stderr.write(f"\r{done}/{total}  {time.monotonic() - start:.0f} s ")
+            used = f"{time.process_time() - busy:.1f} s of a core, {_peak_mib()} MiB"
+            sys.stderr.write(f"{done}/{total}: {time.monotonic() - start:.1f} s, {used}\n")
 
         crowded = decide(db, work, settings.distance, settings.crowd, show)
         seconds, busy = time.monotonic() - start, time.process_time() - busy
@@ -95,14 +96,18 @@ def one(images: int, memory_mib: int, folder: Path | None) -> dict[str, float]:
             "passes": passes,
             "seconds": round(seconds, 1),
             "cpu_seconds": round(busy, 1),
-            "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-            "made_peak_mib": round(made_mib),
+            "peak_mib": _peak_mib(),
+            "made_peak_mib": made_mib,
             "disk_mib": round(sum(path.stat().st_size for path in work.rglob("*") if path.is_file()) / 2**20),
             "planted": expected,
             "found": found,
             "right": right,
             "crowded": crowded,
         }
+
+
+def _peak_mib() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 def photos(folder: Path) -> list[Image.Image]:
