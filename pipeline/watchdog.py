@@ -12,8 +12,10 @@ import faulthandler
 import json
 import os
 import statistics
+import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -145,8 +147,11 @@ class Watchdog:
 
     def _save_stacks(self) -> Path:
         path = self._folder / f"stacks-{self._rank:04d}.txt"
+        trainer = sys._current_frames().get(threading.main_thread().ident or 0)
         with suppress(OSError), path.open("w") as file:
-            faulthandler.dump_traceback(file, all_threads=True)
+            file.write("the thread that trains:\n" + "".join(traceback.format_stack(trainer)) + "\nall threads:\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)  # a hundred of them at most
         return path
 
 
