@@ -5,7 +5,6 @@ brings back what of the machine itself a fault took away.
 """
 
 import os
-import re
 import signal
 import subprocess
 import time
@@ -41,12 +40,12 @@ def requeued(trial: Trial) -> str:
 
 
 def out_of_time(trial: Trial) -> str:
-    """The time limit: the ranks stand still until SLURM has sent its signal."""
+    """The time limit: the ranks stand still until SLURM's signal, with which it lets them go on."""
     moment, ranks = _now(trial), trial.ranks()
     trial.hit(ranks, signal.SIGSTOP)
     try:
         _limit(trial, 1)
-        trial.wait(lambda: _pending(ranks[0].pid, signal.SIGUSR2), "the signal of the time limit")
+        trial.wait(lambda: _told(trial, "preempted"), "the save at the time limit")
     finally:
         _limit(trial, trial.scene.site.time_limit_min)  # a busy machine needs most of a minute to start
         trial.hit(ranks, signal.SIGCONT)
@@ -137,7 +136,7 @@ def disk_full(trial: Trial) -> str:
 
 def _limit(trial: Trial, minutes: int) -> None:
     command = ["scontrol", "update", f"JobId={trial.job.id}", f"TimeLimit={minutes}"]
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(command, capture_output=True, check=False)  # refused when the job is over
 
 
 def _told(trial: Trial, event: str) -> bool:
@@ -221,15 +220,6 @@ def _name(process: Process) -> str:
     with suppress(OSError):
         return Path(f"/proc/{process.pid}/comm").read_text().strip()
     return ""
-
-
-def _pending(pid: int, number: signal.Signals) -> bool:
-    """Whether a signal waits for a process that is stopped."""
-    with suppress(OSError):
-        status = Path(f"/proc/{pid}/status").read_text()
-        masks = re.findall(r"^(?:SigPnd|ShdPnd):\s*([0-9a-f]+)$", status, re.MULTILINE)
-        return any(int(mask, 16) >> (number - 1) & 1 for mask in masks)
-    return False
 
 
 def _filled(path: Path) -> bool:
