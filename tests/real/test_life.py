@@ -12,7 +12,7 @@ import pytest
 from data_shards.pack import PackSettings, pack
 from data_shards.store import Store
 from jobs import cluster, runs
-from jobs.chaos.campaign import DATA, DISK_FAULT, attempt, draw, reference, scene
+from jobs.chaos.campaign import DATA, DISK_FAULT, attempt, reference, scene
 from jobs.chaos.faults import FAULTS, hung
 from jobs.chaos.trial import Scene, Trial
 from jobs.local_slurm import PACKAGES
@@ -100,13 +100,6 @@ def test_of_two_attempts_alive_at_once_the_older_one_stops_and_harms_nothing(
     assert all(
         "-a2/" in e.path or int(e.path.split("step-")[1][:9]) <= resumed["step"] for e in store.list("checkpoints")
     )
-
-
-def test_draws_are_the_same_for_a_seed_and_take_all_faults_by_turns() -> None:
-    names = list(FAULTS)
-    first = draw(2 * len(names), 7, names)
-    assert first == draw(2 * len(names), 7, names)
-    assert sorted(name for name, _ in first[: len(names)]) == sorted(names)
 
 
 def _is_stopped(pid: int) -> bool:

@@ -1,0 +1,121 @@
+import http.client
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from data_shards.errors import UserError
+from jobs.chaos.campaign import Row, campaign, draw, line, table
+from jobs.chaos.faults import FAULTS
+from jobs.chaos.proxy import CUT_BYTES, Proxy
+from jobs.chaos.trial import Trial
+
+BODY = bytes(5 * CUT_BYTES)
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(BODY)))
+        self.end_headers()
+        self.wfile.write(BODY)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def proxy() -> Iterator[Proxy]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    proxy = Proxy(f"http://127.0.0.1:{server.server_address[1]}")
+    yield proxy
+    proxy.close()
+    server.shutdown()
+    server.server_close()
+
+
+def ask(proxy: Proxy, timeout_s: float = 20.0) -> bytes:
+    connection = http.client.HTTPConnection(proxy.url.removeprefix("http://"), timeout=timeout_s)
+    connection.request("GET", "/")
+    return connection.getresponse().read()
+
+
+@pytest.mark.parametrize("mode", ["pass", "slow"])
+def test_what_passes_is_whole(proxy: Proxy, mode: Any) -> None:
+    proxy.mode = mode
+    assert ask(proxy) == BODY
+
+
+@pytest.mark.parametrize("mode", ["refuse", "cut"])
+def test_a_refused_or_cut_answer_is_an_error(proxy: Proxy, mode: Any) -> None:
+    proxy.mode = mode
+    with pytest.raises((ConnectionError, http.client.IncompleteRead, http.client.BadStatusLine)):
+        ask(proxy)
+    proxy.mode = "pass"
+    assert ask(proxy) == BODY
+
+
+def test_silence_lasts_until_the_mode_changes(proxy: Proxy) -> None:
+    proxy.mode = "silent"
+    with pytest.raises(TimeoutError):
+        ask(proxy, timeout_s=0.3)
+    proxy.mode = "pass"
+    assert ask(proxy) == BODY
+
+
+def trial(folder: Path, hit_at: float, *attempts: list[tuple[float, int]]) -> Trial:
+    """A trial of which only the rows are there: (time, step) by attempt."""
+    for number, rows in enumerate(attempts, start=1):
+        path = folder / f"a{number:02d}" / "metrics.jsonl"
+        path.parent.mkdir()
+        lines = [{"result": {"step": step}, "run": {"time": when, "attempt": number}} for when, step in rows]
+        path.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    found = cast(Trial, SimpleNamespace(run_dir=folder, hit_at=hit_at))
+    found._rows = lambda: Trial._rows(found)  # type: ignore[method-assign]
+    return found
+
+
+def test_recovery_ends_with_the_first_step_that_had_not_been_done(tmp_path: Path) -> None:
+    killed = trial(tmp_path, 10.5, [(9.0, 1), (10.0, 2), (11.0, 3)], [(30.0, 2), (31.0, 3), (32.0, 4)])
+    assert Trial.recovered_s(killed) == 21.5
+    assert Trial.steps_redone(killed) == 2
+
+
+def test_without_a_new_start_recovery_is_the_next_step(tmp_path: Path) -> None:
+    held_up = trial(tmp_path, 10.5, [(9.0, 1), (10.0, 2), (14.0, 3), (15.0, 4)])
+    assert Trial.recovered_s(held_up) == 3.5
+    assert Trial.steps_redone(held_up) == 0
+
+
+def test_draws_are_the_same_for_a_seed_and_take_all_faults_by_turns() -> None:
+    names = list(FAULTS)
+    first = draw(2 * len(names), 7, names)
+    assert first == draw(2 * len(names), 7, names)
+    assert first != draw(2 * len(names), 8, names)
+    assert sorted(name for name, _ in first[: len(names)]) == sorted(names)
+
+
+def test_a_table_has_a_line_a_fault_and_counts_what_was_not_equal() -> None:
+    rows = [
+        Row("a rank killed", "step 12", 1, 20.0, 2, True),
+        Row("a rank killed", "step 30", 2, 31.0, 0, False, "step 40 differs in loss"),
+        Row("time limit", "step 5", 3, None, 0, True),
+    ]
+    assert table(rows)[2:] == [
+        "| a rank killed | 2 | 31 s (31 s) | 2 | 1 of 2 |",
+        "| time limit | 1 | - | 0 | 1 of 1 |",
+    ]
+    assert line(rows[1]).endswith("NOT EQUAL: step 40 differs in loss")
+
+
+def test_an_unknown_fault_is_refused_with_those_that_there_are(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="fault: found flood; there are: preempted by a higher partition; "):
+        campaign(tmp_path, 1, 0, ["flood"], lambda _: None)
