@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from data_shards.index import ShardSet
+from data_shards.index import Manifest, ShardSet
 from data_shards.store import Store
 from jobs import runs
 from jobs import slurm as slurm_commands
@@ -137,7 +137,9 @@ def test_all_ranks_killed_at_once_are_requeued(scene):
         os.kill(record.pid, signal.SIGKILL)
     wait(job)
     assert ended(job, 1) == "finished", tails(job)
-    assert "without a word (ended by signal 9)" in events(job.run_dir)[-1]["reason"]
+    last = events(job.run_dir)[-1]
+    assert re.fullmatch(r"a rank on node\d left first, without a word \(Killed\)", last["reason"]), last
+    assert len(last["suspects"]) == 1
 
 
 def test_an_error_that_the_user_can_mend_ends_the_job_as_failed_with_the_cause(scene):
