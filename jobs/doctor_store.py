@@ -39,6 +39,18 @@ def look_at_store(url: str) -> Iterator[Finding]:
         store.close()
 
 
+def put_and_get(store: Store) -> None:
+    """Put an object, read it, delete it, with this process's keys: one may be there that can only read.
+
+    Raises UserError.
+    """
+    name, data = f".check-{secrets.token_hex(8)}", secrets.token_bytes(1000)
+    store.put(name, data)
+    if store.get(name) != data:
+        raise UserError(f"{store.url}/{name}: what was put is not what is read; check what serves the store")
+    store.delete([name])
+
+
 def look_at_shards(urls: Sequence[str]) -> Iterator[Finding]:
     """Read only."""
     for url in urls:
@@ -131,5 +143,7 @@ def _client() -> Any:
     import s3fs
 
     return s3fs.S3FileSystem(
-        skip_instance_cache=True, use_listings_cache=False, config_kwargs={"retries": {"total_max_attempts": 2}}
+        skip_instance_cache=True,
+        use_listings_cache=False,
+        config_kwargs={"retries": {"total_max_attempts": 2}, "connect_timeout": TRY_S, "read_timeout": 2 * TRY_S},
     )

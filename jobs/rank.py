@@ -13,17 +13,20 @@ from typing import Any, NoReturn
 import submitit
 
 from data_shards.errors import UserError
+from data_shards.store import Store
 from jobs import slurm
+from jobs.preflight import preflight
 from jobs.stamps import stamp_output
 from jobs.start import Start
+from jobs.supervise import publish
 
 LEAVE_S = 15  # of the time between signal and end, for what follows the last save
 
 
-def run(config: dict[str, Any], store: str, signal_delay_s: int) -> str:
+def run(config: dict[str, Any], store: str, signal_delay_s: int, gpus: int = 0) -> str:
     """Train as one rank of the job; returns pipeline.train's outcome.
 
-    config: a resolved config, as `Config.dump` gives it. store: the run's folder in the store.
+    config: a resolved config, as `Config.dump` gives it. store: the run's folder in the store. gpus: of a node.
     An error ends the process at once: threads that still wait for other ranks must not keep a dead rank in its place.
     """
     stamp_output()
@@ -33,6 +36,11 @@ def run(config: dict[str, Any], store: str, signal_delay_s: int) -> str:
     start.begin(rank, str(here.paths.stdout))
     try:
         from pipeline.config import parse
+
+        settings = parse(config, f"{store}/config.yaml")
+        preflight(start, store, settings, here.local_rank, gpus)
+        if rank == 0:
+            publish(start.run_dir, start.job, Store(store))
         from pipeline.train import Launch, run_rank
 
         launch = Launch(
@@ -48,7 +56,7 @@ def run(config: dict[str, Any], store: str, signal_delay_s: int) -> str:
             requeue=(lambda: requeue(start)) if rank == 0 else None,
             hung=lambda hang: _fail(start, rank, hang),
         )
-        outcome = run_rank(parse(config, f"{store}/config.yaml"), launch)
+        outcome = run_rank(settings, launch)
     except Exception as error:  # noqa: BLE001 - whatever it is, the supervisor has to know
         _fail(start, rank, error)
     if rank == 0 and start.outcome() is None:

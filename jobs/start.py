@@ -6,6 +6,7 @@
     <run>/starts/<job>-<number>/         number counts the requeues of that job
         rank-0001.json                   who runs it: host, process
         failure-0001.json                why it left, written by a rank that still could
+        preflight-node1.json             a node that is fit (jobs.preflight)
         outcome.json                     finished, preempted, terminated or cancelled, written by rank 0
 
 Everything here is small, local and without secrets; what a run learned is in the store.
@@ -97,7 +98,7 @@ class Start:
     def begin(self, rank: int, log: str) -> None:
         """Leave word who runs this rank, and where it writes."""
         process = Process.of(os.getpid())
-        record = RankRecord(rank, _host(), os.getpid(), process.started if process else -1, log)
+        record = RankRecord(rank, this_host(), os.getpid(), process.started if process else -1, log)
         write_json(self.folder / f"rank-{rank:04d}.json", asdict(record))
 
     def fail(self, rank: int, error: BaseException) -> None:
@@ -107,7 +108,7 @@ class Start:
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         trace = "" if isinstance(error, UserError) else "".join(traceback.format_exception(error))
         suspects = tuple(getattr(error, "hosts", ()))
-        failure = Failure(rank, _host(), time.time(), f"{kind}{error}", trace, code, suspects)
+        failure = Failure(rank, this_host(), time.time(), f"{kind}{error}", trace, code, suspects)
         write_json(self.folder / f"failure-{rank:04d}.json", asdict(failure))
 
     def end(self, outcome: str, requeued: bool = False) -> None:
@@ -130,6 +131,11 @@ class Start:
     def note(self, event: str, **fields: Any) -> None:
         """Append an event of this start to the run's jobs.jsonl."""
         note(self.run_dir, event, job=self.job, start=self.number, **fields)
+
+
+def this_host() -> str:
+    """The name by which SLURM knows it."""
+    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
 
 
 def newest_start(run_dir: Path, job: str) -> Start:
@@ -190,7 +196,3 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     beside.write_text(json.dumps(values))
     beside.replace(path)
-
-
-def _host() -> str:
-    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename

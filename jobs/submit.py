@@ -4,20 +4,20 @@ The same command starts a run and goes on with it: where to resume is found in t
 """
 
 import io
-import secrets
 import tarfile
 from pathlib import Path
 
 from data_shards.errors import UserError
 from data_shards.store import Denied, Store, Unavailable
 from jobs import slurm
+from jobs.doctor_store import put_and_get
 from jobs.launch import launch
 from jobs.plan import CHECK_SECONDS, make_plan
 from jobs.reasons import Reasons
 from jobs.runs import Job, state
 from jobs.site import ROOT, Site
 from jobs.start import note
-from jobs.supervise import committed_step
+from jobs.supervise import committed_step, publish
 from pipeline.config import Config
 from pipeline.run import check_same, open_data, read_record
 from pipeline.weights import point
@@ -38,6 +38,7 @@ def submit(config: Config, site: Site, run: str, code: Path = ROOT, origin: str 
     store = runs.at(run)
     job = launch(site, run, store.url, config.dump(), committed_step(store), code)
     _keep_code(job, store)
+    publish(job.run_dir, job.id, store)
     return job
 
 
@@ -59,7 +60,7 @@ def check(config: Config, site: Site, run: str, runs: Store) -> None:
         reasons.ask(lambda: _check_same(config, store))
     reasons.ask(lambda: _check_free(site, run, run_dir, store.url))
     if not reasons.lines:
-        reasons.ask(lambda: _try(store))
+        reasons.ask(lambda: put_and_get(store))
     reasons.refuse()
 
 
@@ -76,15 +77,6 @@ def _answers(runs: Store, reasons: Reasons) -> bool:
 def _check_same(config: Config, store: Store) -> None:
     shards, _, filled = open_data(config, CHECK_SECONDS, read_record(store))
     check_same(store, filled, shards, force=config.checkpoint.force)
-
-
-def _try(store: Store) -> None:
-    """Put an object into the run's folder, read it, delete it: the key may be one that can only read."""
-    name, data = f".check-{secrets.token_hex(8)}", secrets.token_bytes(64)
-    store.put(name, data)
-    if store.get(name) != data:
-        raise UserError(f"{store.url}/{name}: what was put is not what is read; check what serves the store")
-    store.delete([name])
 
 
 def _check_free(site: Site, run: str, run_dir: Path, store: str) -> None:

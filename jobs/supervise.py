@@ -7,12 +7,13 @@ them (jobs.local). `decide` is pure; everything it needs was left on the shared 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from data_shards.errors import UserError
 from data_shards.store import Store
 from jobs import blame, daemons
-from jobs.start import Failure, Outcome, Start, events
+from jobs.start import Failure, Outcome, Start, events, note
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,19 @@ def after(start: Start, exit_code: int, store: Store, max_cycles: int) -> Decisi
     event = "requeued" if decision.action == "requeue" else "failed"
     start.note(event, reason=decision.reason, committed=committed, **({"suspects": [*suspects]} if suspects else {}))
     blame.blame(start.run_dir.parent, start.run_dir.name, suspects)
-    _publish(start, store)
+    publish(start.run_dir, start.job, store)
     return decision
+
+
+def publish(run_dir: Path, job: str, store: Store) -> None:
+    """Copy the run's jobs.jsonl to the store, beside the events of the training; what the store refuses, later does.
+
+    One object a job, each with all that its site knows: a run may go on at another site, which knows nothing of it.
+    """
+    try:
+        store.put(f"events/jobs-{job}.jsonl", (run_dir / "jobs.jsonl").read_bytes())
+    except UserError as error:
+        note(run_dir, "upload failed", reason=str(error))
 
 
 def committed_step(store: Store) -> int | None:
@@ -115,14 +127,6 @@ def _newest(store: Store, noted: Sequence[dict[str, Any]]) -> int | None:
         return committed_step(store)
     except UserError:
         return next((event["committed"] for event in reversed(noted) if "committed" in event), None)
-
-
-def _publish(start: Start, store: Store) -> None:
-    """Copy the run's jobs.jsonl to the store, beside the events that the training wrote."""
-    try:
-        store.put("events/jobs.jsonl", (start.run_dir / "jobs.jsonl").read_bytes())
-    except UserError as error:
-        start.note("upload failed", reason=str(error))
 
 
 def _in_words(exit_code: int) -> str:

@@ -12,8 +12,21 @@ from pathlib import Path
 import jobs.site
 
 CONFIG = """
+from types import SimpleNamespace
+
+
+class Config(dict):
+    @property
+    def checkpoint(self):
+        return SimpleNamespace(local_dir=self.get("local_dir"))
+
+    @property
+    def reader(self):
+        return SimpleNamespace(retry_seconds=60.0)
+
+
 def parse(values, name):
-    return values
+    return Config(values)
 """
 TRAIN = '''
 import json, os, re, signal, socket, sys, time

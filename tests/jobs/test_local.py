@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from data_shards.store import Store
 from jobs import runs
 from jobs.daemons import wait_until
 from jobs.launch import launch
 from jobs.runs import Job
 from jobs.site import Site
 from jobs.start import Start, events
+from pipeline.run import read_events
 from tests.jobs import stand_in
 
 pytestmark = pytest.mark.slow
@@ -60,6 +62,7 @@ def test_a_preempted_local_job_saves_and_starts_again_from_there(start_job):
     assert (ended(job, 0), ended(job, 1)) == ("preempted", "finished")
     assert began(job) == began(job, 1)
     assert 0 < began(job)[1] < 15
+    assert [event["event"] for event in read_events(Store(job.store))] == ["submitted"]
 
 
 def test_a_killed_rank_takes_the_others_along_and_the_job_starts_again_from_the_checkpoint(start_job):

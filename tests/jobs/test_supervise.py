@@ -7,7 +7,8 @@ from data_shards.errors import UserError
 from data_shards.store import Store
 from jobs import supervise
 from jobs.start import Failure, Outcome, Start, cancel_marker, events, note
-from jobs.supervise import Decision, after, before, committed_step, decide, stalled_starts
+from jobs.supervise import Decision, after, before, committed_step, decide, publish, stalled_starts
+from pipeline.run import read_events
 
 CRASH = Failure(1, "node2", 2.0, "RuntimeError: gloo", "Traceback ...", None)
 MENDABLE = Failure(0, "node1", 1.0, "conf/x.yaml: data.lanes: 3", "", 2)
@@ -106,7 +107,21 @@ def test_a_crash_is_noted_with_its_cause_here_and_in_the_store(start, store):
     last = events(start.run_dir)[-1]
     assert (last["event"], last["job"], last["start"], last["committed"]) == ("requeued", "7", 0, None)
     assert "RuntimeError: gloo" in last["reason"]
-    assert [json.loads(line) for line in store.get("events/jobs.jsonl").splitlines()] == events(start.run_dir)
+    assert [json.loads(line) for line in store.get("events/jobs-7.jsonl").splitlines()] == events(start.run_dir)
+
+
+def test_what_one_site_knows_of_a_run_does_not_replace_what_another_has_published(start, store, tmp_path):
+    publish(start.run_dir, start.job, store)
+    (tmp_path / "elsewhere").mkdir()
+    note(tmp_path / "elsewhere", "submitted", job="8")
+    for _ in range(2):
+        publish(tmp_path / "elsewhere", "8", store)
+    assert [event["job"] for event in read_events(store)] == ["7", "8"]
+
+
+def test_a_store_that_does_not_take_the_history_stops_nothing(start):
+    publish(start.run_dir, start.job, Store("file:///proc/nowhere"))
+    assert events(start.run_dir)[-1]["event"] == "upload failed"
 
 
 def test_the_third_crash_without_a_new_checkpoint_stops_the_run_and_a_new_one_in_between_does_not(start, store):

@@ -1,0 +1,130 @@
+"""A look at this node before the first step: a bad host is named, so that the supervisor can keep off it.
+
+Each rank tries its own GPU; the first one of a node also the disk, the store and the clock. A good node leaves word in
+the start's folder, `preflight-<host>.json`: a node that cannot reach the store learns from it that others can.
+"""
+
+import contextlib
+import errno
+import os
+import secrets
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_shards.errors import UserError
+from data_shards.store import Store, Unavailable
+from jobs.doctor_store import ahead_of_store_s, put_and_get
+from jobs.start import Start, this_host, write_json
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
+
+WRITE_BYTES = 4 * 2**20  # to the disk for local saves
+ROOM_BYTES = 2**30  # less there is an alarm and no error: a save that finds no room goes straight to the store
+CLOCK_S = 60.0  # from the store's; whole events would be told in another order
+ANSWER_S = 30.0  # a store that others reach answers within
+SIDE = 256  # of the matrices: exact in every format that multiplies
+
+
+class BadHost(UserError):
+    """This host cannot do its part; another one may."""
+
+    passing = True
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"bad host {this_host()}: {what}")
+        self.hosts = (this_host(),)
+
+
+def preflight(start: Start, store: str, config: "Config", local_rank: int, gpus: int) -> None:
+    """Raise BadHost when this node is not fit. Unavailable, Denied and the like when the store is so for all.
+
+    store: the run's folder in the store. gpus: how many a node of the site has.
+    """
+    begun = time.monotonic()
+    if gpus:
+        try_gpu(local_rank, gpus)
+    if local_rank:
+        return
+    local = Path(config.checkpoint.local_dir or start.run_dir / "checkpoints")
+    try_disk(local, start)
+    try_store(store, start, config.reader.retry_seconds)
+    ahead = try_clock(store)
+    took = time.monotonic() - begun
+    write_json(start.folder / f"preflight-{this_host()}.json", {"seconds": took, "ahead_s": ahead})
+    clock = "" if ahead is None else f", clock {ahead:+.1f} s from the store's"
+    sys.stdout.write(f"farseer: {this_host()} is fit: {gpus} GPUs, {local}, {store}{clock} ({took:.1f} s)\n")
+
+
+def try_gpu(number: int, wanted: int) -> None:
+    """All GPUs are there, and the rank's own one multiplies rightly."""
+    import torch
+
+    there = torch.cuda.device_count()
+    if there < wanted:
+        raise BadHost(f"{there} of {wanted} GPUs are there; nvidia-smi on it says more")
+    try:
+        right = multiplies(f"cuda:{number}")
+    except RuntimeError as error:
+        raise BadHost(f"GPU {number} does not work: {str(error).splitlines()[0]}") from None
+    if not right:
+        raise BadHost(f"GPU {number} gives wrong numbers")
+
+
+def multiplies(device: str) -> bool:
+    """Whether a product of small whole numbers is right there, bit for bit."""
+    import torch
+
+    left = torch.arange(SIDE * SIDE).reshape(SIDE, SIDE) % 7
+    right = left.flip(0) % 5
+    product = torch.mm(left.to(device, torch.float32), right.to(device, torch.float32))
+    return torch.equal(product.cpu().long(), left @ right)
+
+
+def try_disk(local: Path, start: Start) -> None:
+    """The folder for local saves takes bytes that stay. A disk without room is an alarm."""
+    try:
+        local.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=local) as file:
+            file.write(secrets.token_bytes(WRITE_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+        room = os.statvfs(local)
+        free = room.f_bavail * room.f_frsize
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise BadHost(f"{local} (local saves) cannot be written: {error.strerror or error}") from None
+        free = 0
+    if free < ROOM_BYTES:
+        start.note("alarm", reason=f"{this_host()}: only {free / 1e9:.1f} GB free in {local}, for local saves")
+
+
+def try_store(url: str, start: Start, patience_s: float) -> None:
+    """The store answers from here. One that is away for all is asked again for `patience_s`, and nobody is to blame."""
+    store, deadline = Store(url, retry_seconds=min(ANSWER_S, patience_s)), time.monotonic() + patience_s
+    with contextlib.closing(store):
+        while True:
+            try:
+                return put_and_get(store)
+            except Unavailable as error:
+                fit = [path.stem.removeprefix("preflight-") for path in start.folder.glob("preflight-*.json")]
+                if fit:
+                    raise BadHost(f"{error}; {', '.join(fit[:3])} can reach it") from None
+                if time.monotonic() >= deadline:
+                    raise
+
+
+def try_clock(url: str) -> float | None:
+    """Seconds that this clock is ahead of the store's; None when the store does not say."""
+    if not url.startswith("s3://"):
+        return None
+    try:
+        ahead = ahead_of_store_s(url)
+    except Exception:  # noqa: BLE001 - botocore has many, and it has just answered: the clock is not worth a start
+        return None
+    if ahead is not None and abs(ahead) > CLOCK_S:
+        raise BadHost(f"its clock is {ahead:+.0f} s from the store's; start chrony or ntpd on it")
+    return ahead

@@ -1,0 +1,107 @@
+"""What a node finds out about itself before the first step."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_shards.errors import UserError
+from data_shards.store import Store, Unavailable
+from jobs import preflight as looks
+from jobs.preflight import BadHost, multiplies, preflight, try_gpu
+from jobs.start import Start, events
+from pipeline.config import Config
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
+    monkeypatch.setenv("SLURMD_NODENAME", "node7")
+    start = Start(tmp_path / "shared" / "run", "7", 0)
+    start.begin(0, "log")
+    return start
+
+
+def config(retry_seconds: float = 60.0, **checkpoint: str) -> Config:
+    more = {"checkpoint": checkpoint, "reader": {"retry_seconds": retry_seconds}, "train": {"steps": 1}}
+    return Config.model_validate({"store": "s3://runs", "data": {"url": "s3://x", "batch": 2, "lanes": 1}, **more})
+
+
+def away(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A store at which nobody listens."""
+    for name, value in {"ENDPOINT_URL": "http://127.0.0.1:9", "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setattr(looks, "ANSWER_S", 0.2)
+    return "s3://runs/x"
+
+
+def test_a_fit_node_says_so_and_leaves_nothing_in_the_store_or_on_its_disk(start, tmp_path, capsys):
+    url, local = f"file://{tmp_path}/store/run", tmp_path / "local"
+    preflight(start, url, config(local_dir=str(local)), 0, 0)
+    assert capsys.readouterr().out.startswith(f"farseer: node7 is fit: 0 GPUs, {local}, {url} (")
+    assert json.loads((start.folder / "preflight-node7.json").read_text())["ahead_s"] is None
+    assert (list(local.iterdir()), Store(url).list(), events(start.run_dir)) == ([], [], [])
+
+
+def test_a_file_in_the_place_of_the_local_folder_is_the_hosts_fault_and_worth_another_start(start, tmp_path):
+    (tmp_path / "local").write_text("")
+    with pytest.raises(BadHost, match=rf"bad host node7: {tmp_path}/local \(local saves\) cannot be written") as found:
+        preflight(start, f"file://{tmp_path}/store/run", config(local_dir=str(tmp_path / "local")), 0, 0)
+    start.fail(0, found.value)
+    (failure,) = start.failures()
+    assert (failure.suspects, failure.exit_code) == (["node7"], None)
+
+
+def test_only_one_rank_of_a_node_looks_at_what_they_share(start, tmp_path):
+    (tmp_path / "local").write_text("")
+    preflight(start, f"file://{tmp_path}/store/run", config(local_dir=str(tmp_path / "local")), 1, 0)
+
+
+def test_little_room_is_an_alarm_and_no_error(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(looks, "ROOM_BYTES", 2**70)
+    preflight(start, f"file://{tmp_path}/store/run", config(), 0, 0)
+    (event,) = events(start.run_dir)
+    assert event["event"] == "alarm"
+    assert event["reason"].startswith("node7: only ")
+    assert event["reason"].endswith(f"GB free in {start.run_dir}/checkpoints, for local saves")
+
+
+def test_a_store_that_others_reach_is_the_hosts_fault(start, monkeypatch):
+    (start.folder / "preflight-node1.json").write_text("{}")
+    with pytest.raises(BadHost, match=r"bad host node7: s3://runs/x.* node1 can reach it"):
+        preflight(start, away(monkeypatch), config(), 0, 0)
+
+
+def test_a_store_that_is_away_for_all_is_nobodys_fault(start, monkeypatch):
+    with pytest.raises(Unavailable) as found:
+        preflight(start, away(monkeypatch), config(retry_seconds=0.5), 0, 0)
+    assert not hasattr(found.value, "hosts")
+
+
+def test_a_store_that_the_user_must_mend_is_said_as_it_is(start, monkeypatch):
+    (start.folder / "preflight-node1.json").write_text("{}")
+    with pytest.raises(UserError) as found:
+        preflight(start, "ftp://runs/x", config(), 0, 0)
+    assert not isinstance(found.value, BadHost)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 90, reason="has them")
+def test_gpus_that_are_not_there_are_counted():
+    with pytest.raises(BadHost, match=rf"{torch.cuda.device_count()} of 99 GPUs are there"):
+        try_gpu(0, 99)
+
+
+def test_a_gpu_that_fails_or_miscalculates_is_bad(monkeypatch):
+    def fails(device: str) -> bool:
+        raise RuntimeError(f"CUDA error: uncorrectable ECC error encountered on {device}\nmore")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(looks, "multiplies", fails)
+    with pytest.raises(BadHost, match=r"GPU 0 does not work: CUDA error: .* on cuda:0$"):
+        try_gpu(0, 1)
+    monkeypatch.setattr(looks, "multiplies", lambda device: multiplies("cpu"))
+    try_gpu(0, 1)
+    right = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b: right(a, b).index_put_((torch.tensor(3),), torch.tensor(1.0)))
+    with pytest.raises(BadHost, match="GPU 0 gives wrong numbers"):
+        try_gpu(0, 1)
