@@ -29,7 +29,7 @@ from data_shards.merge import Refusal
 from data_shards.pack import PackReport, report
 from data_shards.plan import load_plans
 from data_shards.processes import unordered
-from data_shards.progress import Progress
+from data_shards.progress import Progress, quiet
 from data_shards.shard import Row, Written, put_index, row
 from data_shards.sources import Source, list_tars
 from data_shards.store import NotFound, Store
@@ -55,7 +55,7 @@ class Indexed(NamedTuple):
 
 
 def index_shards(
-    src: str, dst: Store, rules: Rules, *, progress: Progress | None = None, workers: int | None = None
+    src: str, dst: Store, rules: Rules, *, progress: Progress = quiet, workers: int | None = None
 ) -> tuple[PackReport, str]:
     """Index the tars of `src` (a folder, a pattern or one of them, here or in S3); and what to know about their order.
 
@@ -73,8 +73,7 @@ def index_shards(
     found: dict[int, Indexed] = {}
     for number, one in unordered(partial(_index, dst, rules), list(enumerate(tars)), workers or cores):
         found[number] = one
-        if progress:
-            progress("tars", len(found), len(tars), refused=sum(sum(tar.refused.values()) for tar in found.values()))
+        progress("tars", len(found), len(tars), refused=sum(sum(tar.refused.values()) for tar in found.values()))
     shards = [found[number] for number in range(len(tars))]
     if not there:
         _manifest(src, tars, shards, rules).save(dst)

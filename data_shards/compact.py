@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from data_shards.errors import UserError
 from data_shards.index import RECORD, ShardSet, dali_path, index_path, shard_path, table_path
 from data_shards.plan import Plan, forgotten, load_plans
-from data_shards.progress import Progress
+from data_shards.progress import Progress, quiet
 from data_shards.removed import by_shard, read_removed
 from data_shards.store import NotFound, Store
 
@@ -66,7 +66,7 @@ class CompactReport:
         )
 
 
-def compact(store: Store, progress: Progress | None = None) -> CompactReport:
+def compact(store: Store, progress: Progress = quiet) -> CompactReport:
     """Erase what the removal lists name. Run one at a time. Raises UserError when shards lie elsewhere.
 
     A shard that has some is brought here and put again whole: remove much, compact seldom.
@@ -87,8 +87,7 @@ def compact(store: Store, progress: Progress | None = None) -> CompactReport:
         work = threads.map(partial(_compact_group, store, plans), groups, groups.values())
         for number, erased in enumerate(work, 1):
             done += erased
-            if progress:
-                progress("groups of shards", number, len(groups))
+            progress("groups of shards", number, len(groups))
     finally:
         threads.shutdown(cancel_futures=True)
     images, size = (sum(column) for column in zip(*done, strict=True)) if done else (0, 0)

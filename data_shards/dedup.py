@@ -27,7 +27,7 @@ from data_shards.duplicates import PLAIN, connect, decide
 from data_shards.errors import UserError
 from data_shards.index import ShardSet, table_path
 from data_shards.near import count_rows
-from data_shards.progress import Progress
+from data_shards.progress import Progress, quiet
 from data_shards.removed import read_removed
 from data_shards.section import Section
 from data_shards.store import Store
@@ -98,7 +98,7 @@ def dedup(
     settings: DedupSettings | None = None,
     *,
     against: Sequence[Store] = (),
-    progress: Progress | None = None,
+    progress: Progress = quiet,
 ) -> DedupReport:
     """Find duplicates in a set, and its images that the sets `against` have too; write the lists into `folder`.
 
@@ -132,7 +132,7 @@ def dedup(
     return DedupReport(store.url, str(folder), crowded=crowded, seconds=time.monotonic() - start, **found)
 
 
-def _load(db: duckdb.DuckDBPyConnection, of: int, shards: ShardSet, progress: Progress | None) -> None:
+def _load(db: duckdb.DuckDBPyConnection, of: int, shards: ShardSet, progress: Progress) -> None:
     """The images of a set that are not removed, and the first id of each shard; of a sha256 the first 128 bits."""
     removed, first = read_removed(shards).ids, 0
     for number, rows in enumerate(_tables(shards)):
@@ -149,8 +149,7 @@ def _load(db: duckdb.DuckDBPyConnection, of: int, shards: ShardSet, progress: Pr
                 FROM rows WHERE sha256 IS NOT NULL
             """)
         first += rows.num_rows
-        if progress:
-            progress(f"tables of {shards.store.url}", number + 1, len(shards.manifest.shard_samples))
+        progress(f"tables of {shards.store.url}", number + 1, len(shards.manifest.shard_samples))
 
 
 def _tables(shards: ShardSet) -> Iterator[pa.Table]:

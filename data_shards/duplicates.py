@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_shards.near import count_rows, find_pairs
-from data_shards.progress import Progress
+from data_shards.progress import Progress, quiet
 
 PLAIN = 24  # a hash of fewer bits than that is of an image with so little in it that others look like it by chance
 
@@ -38,9 +38,7 @@ def connect(work: Path, memory_bytes: int, threads: int | None = None) -> duckdb
     return db
 
 
-def decide(
-    db: duckdb.DuckDBPyConnection, work: Path, distance: int, crowd: int, progress: Progress | None = None
-) -> int:
+def decide(db: duckdb.DuckDBPyConnection, work: Path, distance: int, crowd: int, progress: Progress = quiet) -> int:
     """Make the tables gone and leaks. Returns how many hashes were in a crowd (data_shards.near)."""
     db.execute(f"""
         CREATE TABLE contents AS

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from data_shards.errors import UserError
 from data_shards.index import ShardSet, table_path
-from data_shards.progress import Progress
+from data_shards.progress import Progress, quiet
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -41,7 +41,7 @@ class Found:
     examples: tuple[str, ...]  # of the unknown
 
 
-def find(shards: ShardSet, lines: Iterable[str], progress: Progress | None = None) -> Found:
+def find(shards: ShardSet, lines: Iterable[str], progress: Progress = quiet) -> Found:
     """The samples that any of the lines names; each line is a key, a source or a sha256 in hex."""
     import duckdb
 
@@ -85,7 +85,7 @@ def _want(db: "DuckDBPyConnection", lines: list[str]) -> None:
 
 
 def _scan(
-    db: "DuckDBPyConnection", shards: ShardSet, progress: Progress | None
+    db: "DuckDBPyConnection", shards: ShardSet, progress: Progress
 ) -> tuple[NDArray[np.int64], int, tuple[str, ...]]:
     """Ids of the samples that a wanted line names; how many lines name none, and some of them."""
     if not db.execute("SELECT 1 FROM wanted LIMIT 1").fetchall():
@@ -105,7 +105,7 @@ def _scan(
     return np.asarray(ids, np.int64), unknown, tuple(line for (line,) in examples)
 
 
-def _rows(shards: ShardSet, progress: Progress | None) -> Iterator[pa.RecordBatch]:
+def _rows(shards: ShardSet, progress: Progress) -> Iterator[pa.RecordBatch]:
     total, first = len(shards.manifest.shard_samples), 0
     for number, data in enumerate(_tables(shards)):
         try:
@@ -116,8 +116,7 @@ def _rows(shards: ShardSet, progress: Progress | None) -> Iterator[pa.RecordBatc
         ids = pa.array(np.arange(first, first + table.num_rows))
         yield from table.add_column(0, "id", ids).cast(_ROWS).to_batches()
         first += table.num_rows
-        if progress:
-            progress("tables", number + 1, total)
+        progress("tables", number + 1, total)
 
 
 def _tables(shards: ShardSet) -> Iterator[bytes]:

@@ -12,7 +12,7 @@ from itertools import combinations
 
 import duckdb
 
-from data_shards.progress import Progress
+from data_shards.progress import Progress, quiet
 
 BITS = 64
 _ROW = 20  # what it costs to put a hash into its bucket, in comparisons of two hashes
@@ -34,7 +34,7 @@ def _cost(distance: int, bands: int, count: int) -> float:
     return math.comb(bands, distance) * (_ROW * count + count**2 * 0.5 ** (kept + 1))
 
 
-def find_pairs(db: duckdb.DuckDBPyConnection, distance: int, crowd: int, progress: Progress | None = None) -> int:
+def find_pairs(db: duckdb.DuckDBPyConnection, distance: int, crowd: int, progress: Progress = quiet) -> int:
     """Make the table near(a, b): hashes of 1 to `distance` bits apart, a below b; a pair may be there more than once.
 
     db: has a table hashes(hash, rank) of distinct hashes; pairs without any rank are not looked for. crowd: in buckets
@@ -57,8 +57,7 @@ def find_pairs(db: duckdb.DuckDBPyConnection, distance: int, crowd: int, progres
             AND (x.rank IS NOT NULL OR y.rank IS NOT NULL);
             INSERT INTO crowded SELECT hash FROM dealt WHERE size > {crowd}
         """)
-        if progress:
-            progress("comparisons", done, len(choices))
+        progress("comparisons", done, len(choices))
     return count_rows(db, "(SELECT DISTINCT hash FROM crowded)")
 
 

@@ -19,7 +19,7 @@ from data_shards.errors import UserError
 from data_shards.index import MANIFEST, REFUSED, Manifest
 from data_shards.merge import Refusal, merge, read_refused
 from data_shards.plan import Asked, PackSettings, Plan, load_plans, make_plan
-from data_shards.progress import Progress
+from data_shards.progress import Progress, quiet
 from data_shards.sources import Source, SourceOptions, list_sources, metadata_schema
 from data_shards.store import Denied, Store
 from data_shards.work import pack_groups
@@ -74,7 +74,7 @@ def pack(
     *,
     options: SourceOptions | None = None,
     append: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = quiet,
     workers: int | None = None,
 ) -> PackReport:
     """Write a shard set, go on with one that the same call began, or find that it is there already.
@@ -97,7 +97,7 @@ def prepare(
     *,
     options: SourceOptions | None = None,
     append: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = quiet,
 ) -> Plan | None:
     """The plan by which there is something to do, made now or found half done; None when all is done.
 
@@ -120,7 +120,7 @@ def prepare(
     return plan
 
 
-def finish(dst: Store, plan: Plan, *, workers: int | None = None, progress: Progress | None = None) -> None:
+def finish(dst: Store, plan: Plan, *, workers: int | None = None, progress: Progress = quiet) -> None:
     """The second and the third phase, in processes of this machine. Raises UserError as `pack` does."""
     pack_groups(dst, plan, range(plan.groups), _worker_count(workers, plan, dst), progress)
     merge(dst, plan)

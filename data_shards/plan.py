@@ -28,7 +28,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from data_shards.errors import UserError
 from data_shards.images import Refused, Rules, examine
 from data_shards.permutation import MAX_SIZE, Permutation
-from data_shards.progress import Progress
+from data_shards.progress import Progress, quiet
 from data_shards.shard import COLUMNS
 from data_shards.sources import Source, SourceOptions, read_source
 from data_shards.store import AlreadyExists, NotFound, Store
@@ -172,7 +172,7 @@ def make_plan(
     columns: pa.Schema | None = None,
     earlier: Sequence[Plan] = (),
     after: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress = quiet,
     ignored: Mapping[str, int] | None = None,
 ) -> Plan | None:
     """Lay the sources out and put the plan into the store; None when all of them are in `earlier` plans.
@@ -234,7 +234,7 @@ def _list(
     asked: Asked,
     sources: Iterable[Source],
     columns: pa.Schema | None,
-    progress: Progress | None,
+    progress: Progress,
 ) -> None:
     """Fill the table `listed`.
 
@@ -249,8 +249,7 @@ def _list(
         database.register("batch", _batch(some, permutation(np.arange(listed, listed + len(some))), schema))
         database.execute("INSERT INTO listed SELECT * FROM batch")
         listed += len(some)
-        if progress:
-            progress("listed", listed, 0)
+        progress("listed", listed, 0)
     twice = database.execute("SELECT min(name) FROM listed GROUP BY name HAVING count(*) > 1 LIMIT 1").fetchall()
     if twice:
         raise UserError(f"{asked.source}: two sources have the name {os.fsdecode(twice[0][0])!r}; each needs its own")
@@ -311,7 +310,7 @@ def _stored_bytes(source: Source, asked: Asked) -> int:
         return 0
 
 
-def _lay_out(database: "duckdb.DuckDBPyConnection", plan: Plan, folder: Path, progress: Progress | None) -> str:
+def _lay_out(database: "duckdb.DuckDBPyConnection", plan: Plan, folder: Path, progress: Progress) -> str:
     """Write folder/0000.parquet and so on; gives the plan's identity."""
     borders = f"layout {PLAN_VERSION} {plan.first_shard} {plan.shards} {plan.sources}"
     identity = blake2b(borders.encode(), digest_size=16)
@@ -324,8 +323,7 @@ def _lay_out(database: "duckdb.DuckDBPyConnection", plan: Plan, folder: Path, pr
                 for name in table["name"].to_pylist():
                     identity.update(b"%d " % len(name) + name)
                 writer.write_table(table, row_group_size=table.num_rows)
-        if progress:
-            progress("laid out", plan.group_shards(group).stop - plan.first_shard, plan.shards)
+        progress("laid out", plan.group_shards(group).stop - plan.first_shard, plan.shards)
     return identity.hexdigest()
 
 

@@ -10,3 +10,7 @@ class Progress(Protocol):
     """
 
     def __call__(self, what: str, done: int, total: int, *, bytes: int = 0, refused: int = 0) -> None: ...
+
+
+def quiet(what: str, done: int, total: int, *, bytes: int = 0, refused: int = 0) -> None:
+    """Nobody is told."""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from data_shards.errors import UserError
 from data_shards.index import ShardSet, sample_key
-from data_shards.progress import Progress
+from data_shards.progress import Progress, quiet
 from data_shards.store import AlreadyExists
 
 FOLDER = "removed"
@@ -99,7 +99,7 @@ def remove(
     *,
     ignore_unknown: bool = False,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = quiet,
 ) -> RemoveReport:
     """Add to the lists what the lines name: keys, sources or sha256, mixed as they come.
 

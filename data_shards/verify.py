@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from data_shards.images import PILLOW_MAX_PIXELS, Refused, Rules, examine
 from data_shards.index import MANIFEST, RECORD, Manifest, ShardSet, index_path, manifest_path, shard_path, table_path
 from data_shards.processes import unordered
-from data_shards.progress import Progress
+from data_shards.progress import Progress, quiet
 from data_shards.removed import by_shard, read_removed
 from data_shards.store import NotFound, Store
 
@@ -115,7 +115,7 @@ def verify(
     workers: int | None = None,
     notes: Path | None = None,
     afresh: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = quiet,
 ) -> VerifyReport:
     """Check a set. full: read every shard, and check and decode every image; else only what lists and indexes tell.
 
@@ -208,28 +208,24 @@ def _versions(store: Store, manifest: Manifest) -> Iterator[Fault]:
         yield Fault(path, None, f"differs from {MANIFEST}", f"copy {MANIFEST} there")
 
 
-def _quickly(parts: list[Part], workers: int, progress: Progress | None) -> Iterator[Checked]:
+def _quickly(parts: list[Part], workers: int, progress: Progress) -> Iterator[Checked]:
     by_folder = [list(found) for _, found in groupby(sorted(parts, key=_folder), _folder)]
-    if progress:
-        progress("indexes", 0, len(parts))
+    progress("indexes", 0, len(parts))
     each, done = max(8, FOLDERS // workers), 0
     groups = [by_folder[first : first + each] for first in range(0, len(by_folder), each)]
     for checked in unordered(_folders, groups, workers):
         done += len(checked)
-        if progress:
-            progress("indexes", done, len(parts))
+        progress("indexes", done, len(parts))
         yield from checked
 
 
-def _fully(parts: list[Part], prints: dict[int, str], workers: int, progress: Progress | None) -> Iterator[Checked]:
+def _fully(parts: list[Part], prints: dict[int, str], workers: int, progress: Progress) -> Iterator[Checked]:
     sizes = {part.number: (part.samples, part.bytes) for part in parts}
     images, bytes_read, total = 0, 0, sum(part.samples for part in parts)
-    if progress:
-        progress("images", 0, total)
+    progress("images", 0, total)
     for number, faults in unordered(_images, parts, workers):
         images, bytes_read = images + sizes[number][0], bytes_read + sizes[number][1]
-        if progress:
-            progress("images", images, total, bytes=bytes_read)
+        progress("images", images, total, bytes=bytes_read)
         yield Checked(number, prints[number], faults)
 
 

@@ -26,7 +26,7 @@ from data_shards.errors import UserError
 from data_shards.images import Photo, Refused, Rules, examine
 from data_shards.merge import Commit, Refusal, save_group
 from data_shards.plan import Asked, Plan
-from data_shards.progress import Progress
+from data_shards.progress import Progress, quiet
 from data_shards.shard import Written, write_shard
 from data_shards.sources import Source, read_source
 from data_shards.store import NotFound, Store
@@ -63,9 +63,7 @@ class Tally:
         return images, size, refused
 
 
-def pack_groups(
-    store: Store, plan: Plan, groups: Sequence[int], workers: int, progress: Progress | None = None
-) -> None:
+def pack_groups(store: Store, plan: Plan, groups: Sequence[int], workers: int, progress: Progress = quiet) -> None:
     """Pack these groups of shards, over processes when there are several workers, and leave a summary of each.
 
     Raises UserError, the first that any of them met, after all have stopped.
@@ -75,9 +73,8 @@ def pack_groups(
     total, done = sum(map(plan.shard_sources, shards)), _committed(store, plan, set(shards))
 
     def tell() -> None:
-        if progress:
-            images, size, refused = tally.read()
-            progress("images", done + images, total, bytes=size, refused=refused)
+        images, size, refused = tally.read()
+        progress("images", done + images, total, bytes=size, refused=refused)
 
     with _pool(workers, partial(pack_group, store, plan, tally)) as (pool, call):
         running = {pool.submit(call, group) for group in groups}

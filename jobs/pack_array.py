@@ -51,7 +51,7 @@ class Task(submitit.helpers.Checkpointable):
             raise
 
 
-def pack_array(site: Site, dst: Store, plan: Plan, workers: int, progress: Progress | None, code: Path = ROOT) -> None:
+def pack_array(site: Site, dst: Store, plan: Plan, workers: int, progress: Progress, code: Path = ROOT) -> None:
     """Pack a plan by an array of so many tasks, or follow the one that is at it; returns when the set is there.
 
     Raises UserError when SLURM refuses it, or with what the first task said that failed.
@@ -116,11 +116,10 @@ def _queued(number: str) -> bool:
     return any(one.job.partition("_")[0] == number for one in slurm.queue())
 
 
-def _follow(number: str, folder: Path, dst: Store, plan: Plan, progress: Progress | None) -> None:
+def _follow(number: str, folder: Path, dst: Store, plan: Plan, progress: Progress) -> None:
     over = False
     while (left := len(unfinished(dst, plan))) and not over:
-        if progress:
-            progress("groups of shards", plan.groups - left, plan.groups)
+        progress("groups of shards", plan.groups - left, plan.groups)
         time.sleep(POLL_S)
         over = not _queued(number)
     if left:

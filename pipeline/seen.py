@@ -14,7 +14,7 @@ from data_shards.errors import UserError
 from data_shards.index import ShardSet, sample_key
 from data_shards.lookup import find
 from data_shards.order import REPLACEMENTS, Order, replacement_place
-from data_shards.progress import Progress
+from data_shards.progress import Progress, quiet
 from data_shards.removed import Removed, read_removed
 from data_shards.store import Store
 from pipeline import commit
@@ -67,7 +67,7 @@ class Seen:
             yield f"  left out, being removed or bad, at step {', '.join(f'{step:,}' for step in image.left_out)}"
 
 
-def seen(store: Store, asked: str, progress: Progress | None = None) -> Seen:
+def seen(store: Store, asked: str, progress: Progress = quiet) -> Seen:
     """Find an image by key, source or sha256 in the sets of a run, whose folder `store` is, and where it was shown.
 
     Raises UserError when the run has no checkpoint, or no image is known by that.
@@ -171,7 +171,7 @@ def _attempts(store: Store, newest: commit.Place) -> list[Attempt]:
     return [one for n, one in enumerate(found) if not any(later.start <= one.start for later in found[n + 1 :])]
 
 
-def _ids(shards: ShardSet, asked: str, progress: Progress | None) -> list[int]:
+def _ids(shards: ShardSet, asked: str, progress: Progress) -> list[int]:
     found, first = [], 0
     for one in shards.sets:
         found += [first + sample for sample in find(one, [asked], progress).ids.tolist()]
