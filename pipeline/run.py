@@ -8,6 +8,7 @@ runs/<name>/
   code/<job>.tar.gz            what each job runs from
   metrics/a01-000001.jsonl     a row a step; segments, since object stores cannot append
   events/a01-000001.jsonl      started, resumed, preempted, saved, ... with time, attempt and step
+  events/jobs-<job>.jsonl      submitted, requeued, failed, ...: what happened to its jobs, up to the last start
   checkpoints/step-000001000-a1/
   eval/
 

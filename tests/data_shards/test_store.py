@@ -130,3 +130,6 @@ def test_a_path_cannot_lead_out_of_the_store(store: Store) -> None:
     for path in ("../x", "a/../../x"):
         with pytest.raises(StoreError, match="leads out of the store"):
             store.put(path, b"")
+        for look in (store.get, store.size, store.at, store.list, lambda path: store.delete([path])):
+            with pytest.raises(StoreError, match="leads out of the store"):
+                look(path)

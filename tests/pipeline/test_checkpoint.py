@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from data_shards.errors import UserError
 from data_shards.store import Store, StoreError, Unavailable
 from pipeline.checkpoint import Checkpointer, CheckpointSettings
-from pipeline.commit import File, Manifest
+from pipeline.commit import File, Manifest, Part
+from pipeline.weights import point
 from tests.pipeline.distributed import run
 
 
@@ -262,6 +263,18 @@ def test_a_manifest_cannot_name_a_file_outside_its_folder(tmp_path: Path) -> Non
     path.parent.mkdir()
     path.write_bytes(manifest.encode())
     assert Attempt(tmp_path, 2).found_step() == 1
+
+
+@pytest.mark.parametrize("name", ["../rank-0.safetensors", "/etc/passwd", "rank-0.safetensors/..", "rank-0.pkl", ""])
+def test_what_a_rank_left_cannot_name_a_file_outside_its_folder(name: str) -> None:
+    with pytest.raises(ValueError, match="a file name that no rank writes"):
+        Part.decode(Part(0, 1, "f1", (File(name, 1, "0"),)).encode())
+
+
+def test_the_name_of_another_run_cannot_lead_out_of_the_folder_of_all_runs(tmp_path: Path) -> None:
+    Attempt(tmp_path).commit(1)
+    with pytest.raises(UserError, match="leads out of the store"):
+        point(Store(f"file://{tmp_path}/elsewhere"), "../store")
 
 
 def test_nothing_on_the_way_back_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,9 @@
 
 import configparser
 import gzip
+import json
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -95,3 +97,30 @@ def over(job: Job) -> bool:
 
 def logs(job: Job) -> str:
     return "\n".join(path.read_text()[-3000:] for path in sorted((job.run_dir / "logs").glob("*.out")))
+
+
+def test_the_local_s3_and_slurm_listen_on_the_loopback_alone(s3: Any, slurm: Any) -> None:
+    conf = Path(slurm.environment["SLURM_CONF"])
+    record = Record.load(conf.parents[1])
+    assert record is not None
+    server = json.loads((s3.server.directory / "server.json").read_text())
+    heard = {"s3": listening(server["pid"]), **{name: listening(one.pid) for name, one in record.running.items()}}
+    assert f"{server['ports']['s3.port']}" in {address.rpartition(":")[2] for address in heard["s3"]}
+    assert len(set().union(*heard.values())) > len(server["ports"]) + record.settings.nodes
+    if "NoInAddrAny" not in conf.read_text():
+        heard = {"s3": heard["s3"]}  # this machine's name leads elsewhere, and SLURM goes by it
+    assert {address.rpartition(":")[0] for addresses in heard.values() for address in addresses} == {"127.0.0.1"}
+
+
+def listening(pid: int) -> set[str]:
+    """The addresses at which a process waits for others, as the kernel tells."""
+    links = [link.readlink() for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()]
+    own = {str(link).removeprefix("socket:[").removesuffix("]") for link in links if str(link).startswith("socket:")}
+    tables = [Path(f"/proc/{pid}/net/{name}").read_text() for name in ("tcp", "tcp6")]
+    rows = [line.split() for table in tables for line in table.splitlines()]
+    places = [row[1].split(":") for row in rows if row[3] == "0A" and row[9] in own]
+    return {f"{host_of(number)}:{int(port, 16)}" for number, port in places}
+
+
+def host_of(number: str) -> str:
+    return socket.inet_ntoa(bytes.fromhex(number)[::-1]) if len(number) == 8 else number
