@@ -67,7 +67,8 @@ def _event(event: dict[str, Any]) -> tuple[str, ...]:
     known = {"time", "attempt", "event", "step"}
     more = ", ".join(f"{key} {value}" for key, value in event.items() if key not in known and value is not None)
     step = f"step {event['step']:,}" if isinstance(event.get("step"), int) else ""
-    return clock(event["time"]), f"attempt {event['attempt']}", step, str(event["event"]), more
+    attempt = f"attempt {event['attempt']}" if event["attempt"] else ""  # submitted before the first one
+    return clock(event["time"]), attempt, step, str(event["event"]), more
 
 
 def table(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> Markup:

@@ -318,6 +318,17 @@ def test_what_was_refused_and_what_it_ran_on_stands_on_the_page(shown: Any) -> N
     assert "No image was refused" in shown(refused=[]).text
 
 
+def test_what_happened_to_the_jobs_stands_among_the_events(shown: Any) -> None:
+    submitted = {"time": 1.8e9 - 20, "attempt": 0, "event": "submitted", "job": "41", "committed": None}
+    requeued = {"time": 1.8e9 + 70, "attempt": 1, "event": "requeued", "job": "41", "reason": "bad host node1: disk"}
+    events = [submitted, *report().events, requeued]
+    told = [[cell.text for cell in row.all("td")] for row in shown(events=events).all("tr")]
+    (first,) = [row for row in told if "submitted" in row]
+    assert first[1:] == ["", "", "submitted", "job 41"]
+    (again,) = [row for row in told if "requeued" in row]
+    assert again[1:] == ["attempt 1", "", "requeued", "job 41, reason bad host node1: disk"]
+
+
 def test_a_run_that_has_nothing_yet_has_a_page_too(shown: Any) -> None:
     page = shown(rows=[], events=[], evaluation=None, crops=[], examples=[], environments=[], authors=[], refused=[])
     assert "Nothing was trained yet" in page.text
