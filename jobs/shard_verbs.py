@@ -117,8 +117,9 @@ def _file_name(url: str) -> str:
 
 
 def use_keys(site: str | None) -> None:
-    """Those of a site; without one those of the local site if it is up, else whatever the AWS chain finds."""
+    """Those of a site; without one those that the environment names, else the local site's if it is up."""
     from jobs.site import LOCAL, load_site
 
-    if site or LOCAL.exists():
+    named = any(name.startswith("AWS_") for name in os.environ)
+    if site or (LOCAL.exists() and not named):
         load_site(site or "local").activate()
