@@ -9,7 +9,6 @@ call goes on where it was.
 """
 
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -28,7 +27,7 @@ from data_shards.index import MANIFEST, REFUSED, Manifest
 from data_shards.merge import Refusal
 from data_shards.pack import PackReport, report
 from data_shards.plan import load_plans
-from data_shards.processes import unordered
+from data_shards.processes import unordered, worker_count
 from data_shards.progress import Progress, quiet
 from data_shards.shard import Row, Written, put_index, row
 from data_shards.sources import Source, list_tars
@@ -69,9 +68,9 @@ def index_shards(
     tars = [url if "://" in url else f"file://{url}" for url in list_tars(src)]
     dst.beside(tars[0].rpartition("/")[0])  # training reads them as a store: http does not do
     there = _claim(dst, {"version": VERSION, "tars": tars, "rules": rules.model_dump(include={*Rules.model_fields})})
-    cores = len(os.sched_getaffinity(0)) if len(tars) >= _WORTH_PROCESSES and not dst.url.startswith("memory:") else 1
+    workers = worker_count(workers, len(tars) if len(tars) >= _WORTH_PROCESSES else 1, dst)
     found: dict[int, Indexed] = {}
-    for number, one in unordered(partial(_index, dst, rules), list(enumerate(tars)), workers or cores):
+    for number, one in unordered(partial(_index, dst, rules), list(enumerate(tars)), workers):
         found[number] = one
         progress("tars", len(found), len(tars), refused=sum(sum(tar.refused.values()) for tar in found.values()))
     shards = [found[number] for number in range(len(tars))]

@@ -5,7 +5,6 @@ Three phases, each of which goes on where it was: the plan (data_shards.plan), t
 """
 
 import contextlib
-import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from data_shards.errors import UserError
 from data_shards.index import MANIFEST, REFUSED, Manifest
 from data_shards.merge import Refusal, merge, read_refused
 from data_shards.plan import Asked, PackSettings, Plan, load_plans, make_plan
+from data_shards.processes import worker_count
 from data_shards.progress import Progress, quiet
 from data_shards.sources import Source, SourceOptions, list_sources, metadata_schema
 from data_shards.store import Denied, Store
@@ -122,7 +122,8 @@ def prepare(
 
 def finish(dst: Store, plan: Plan, *, workers: int | None = None, progress: Progress = quiet) -> None:
     """The second and the third phase, in processes of this machine. Raises UserError as `pack` does."""
-    pack_groups(dst, plan, range(plan.groups), _worker_count(workers, plan, dst), progress)
+    workers = min(worker_count(workers, 1 + plan.sources // WORTH_A_PROCESS, dst), plan.groups)
+    pack_groups(dst, plan, range(plan.groups), workers, progress)
     merge(dst, plan)
 
 
@@ -143,13 +144,6 @@ def report(dst: Store, seconds: float, *, already_there: bool) -> PackReport:
         already_there=already_there,
         ignored=dict(sum((Counter(plan.ignored) for plan in load_plans(dst)), Counter[str]())),
     )
-
-
-def _worker_count(wanted: int | None, plan: Plan, dst: Store) -> int:
-    """How many processes pack a plan on this machine."""
-    if dst.url.startswith("memory:"):
-        return 1  # other processes have other memory
-    return min(wanted or min(len(os.sched_getaffinity(0)), 1 + plan.sources // WORTH_A_PROCESS), plan.groups)
 
 
 def _check_writable(dst: Store) -> None:

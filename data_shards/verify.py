@@ -8,7 +8,6 @@ image of those shards whose index is right. What has been read in full is noted,
 import asyncio
 import hashlib
 import json
-import os
 import tarfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,7 @@ import pyarrow.parquet as pq
 
 from data_shards.images import PILLOW_MAX_PIXELS, Refused, Rules, examine
 from data_shards.index import MANIFEST, RECORD, Manifest, ShardSet, index_path, manifest_path, shard_path, table_path
-from data_shards.processes import unordered
+from data_shards.processes import unordered, worker_count
 from data_shards.progress import Progress, quiet
 from data_shards.removed import by_shard, read_removed
 from data_shards.store import NotFound, Store
@@ -132,7 +131,7 @@ def verify(
     ]
     faults = list(_versions(store, manifest))
     quick: dict[int, str] = {}
-    for checked in _quickly(parts, _worker_count(workers, len(parts) // 500, store), progress):
+    for checked in _quickly(parts, worker_count(workers, len(parts) // 500, store), progress):
         faults += checked.faults
         if not checked.faults:
             quick[checked.number] = checked.fingerprint
@@ -142,17 +141,11 @@ def verify(
         sound = [part for part in parts if part.number in quick]
         left = [part for part in sound if noted.of(part.number, quick[part.number]) is None]
         resumed = len(sound) - len(left)
-        for checked in _fully(left, quick, _worker_count(workers, manifest.samples // 1000, store), progress):
+        for checked in _fully(left, quick, worker_count(workers, manifest.samples // 1000, store), progress):
             noted.add(checked)
         faults += [fault for part in sound for fault in noted.of(part.number, quick[part.number]) or ()]
         noted.forget()
     return VerifyReport(store.url, manifest.samples, len(parts), full, tuple(faults), resumed)
-
-
-def _worker_count(wanted: int | None, worth: int, store: Store) -> int:
-    if store.url.startswith("memory:"):
-        return 1  # other processes have other memory
-    return wanted or max(1, min(len(os.sched_getaffinity(0)), worth))  # to start one takes a second
 
 
 def _name(store: Store, manifest: Manifest) -> str:

@@ -5,27 +5,21 @@ others. A shard that two write at the same time is written twice with the same b
 committed is not done again, and what is not is done anew.
 """
 
-import contextlib
 import json
 import multiprocessing
-import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
-from data_shards.errors import UserError
 from data_shards.images import Photo, Refused, Rules, examine
 from data_shards.merge import Commit, Refusal, save_group
 from data_shards.plan import Asked, Plan
+from data_shards.processes import unordered
 from data_shards.progress import Progress, quiet
 from data_shards.shard import Written, write_shard
 from data_shards.sources import Source, read_source
@@ -33,7 +27,8 @@ from data_shards.store import NotFound, Store
 
 READERS = 8  # threads of a process that read sources
 READ_TOGETHER = 4  # sources that one of them reads before it hands them over
-TOLD_S = 0.2  # between two words about the progress
+
+Count = Callable[[int, bool], None]  # bytes of a source, and whether it was refused
 
 
 class Stopped(Exception):
@@ -43,8 +38,8 @@ class Stopped(Exception):
 class Tally:
     """What was done since the start, counted over processes: images, bytes of sources, refused."""
 
-    def __init__(self, context: Any = multiprocessing) -> None:
-        self._counts = context.Array("q", 4)
+    def __init__(self) -> None:
+        self._counts = multiprocessing.get_context("spawn").Array("q", 4)
 
     def add(self, size: int, refused: bool) -> None:
         """Raises Stopped when `stop` was called anywhere."""
@@ -59,7 +54,7 @@ class Tally:
 
     def read(self) -> tuple[int, int, int]:
         with self._counts:
-            images, size, refused, _ = self._counts
+            images, size, refused = self._counts[:3]
         return images, size, refused
 
 
@@ -68,7 +63,7 @@ def pack_groups(store: Store, plan: Plan, groups: Sequence[int], workers: int, p
 
     Raises UserError, the first that any of them met, after all have stopped.
     """
-    tally = Tally(multiprocessing.get_context("spawn"))
+    tally = Tally()
     shards = [shard for group in groups for shard in plan.group_shards(group)]
     total, done = sum(map(plan.shard_sources, shards)), _committed(store, plan, set(shards))
 
@@ -76,43 +71,38 @@ def pack_groups(store: Store, plan: Plan, groups: Sequence[int], workers: int, p
         images, size, refused = tally.read()
         progress("images", done + images, total, bytes=size, refused=refused)
 
-    with _pool(workers, partial(pack_group, store, plan, tally)) as (pool, call):
-        running = {pool.submit(call, group) for group in groups}
-        try:
-            while running:
-                tell()
-                ended, running = wait(running, timeout=TOLD_S, return_when=FIRST_COMPLETED)
-                for one in ended:
-                    one.result()
-        except BaseException:
-            tally.stop()
-            for one in running:
-                one.cancel()
-            raise
+    def count_and_tell(size: int, refused: bool) -> None:
+        tally.add(size, refused)
+        tell()
+
+    tell()
+    pack = partial(pack_group, store, plan, tally.add if workers > 1 else count_and_tell)
+    for _ in unordered(pack, groups, workers, tell, tally.stop):
+        pass
     tell()
 
 
-def pack_group(store: Store, plan: Plan, tally: Tally, group: int) -> None:
-    """Pack what is left to do of a group of shards. Raises UserError when a store fails, Stopped when told to."""
+def pack_group(store: Store, plan: Plan, count: Count, group: int) -> None:
+    """Pack what is left to do of a group of shards. Raises UserError when a store fails, and what `count` raises."""
     if store.exists(plan.summary_path(group)):
         return
     columns, parts = plan.load_sources(store, group)
     commits = (
-        _find_commit(store, plan, shard) or _pack_shard(store, plan, tally, shard, sources, columns)
+        _find_commit(store, plan, shard) or _pack_shard(store, plan, count, shard, sources, columns)
         for shard, sources in zip(plan.group_shards(group), parts, strict=True)
     )
     save_group(store, plan, group, commits)
 
 
 def _pack_shard(
-    store: Store, plan: Plan, tally: Tally, shard: int, sources: Iterable[Source], columns: pa.Schema | None
+    store: Store, plan: Plan, count: Count, shard: int, sources: Iterable[Source], columns: pa.Schema | None
 ) -> Commit:
     refused: list[Refusal] = []
 
     def accepted() -> Iterator[tuple[Source, Photo]]:
         for source, data in _read_ahead(sources, plan.asked):
             found = data if isinstance(data, Refusal) else _examine(source, data, plan.asked.settings)
-            tally.add(0 if isinstance(data, Refusal) else len(data), isinstance(found, Refusal))
+            count(0 if isinstance(data, Refusal) else len(data), isinstance(found, Refusal))
             if isinstance(found, Refusal):
                 refused.append(found)
             else:
@@ -165,42 +155,3 @@ def _committed(store: Store, plan: Plan, shards: set[int]) -> int:
     """How many sources the finished ones of these shards had."""
     listed = store.list(f"{plan.folder}/commits")
     return sum(map(plan.shard_sources, shards & {int(Path(entry.path).stem) for entry in listed}))
-
-
-@contextlib.contextmanager
-def _pool(workers: int, pack: Callable[[int], None]) -> Iterator[tuple[Executor, Callable[[int], None]]]:
-    """One worker is a thread of this process; more are processes, spawned, never forked: the store has threads."""
-    if workers == 1:
-        with ThreadPoolExecutor(1) as pool:
-            yield pool, pack
-        return
-    context = multiprocessing.get_context("spawn")
-    try:
-        with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(pack,)) as processes:
-            yield processes, _pack_here
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a packing process died, probably for want of memory; the same command goes on, with fewer workers or a "
-            "smaller max_pixels"
-        ) from error
-
-
-_here: list[Callable[[int], None]] = []  # of a process of the pool: what packs a group
-
-
-def _start(pack: Callable[[int], None]) -> None:
-    """Ctrl-C is the first process's to handle; if it dies, so does this one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _here[:] = [pack]
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-
-
-def _leave_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _pack_here(group: int) -> None:
-    _here[0](group)

@@ -16,7 +16,7 @@ import submitit
 from data_shards.errors import UserError
 from data_shards.merge import merge, unfinished
 from data_shards.plan import Plan, load_plans
-from data_shards.progress import Progress
+from data_shards.progress import Progress, quiet
 from data_shards.store import Store
 from data_shards.work import pack_groups
 from jobs import slurm
@@ -51,7 +51,7 @@ class Task(submitit.helpers.Checkpointable):
             raise
 
 
-def pack_array(site: Site, dst: Store, plan: Plan, workers: int, progress: Progress, code: Path = ROOT) -> None:
+def pack_array(site: Site, dst: Store, plan: Plan, workers: int, progress: Progress = quiet, code: Path = ROOT) -> None:
     """Pack a plan by an array of so many tasks, or follow the one that is at it; returns when the set is there.
 
     Raises UserError when SLURM refuses it, or with what the first task said that failed.

@@ -141,7 +141,7 @@ def test_a_process_that_dies_is_one_line_that_says_what_to_do(tiles: Path, tmp_p
             if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes() and what == "images":
                 os.kill(int(child), signal.SIGKILL)
 
-    with pytest.raises(UserError, match=r"a packing process died.*the same command goes on") as error:
+    with pytest.raises(UserError, match=r"a process died.*the same command goes on") as error:
         pack(tiles, Store(f"file://{tmp_path}"), SMALL, workers=2, progress=kill)
     assert "\n" not in str(error.value)
     assert pack(tiles, Store(f"file://{tmp_path}"), SMALL).samples == 180

@@ -62,7 +62,7 @@ def test_an_array_packs_the_same_bytes_as_one_process_and_goes_on_after_a_task_w
     assert done
     assert not store.exists("MANIFEST.json")
     assert prepare(tiles, store, SETTINGS) == plan
-    pack_array(site.model_copy(update={"cpus_per_rank": 2}), store, plan, 3, None)
+    pack_array(site.model_copy(update={"cpus_per_rank": 2}), store, plan, 3)
     assert {path: path.stat().st_mtime_ns for path in done} == done
     assert contents(store) == contents(straight)
     assert prepare(tiles, store, SETTINGS) is None
@@ -94,8 +94,8 @@ def test_what_stops_a_task_is_told_by_the_command_in_one_line(site: Site, tmp_pa
     path = tmp_path / "dst" / plan.group_path(0)
     path.rename(tmp_path / "aside")
     with pytest.raises(UserError, match=rf"job \d+ is over .* the same command goes on: .*{path.name}: no such file"):
-        pack_array(site, store, plan, 1, None)
+        pack_array(site, store, plan, 1)
     (tmp_path / "aside").rename(path)
-    pack_array(site, store, load_plans(store)[0], 1, None)
+    pack_array(site, store, load_plans(store)[0], 1)
     assert Manifest.load(store).samples == 20
     assert json.loads(next(Path(site.shared_dir).glob("pack-*/array.json")).read_text())["job"].isdigit()
