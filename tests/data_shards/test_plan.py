@@ -73,7 +73,7 @@ def test_a_plan_of_another_version_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_engine_without_room_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_shards.plan.MEMORY", "1KB")
+    monkeypatch.setattr("data_shards.plan.MEMORY_BYTES", 1024)
     with pytest.raises(UserError, match="sorting the sources failed; TMPDIR=") as error:
         make_plan(Store(f"memory://{tmp_path.name}"), ASKED, sources(5_000))
     assert "\n" not in str(error.value)
@@ -82,18 +82,19 @@ def test_an_engine_without_room_is_told_in_one_line(tmp_path: Path, monkeypatch:
 @pytest.mark.slow
 def test_ten_times_as_many_sources_take_no_more_memory(tmp_path: Path) -> None:
     program = """
-        import resource, sys
+        import sys
+        from pathlib import Path
         from data_shards import plan
         from data_shards.sources import Source, SourceOptions
         from data_shards.store import Store
-        plan.MEMORY = "100MB"
+        plan.MEMORY_BYTES = 100 * 2**20
         count, folder = int(sys.argv[1]), sys.argv[2]
         listed = (Source(f"/a/folder/of/images/{n}.jpg", size=100_000, name=f"{n}.jpg") for n in range(count))
         settings = plan.PackSettings(shard_bytes=100 * 2**20)
         made = plan.make_plan(Store(f"file://{folder}"), plan.Asked("a", settings, SourceOptions()), listed)
         columns, parts = made.load_sources(Store(f"file://{folder}"), 0)
         assert len(next(parts)) == made.shard_sources(0)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+        print(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) // 1024)
     """
     peaks = []
     for count in (150_000, 1_500_000):
