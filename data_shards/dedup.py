@@ -11,8 +11,7 @@ beside the lists and joined there, in as much memory as is given.
 
 import shutil
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,13 +19,11 @@ from typing import Any, ClassVar
 import duckdb
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field, PositiveInt
 
-from data_shards.duplicates import PLAIN, connect, decide
+from data_shards.duplicates import PLAIN, connect, count_rows, decide
 from data_shards.errors import UserError
-from data_shards.index import ShardSet, table_path
-from data_shards.near import count_rows
+from data_shards.index import ShardSet
 from data_shards.progress import Progress, quiet
 from data_shards.removed import read_removed
 from data_shards.section import Section
@@ -34,7 +31,6 @@ from data_shards.store import Store
 
 DUPLICATES, GROUPS, LEAKS = "duplicates.txt", "groups.parquet", "leaks.txt"
 _COLUMNS = ["size", "width", "height", "sha256", "phash"]
-_AHEAD = 16  # tables that are asked for at a time
 _ID_BITS = 36  # the lower bits of a rank are the sample's id; above them are the pixels that it lacks to 2 ** 28
 
 
@@ -134,8 +130,12 @@ def dedup(
 
 def _load(db: duckdb.DuckDBPyConnection, of: int, shards: ShardSet, progress: Progress) -> None:
     """The images of a set that are not removed, and the first id of each shard; of a sha256 the first 128 bits."""
-    removed, first = read_removed(shards).ids, 0
-    for number, rows in enumerate(_tables(shards)):
+    removed = read_removed(shards).ids
+    for number, rows in enumerate(shards.tables(_COLUMNS)):
+        if "phash" not in rows.column_names:
+            url = shards.store.url
+            raise UserError(f"{url}: was packed without perceptual hashes; make shards SRC=... DST=... packs it anew")
+        first = int(shards.starts[number])
         if rows.num_rows:
             ids = np.arange(first, first + rows.num_rows)
             gone = removed[slice(*np.searchsorted(removed, [first, first + rows.num_rows]))]
@@ -148,29 +148,7 @@ def _load(db: duckdb.DuckDBPyConnection, of: int, shards: ShardSet, progress: Pr
                     size, sha256[:32]::UUID, phash
                 FROM rows WHERE sha256 IS NOT NULL
             """)
-        first += rows.num_rows
         progress(f"tables of {shards.store.url}", number + 1, len(shards.manifest.shard_samples))
-
-
-def _tables(shards: ShardSet) -> Iterator[pa.Table]:
-    store = shards.store
-    waiting: deque[Any] = deque()
-    for number in range(len(shards.manifest.shard_samples)):
-        waiting.append(store.submit(store.read(table_path(number))))
-        if len(waiting) == _AHEAD:
-            yield _columns(store.url, waiting.popleft().result())
-    while waiting:
-        yield _columns(store.url, waiting.popleft().result())
-
-
-def _columns(url: str, data: bytes) -> pa.Table:
-    try:
-        file = pq.ParquetFile(pa.BufferReader(data))
-        if "phash" not in file.schema_arrow.names:
-            raise UserError(f"{url}: was packed without perceptual hashes; make shards SRC=... DST=... packs it anew")
-        return file.read(columns=_COLUMNS)
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{url}: one of its tables is damaged ({error}); make verify DST={url}") from error
 
 
 def _write_lists(db: duckdb.DuckDBPyConnection, work: Path) -> None:

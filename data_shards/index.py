@@ -13,12 +13,15 @@ A sample's id is its rank over all shards in their order. Shards that are indexe
 """
 
 import json
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
+from itertools import islice
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from data_shards.errors import UserError
 from data_shards.store import NotFound, Store
@@ -26,6 +29,9 @@ from data_shards.store import NotFound, Store
 FORMAT = 2
 MANIFEST = "MANIFEST.json"
 REFUSED = "refused"
+TABLES_AHEAD = 16
+
+Ints = NDArray[np.int64]
 
 # Bytes of the image itself within the tar, their CRC32C, and pixels as seen (after EXIF orientation).
 RECORD = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc32c", "<u4"), ("width", "<u4"), ("height", "<u4")])
@@ -149,7 +155,7 @@ class ShardSet:
         self.store = store
         self.manifest = manifest
         self._elsewhere: dict[str, Store] = {}
-        self._starts = np.concatenate([[0], np.cumsum(manifest.shard_samples, dtype=np.int64)])
+        self.starts = np.cumsum([0, *manifest.shard_samples], dtype=np.int64)  # the first id of each shard, then N
 
     @classmethod
     def open(cls, store: Store, layout_id: str | None = None) -> "ShardSet":
@@ -190,8 +196,14 @@ class ShardSet:
         """Shard and place in it of a sample id."""
         if not 0 <= sample < self.manifest.samples:
             raise ValueError(f"sample {sample} of a set of {self.manifest.samples}")
-        shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
-        return shard, int(sample - self._starts[shard])
+        shard, place = self.places(sample)
+        return int(shard), int(place)
+
+    def places(self, samples: ArrayLike) -> tuple[Ints, Ints]:
+        """Shards and places in them of sample ids, which are not checked."""
+        ids = np.asarray(samples, dtype=np.int64)
+        shards = np.searchsorted(self.starts, ids, side="right") - 1
+        return shards, ids - self.starts[shards]
 
     def spans(self, first_id: int, count: int) -> list[Span]:
         """Where `count` ids from `first_id` on lie, in their order; after the last id comes the first."""
@@ -208,7 +220,25 @@ class ShardSet:
     def table(self) -> Any:
         """The Parquet rows of all samples in the order of their ids, as a pyarrow Table. For small sets."""
         import pyarrow as pa
+
+        return pa.concat_tables(self.tables())
+
+    def tables(self, columns: Sequence[str] | None = None) -> Iterator[Any]:
+        """The same a shard at a time, a few of them asked for ahead; columns that a table lacks are left out.
+
+        Raises UserError when one is damaged.
+        """
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        paths = map(table_path, range(len(self.manifest.shard_samples)))
-        return pa.concat_tables([pq.read_table(pa.BufferReader(self.store.get(path))) for path in paths])
+        paths = list(map(table_path, range(len(self.manifest.shard_samples))))
+        reads = (self.store.submit(self.store.read(path)) for path in paths)
+        ahead = deque(islice(reads, TABLES_AHEAD))
+        for path in paths:
+            data = ahead.popleft().result()
+            ahead.extend(islice(reads, 1))
+            try:
+                yield pq.ParquetFile(pa.BufferReader(data)).read(columns=columns)
+            except (pa.ArrowException, OSError) as error:
+                url = self.store.url
+                raise UserError(f"{url}/{path}: is damaged ({error}); make verify DST={url}") from error

@@ -6,27 +6,25 @@ is wanted by DuckDB. Memory does not grow with the set.
 
 import re
 import tempfile
-from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from data_shards.errors import UserError
-from data_shards.index import ShardSet, table_path
+from data_shards.database import connect
+from data_shards.index import ShardSet
 from data_shards.progress import Progress, quiet
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
-MEMORY = "1GB"  # DuckDB's; what is above goes to disk
+MEMORY_BYTES = 2**30  # DuckDB's; what is above goes to disk
 SHOWN = 20  # of the lines that name nothing
-_AHEAD = 16  # tables that are asked for at a time
 _KEY = re.compile(r"(\d{6,})-(\d{6,})")
 _ROWS = pa.schema({"id": pa.int64(), "key": pa.string(), "sha256": pa.string(), "source": pa.string()})
 
@@ -43,21 +41,17 @@ class Found:
 
 def find(shards: ShardSet, lines: Iterable[str], progress: Progress = quiet) -> Found:
     """The samples that any of the lines names; each line is a key, a source or a sha256 in hex."""
-    import duckdb
-
     keys: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
     count = 0
-    with tempfile.TemporaryDirectory(prefix="farseer-find-") as folder:
-        config: dict[str, Any] = {"memory_limit": MEMORY, "temp_directory": folder}
-        with duckdb.connect(config=config) as db:
-            db.execute("CREATE TABLE wanted (line VARCHAR)")
-            named = filter(None, (line.strip() for line in lines))
-            while some := list(islice(named, 100_000)):
-                by_key, others = _by_key(shards, some)
-                keys.append(np.array(by_key, np.int64))
-                _want(db, others)
-                count += len(some)
-            ids, unknown, examples = _scan(db, shards, progress)
+    with tempfile.TemporaryDirectory(prefix="farseer-find-") as folder, connect(Path(folder), MEMORY_BYTES) as db:
+        db.execute("CREATE TABLE wanted (line VARCHAR)")
+        named = filter(None, (line.strip() for line in lines))
+        while some := list(islice(named, 100_000)):
+            by_key, others = _by_key(shards, some)
+            keys.append(np.array(by_key, np.int64))
+            _want(db, others)
+            count += len(some)
+        ids, unknown, examples = _scan(db, shards, progress)
     return Found(np.unique(np.concatenate([*keys, ids])), count, unknown, examples)
 
 
@@ -66,13 +60,12 @@ def _by_key(shards: ShardSet, lines: list[str]) -> tuple[list[int], list[str]]:
     if shards.manifest.tars:
         return [], lines
     counts = shards.manifest.shard_samples
-    starts = np.cumsum([0, *counts])
     ids, others = [], []
     for line in lines:
         match = _KEY.fullmatch(line)
         shard, place = (int(match[1]), int(match[2])) if match else (len(counts), 0)
         if shard < len(counts) and place < counts[shard]:
-            ids.append(int(starts[shard]) + place)
+            ids.append(int(shards.starts[shard]) + place)
         else:
             others.append(line)
     return ids, others
@@ -106,25 +99,8 @@ def _scan(
 
 
 def _rows(shards: ShardSet, progress: Progress) -> Iterator[pa.RecordBatch]:
-    total, first = len(shards.manifest.shard_samples), 0
-    for number, data in enumerate(_tables(shards)):
-        try:
-            table = pq.read_table(pa.BufferReader(data), columns=_ROWS.names[1:])
-        except pa.ArrowInvalid as error:
-            url = shards.store.url
-            raise UserError(f"{url}/{table_path(number)}: is damaged ({error}); make verify DST={url}") from error
+    for number, table in enumerate(shards.tables(_ROWS.names[1:])):
+        first = shards.starts[number]
         ids = pa.array(np.arange(first, first + table.num_rows))
         yield from table.add_column(0, "id", ids).cast(_ROWS).to_batches()
-        first += table.num_rows
-        progress("tables", number + 1, total)
-
-
-def _tables(shards: ShardSet) -> Iterator[bytes]:
-    """The shards' Parquet objects in their order, asked for a few at a time."""
-    waiting: deque[Any] = deque()
-    for number in range(len(shards.manifest.shard_samples)):
-        waiting.append(shards.store.submit(shards.store.read(table_path(number))))
-        if len(waiting) == _AHEAD:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+        progress("tables", number + 1, len(shards.manifest.shard_samples))

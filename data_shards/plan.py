@@ -2,7 +2,7 @@
 
     DST/plans/1/PLAN.json                 put last: with it, the plan exists; appending makes plan 2
     DST/plans/1/<identity>/0000.parquet   the sources of a group of shards in their order, one row group a shard
-    DST/plans/1/commits/000012.json       a finished shard (data_shards.packing)
+    DST/plans/1/commits/000012.json       a finished shard (data_shards.work)
     DST/plans/1/groups/0000.json          a finished group of shards (data_shards.merge)
 
 The sources are listed once. A keyed permutation of their ranks puts neighbours of the listing far apart; DuckDB sorts
@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import NonNegativeInt, PositiveInt
 
+from data_shards.database import connect
 from data_shards.errors import UserError
 from data_shards.images import Refused, Rules, examine
 from data_shards.permutation import MAX_SIZE, Permutation
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 PLAN_VERSION = 2
 MOST_GROUPS = 1000  # so many objects the last merge reads at most
-MEMORY = "1GB"  # of the engine that sorts; what is above goes to disk
+MEMORY_BYTES = 2**30  # of the engine that sorts; what is above goes to disk
 BATCH = 16_384  # sources
 SAMPLE = 64  # sources that are looked at where the listing does not tell what will be stored
 USUAL_BYTES = 100_000  # of an image, where none of those is accepted
@@ -214,13 +215,8 @@ def _database(folder: Path) -> Iterator["duckdb.DuckDBPyConnection"]:
     """Raises UserError for what the engine complains of: its disk is full, or its memory too small."""
     import duckdb
 
-    options: dict[str, Any] = {
-        "memory_limit": MEMORY,
-        "temp_directory": str(folder / "spill"),
-        "preserve_insertion_order": False,
-    }
     try:
-        with duckdb.connect(str(folder / "listed.db"), config=options) as database:
+        with connect(folder, MEMORY_BYTES) as database:
             yield database
     except duckdb.Error as error:
         text = " ".join(str(error).split())

@@ -129,17 +129,14 @@ def remove(
 
 def by_shard(shards: ShardSet, ids: Ids) -> Iterator[tuple[int, Ids]]:
     """The shards that have some of these samples, which are sorted, with their places there."""
-    starts = np.cumsum([0, *shards.manifest.shard_samples])
-    shard = np.searchsorted(starts, ids, side="right") - 1
+    shard, place = shards.places(ids)
     for number in np.unique(shard).tolist():
-        yield number, ids[shard == number] - starts[number]
+        yield number, place[shard == number]
 
 
 def _write(shards: ShardSet, ids: Ids) -> str:
     """Add a list with these samples; returns its path."""
-    starts = np.cumsum([0, *shards.manifest.shard_samples])
-    shard = np.searchsorted(starts, ids, side="right") - 1
-    pairs = zip(shard.tolist(), (ids - starts[shard]).tolist(), strict=True)
+    pairs = zip(*(numbers.tolist() for numbers in shards.places(ids)), strict=True)
     data = "".join(f"{sample_key(*pair)}\n" for pair in pairs).encode()
     for number in count(len(shards.store.list(FOLDER)) + 1):
         try:
@@ -167,8 +164,8 @@ def _ids(shards: ShardSet, path: str) -> Ids:
     except pa.ArrowInvalid as error:
         raise UserError(f"{shards.store.url}/{path}: is no list of keys ({error}); put the right one there") from None
     shard, place = rows["shard"].to_numpy(), rows["place"].to_numpy()
-    counts = np.array(shards.manifest.shard_samples, np.int64)
-    known = shard < len(counts)
-    if (place[known] >= counts[shard[known]]).any():
+    known = shard < len(shards.manifest.shard_samples)
+    ids = shards.starts[shard[known]] + place[known]
+    if (ids >= shards.starts[shard[known] + 1]).any():
         raise UserError(f"{shards.store.url}/{path}: names places that no shard has; put the right list there")
-    return np.asarray((np.cumsum(counts) - counts)[shard[known]] + place[known])
+    return np.asarray(ids)

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 
 from bench.dedup import apart, changes, distances
 from data_shards.dedup import DedupReport, DedupSettings, dedup
+from data_shards.duplicates import find_pairs, masks
 from data_shards.errors import UserError
 from data_shards.index import Manifest, sample_key, table_path
-from data_shards.near import find_pairs, masks
 from data_shards.store import Store
 from jobs.cli import main
 from tests.photos import photographs
@@ -301,7 +301,7 @@ def test_a_bad_option_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_what_a_killed_one_left_is_cleared_away_and_lists_are_replaced(tmp_path: Path) -> None:
     (tmp_path / ".working").mkdir()
-    (tmp_path / ".working" / "images.duckdb").write_bytes(b"torn")
+    (tmp_path / ".working" / "work.duckdb").write_bytes(b"torn")
     (tmp_path / "duplicates.txt").write_text("000009-000009\n")
     found = dedup(stored([[Row(photo_hashes(1)[0], 1)] * 2]), tmp_path)
     assert listed(found) == ["000000-000001"]

@@ -1,0 +1,20 @@
+"""DuckDB for what does not fit into memory: so much of it, and a folder for the rest."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import duckdb
+
+
+def connect(folder: Path, memory_bytes: int) -> "duckdb.DuckDBPyConnection":
+    """An empty database in a folder of its own; to be closed, or used in `with`."""
+    import duckdb  # not for those who only read a set
+
+    options: dict[str, Any] = {
+        "memory_limit": f"{memory_bytes // 2**10}KiB",
+        "temp_directory": str(folder / "spilled"),
+        "preserve_insertion_order": False,  # else rows are kept in memory until all are there
+        "autoinstall_known_extensions": False,  # nodes may have no internet
+    }
+    return duckdb.connect(str(folder / "work.duckdb"), config=options)
