@@ -33,7 +33,10 @@ def suspects(start: Start, failures: Sequence[Failure]) -> dict[str, str]:
     Those that a rank names (silent in a hang); else the one whose rank left first, without a word of its own: who can
     say what went wrong is not the one that broke.
     """
-    named = {host: str(failure) for failure in reversed(failures) for host in failure.suspects}
+    named: dict[str, str] = {}
+    for failure in failures:
+        if failure.host not in named:  # who stood still, and wakes up as all are ended, finds the others silent
+            named |= {host: str(failure) for host in failure.suspects if host not in named}
     left = last_words(start)
     spoke = {failure.host for failure in failures}
     if named or left is None or left[0] in spoke:
@@ -68,5 +71,5 @@ _KINDS = (
     ("store", r"s3://|not committed|did not answer"),
     ("not finite", r"not finite|nan\b"),
     ("collective", r"gloo|nccl|connection (closed|reset)|timed out"),
-    ("node", r"node failure|Bus error|CUDA error|ECC|uncorrectable"),
+    ("node", r"bad host|node failure|Bus error|CUDA error|ECC|uncorrectable"),
 )

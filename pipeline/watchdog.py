@@ -132,7 +132,8 @@ class Watchdog:
     def _beat(self) -> None:
         self._number += 1
         patience = self._patience.get(self._at, 0.0)
-        beat = Beat(self._number, os.uname().nodename, self._step, self._at, patience)
+        host = os.environ.get("SLURMD_NODENAME") or os.uname().nodename  # SLURM's name: it is told to keep off it
+        beat = Beat(self._number, host, self._step, self._at, patience)
         with suppress(OSError):  # a full disk ends nothing; others may then call this rank silent if training hangs
             self._folder.mkdir(parents=True, exist_ok=True)
             beside = self._path(self._rank).with_suffix(f".{os.getpid()}")

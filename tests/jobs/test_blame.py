@@ -38,6 +38,15 @@ def test_silent_hosts_are_suspect_then_the_one_that_left_without_a_word(start: S
     assert suspects(start, [failure("node2")]) == {}  # it could say what went wrong
 
 
+def test_a_host_that_was_named_and_wakes_up_blames_no_other(start: Start) -> None:
+    told = suspects(start, [failure("node1", "node2"), failure("node2", "node1"), failure("node3", "node2")])
+    assert told == {"node2": "rank 0 on node1: gloo"}
+
+
+def test_all_hosts_that_say_of_themselves_that_they_are_bad_are_suspect_the_first_one_first(start: Start) -> None:
+    assert list(suspects(start, [failure("node3", "node3"), failure("node1", "node1")])) == ["node3", "node1"]
+
+
 def test_a_host_to_blame_twice_stays_out_until_it_is_forgotten(tmp_path: Path) -> None:
     assert excluded(tmp_path, 12) == []
     for run, hosts in (("a", {"node2": "x"}), ("b", {"node2": "y", "node3": "z"}), ("c", {})):
@@ -60,6 +69,7 @@ def test_a_host_to_blame_twice_stays_out_until_it_is_forgotten(tmp_path: Path) -
         ("s3://runs/x: the store did not answer", "store"),
         ("RuntimeError: [gloo] Connection closed by peer", "collective"),
         ("RuntimeError: CUDA error: uncorrectable ECC error", "node"),
+        ("rank 0 on node1: bad host node1: its clock is +90 s from the store's", "node"),
         ("something else", "unknown"),
     ],
 )
