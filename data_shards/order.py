@@ -33,7 +33,7 @@ from numpy.typing import ArrayLike
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from data_shards.errors import UserError
-from data_shards.fit import around, divisors, either, refuse
+from data_shards.order_limits import around, divisors, either, refuse
 from data_shards.permutation import ROUNDS, Ints, Permutation, Permutations, mix, words
 from data_shards.section import Section
 from data_shards.shares import Schedule, schedule, whole_shares

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from data_shards.fit import divisors
 from data_shards.order import Order
+from data_shards.order_limits import divisors
 from data_shards.store import Store
 from jobs import estimate
 from jobs.estimate import Duration, Speed
