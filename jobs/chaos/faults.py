@@ -7,9 +7,10 @@ brings back what of the machine itself a fault took away.
 import os
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from data_shards.errors import UserError
@@ -126,11 +127,9 @@ def disk_full(trial: Trial) -> str:
     """No room for the next save on the node's disk."""
     if trial.scene.disk is None:
         raise UserError("no small disk is mounted (that takes root)")
-    moment, filler = _now(trial), trial.scene.disk / "filler"
-    try:  # again and again: a save that arrives in the store gives its room back
-        trial.wait(lambda: _filled(filler) and _told(trial, "save failed"), "a full disk")
-    finally:
-        filler.unlink(missing_ok=True)
+    moment = _now(trial)
+    with _full(trial.scene.disk):
+        trial.wait(lambda: _told(trial, "save failed"), "a full disk")
     return moment
 
 
@@ -222,11 +221,25 @@ def _name(process: Process) -> str:
     return ""
 
 
-def _filled(path: Path) -> bool:
-    """Take all the room that is left, on a file system that is small and our own."""
-    if not path.parent.is_mount():
-        raise UserError(f"{path.parent}: the small disk is gone; it must not be this machine's own that is filled")
-    with suppress(OSError), path.open("ab", buffering=0) as file:
-        while True:
-            file.write(bytes(4096))
-    return True
+@contextmanager
+def _full(disk: Path) -> Iterator[None]:
+    """Take all the room of a small file system of our own, also what a save that has arrived gives back."""
+    if not disk.is_mount():
+        raise UserError(f"{disk}: the small disk is gone; it must not be this machine's own that is filled")
+    over, filler = threading.Event(), disk / "filler"
+    thread = threading.Thread(target=_fill, args=(filler, over), name="filler", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        filler.unlink(missing_ok=True)
+
+
+def _fill(filler: Path, over: threading.Event) -> None:
+    with filler.open("wb", buffering=0) as file:
+        while not over.wait(0.0005):
+            with suppress(OSError):
+                while True:
+                    file.write(bytes(4096))
