@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar, Literal
 
-import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from data_shards.exif import jpeg_segments, orientation, without_exif
-from data_shards.phash import perceptual_hash
+from data_shards.phash import eight_bits, perceptual_hash
 from data_shards.section import Section
 
 # What Pillow calls a format, and the extension that stands for it in a shard. MPO: a JPEG with more pictures behind it.
@@ -143,10 +142,8 @@ def _target(image: Image.Image, rules: Rules) -> str | None:
 
 def _encoded(image: Image.Image, kind: str) -> bytes:
     """Without any metadata; the same bytes each time with one version of Pillow."""
-    if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     out = io.BytesIO()
-    clean = image.convert("RGB")
+    clean = eight_bits(image).convert("RGB")
     clean.info = {}
     clean.save(out, kind, **({"quality": JPEG_QUALITY} if kind == "JPEG" else {}))
     return out.getvalue()

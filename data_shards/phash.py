@@ -6,19 +6,10 @@ So 32 of the 64 bits are set; fewer mean that frequencies are equal, which they 
 
 import imagehash
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 _SIDE = 32  # what phash would bring an image to, slower
 _ORIENTATION = 0x0112
-_TURN = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 def perceptual_hash(image: Image.Image) -> int:
@@ -28,13 +19,13 @@ def perceptual_hash(image: Image.Image) -> int:
     Two distances between photographs are even numbers. The same versions of Pillow and scipy give the same hash.
     """
     # 2: what is left for the filter after whole pixels were averaged; a third of the time, and the bits stay
-    small = _grey(image).resize((_SIDE, _SIDE), Image.Resampling.LANCZOS, reducing_gap=2)
-    turn = _TURN.get(image.getexif().get(_ORIENTATION, 1))
-    bits = imagehash.phash(small if turn is None else small.transpose(turn)).hash
+    small = eight_bits(image).convert("L").resize((_SIDE, _SIDE), Image.Resampling.LANCZOS, reducing_gap=2)
+    small.info = {}  # what else the file says need not be whole
+    small.getexif()[_ORIENTATION] = image.getexif().get(_ORIENTATION, 1)
+    bits = imagehash.phash(ImageOps.exif_transpose(small)).hash
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 
-def _grey(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("L")
+def eight_bits(image: Image.Image) -> Image.Image:
+    """An image of 16 bits, which Pillow would cut off at 255, by its upper ones; others as they are."""
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if image.mode.startswith("I") else image
