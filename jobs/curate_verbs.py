@@ -1,26 +1,19 @@
 """The verbs for images that must leave: remove, seen, compact. Each imports what it needs when it is called."""
 
 import argparse
-import json
-import os
 from typing import Any
 
 from jobs.run_verbs import newest_job, run_option
-from jobs.shard_verbs import use_keys
-from jobs.verbs import add_verb, json_option, progress, say, site_option
+from jobs.shard_verbs import add_set_verb, use_keys
+from jobs.verbs import add_verb, json_option, progress, say_found, site_option
 
 
 def curate_verbs(verbs: Any) -> None:
-    removing = add_verb(verbs, "remove", remove, "never show these images again, from each run's next start on")
-    removing.add_argument("target", metavar="DST", help="the set: s3://bucket/folder")
+    removing = add_set_verb(verbs, "remove", remove, "never show these images again, from each run's next start on")
     removing.add_argument("list", metavar="LIST", help="a file of keys, sources or sha256, one a line; - is stdin")
     removing.add_argument("--ignore-unknown", action="store_true", help="lines that name no image are only counted")
     removing.add_argument("--force", action="store_true", help="also more than 5 %% of the set")
-    compacting = add_verb(verbs, "compact", compact, "erase the bytes of removed images from a set, in place")
-    compacting.add_argument("target", metavar="DST", help="the set: s3://bucket/folder")
-    for options in (removing, compacting):
-        options.add_argument("--site", default=os.environ.get("SITE"), help="whose keys; by default local, if it is up")
-        json_option(options)
+    add_set_verb(verbs, "compact", compact, "erase the bytes of removed images from a set, in place")
     asking = run_option(add_verb(verbs, "seen", seen, "whether a run has learnt from an image, and at which steps"))
     asking.add_argument("image", metavar="KEY", help="its key, the name of its source, or its sha256")
     site_option(asking)
@@ -28,7 +21,6 @@ def curate_verbs(verbs: Any) -> None:
 
 
 def remove(options: argparse.Namespace) -> int:
-    from dataclasses import asdict
     from pathlib import Path
 
     from data_shards.errors import UserError
@@ -45,28 +37,24 @@ def remove(options: argparse.Namespace) -> int:
             report = add(shards, lines, **how, progress=progress())
     except OSError as error:
         raise UserError(f"LIST={path}: {error.strerror}; give a file of keys, sources or sha256, one a line") from None
-    say(json.dumps(asdict(report), indent=2) if options.json else report.summary())
+    say_found(options, report, [report.summary()])
     return 0
 
 
 def compact(options: argparse.Namespace) -> int:
-    from dataclasses import asdict
-
     from data_shards.compact import compact as erase
     from data_shards.store import Store
 
     use_keys(options.site)
     report = erase(Store(options.target), progress())
-    say(json.dumps(asdict(report), indent=2) if options.json else report.summary())
+    say_found(options, report, [report.summary()])
     return 0
 
 
 def seen(options: argparse.Namespace) -> int:
-    from dataclasses import asdict
-
     from data_shards.store import Store
     from pipeline.seen import seen as look
 
     found = look(Store(newest_job(options).store), options.image, progress())
-    say(*([json.dumps(asdict(found), indent=2)] if options.json else found.lines()))
+    say_found(options, found, found.lines())
     return 0

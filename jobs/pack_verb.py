@@ -1,14 +1,13 @@
 """`farseer shards`: packing on this machine, or over the nodes of a cluster."""
 
 import argparse
-import json
 import os
 import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from data_shards.errors import UserError
-from jobs.verbs import add_verb, json_option, progress, say
+from jobs.verbs import add_verb, json_option, progress, say_found
 
 if TYPE_CHECKING:
     from data_shards.pack import PackSettings, SourceOptions
@@ -43,11 +42,8 @@ def shards(options: argparse.Namespace) -> int:
     if plan is not None:
         _pack(options, dst, plan)
     found = report(dst, time.monotonic() - start, already_there=plan is None)
-    if options.json:
-        say(json.dumps(asdict(found), indent=2))
-    else:
-        more = "" if not found.already_there or options.append else "; APPEND=1 adds what SRC has got since"
-        say(*found.refused_lines(), f"{found.url}: {found.summary()}{more}")
+    more = "" if not found.already_there or options.append else "; APPEND=1 adds what SRC has got since"
+    say_found(options, found, [*found.refused_lines(), f"{found.url}: {found.summary()}{more}"])
     return 0
 
 
@@ -59,10 +55,8 @@ def _in_place(options: argparse.Namespace, settings: "PackSettings") -> int:
         raise UserError("IN_PLACE=1 indexes tars as they are: leave out APPEND=1 and DALI_INDEX=1")
     store = Store(options.target)
     report, about = index_shards(options.source, store, settings, progress=progress(), workers=options.workers)
-    if options.json:
-        say(json.dumps({**asdict(report), "about": about}, indent=2))
-    else:
-        say(*report.refused_lines(), f"{report.url}: {report.summary()}", about)
+    lines = [*report.refused_lines(), f"{report.url}: {report.summary()}", about]
+    say_found(options, {**asdict(report), "about": about}, lines)
     return 0
 
 

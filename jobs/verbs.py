@@ -1,11 +1,13 @@
 """What every verb of the program is made of: its options, what it says, and how it shows that it goes on."""
 
 import argparse
+import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, is_dataclass
 from typing import Any, TextIO
 
 Verb = Callable[[argparse.Namespace], int]
@@ -95,6 +97,12 @@ def table(head: Sequence[str], rows: Any) -> list[str]:
     lines = [list(head), *map(list, rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+
+
+def say_found(options: argparse.Namespace, found: Any, lines: Iterable[str]) -> None:
+    """With --json what was found (a dataclass, or a dictionary), else lines for people."""
+    values = asdict(found) if is_dataclass(found) and not isinstance(found, type) else found
+    say(*([json.dumps(values, indent=2)] if options.json else lines))
 
 
 def say(*lines: str) -> None:
