@@ -7,7 +7,7 @@ sample is damaged. Nothing here knows of steps, lanes or batches. Everything run
 import asyncio
 import contextlib
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -25,6 +25,11 @@ BLOCK_RECORDS = (
 )
 BLOCKS = 64  # are kept
 BLOCK = 512  # bytes, of which a tar is made
+HEDGE_LOOK_S = 0.5  # how often a request that is not answered is looked at: none is hedged sooner
+HEDGE_TIMES = 2.0  # the 95th percentile of the last requests of its kind, and a second one is asked for
+HEDGE_KNOWN = 10  # requests of its kind, at least
+HEDGE_SHARE = 0.05  # of all requests at most are second ones: a store that is overloaded is not asked for much more
+LARGE = 2**20  # bytes; a request of so many is of another kind than one for a piece of an index
 
 
 class Payload(NamedTuple):
@@ -49,8 +54,16 @@ EMPTY = Damage("its place is empty")  # the sample was removed and its bytes are
 class Fetcher:
     """Fetches samples by id. Counts what it asked the store for; the store's counters have what went over the wire."""
 
-    def __init__(self, shards: ShardSet, range_bytes: int, retry_seconds: float, cache: Cache | None = None) -> None:
+    def __init__(
+        self,
+        shards: ShardSet,
+        range_bytes: int,
+        retry_seconds: float,
+        cache: Cache | None = None,
+        hedge: bool = False,
+    ) -> None:
         self.requests = self.in_flight = self.retries = 0
+        self.hedged = 0  # requests for what another was asked for already
         self.bytes_read = 0  # from the store
         self.cache_hits = self.cache_misses = 0  # ranges that were there whole, and those that were not
         self.cache_bytes = 0  # read from there
@@ -58,6 +71,8 @@ class Fetcher:
         self._shards = shards
         self._range_bytes = range_bytes
         self._retry_seconds = retry_seconds
+        self._hedge = hedge
+        self._took: dict[bool, deque[float]] = {large: deque(maxlen=100) for large in (False, True)}  # seconds
         self._blocks: OrderedDict[tuple[int, int], asyncio.Task[bytes]] = OrderedDict()
 
     async def samples(self, first_id: int, count: int) -> list[Fetched]:
@@ -208,10 +223,8 @@ class Fetcher:
         """A range, asked for until `retry_seconds` are over; the store itself asks again within its own limit."""
         begun = time.monotonic()
         while True:
-            self.requests += 1
-            self.in_flight += 1
             try:
-                data: bytes = await store.read(path, start, end)
+                data = await self._soonest(store, path, start, end)
             except Unavailable:
                 if time.monotonic() - begun >= self._retry_seconds:
                     raise
@@ -219,9 +232,40 @@ class Fetcher:
             else:
                 self.bytes_read += len(data)
                 return data
-            finally:
-                self.in_flight -= 1
             await asyncio.sleep(min(1.0, self._retry_seconds / 10))
+
+    async def _soonest(self, store: Store, path: str, start: int, end: int) -> bytes:
+        """A range, by one request, or by a second one too when the first takes far longer than those before it."""
+        took, begun = self._took[end - start >= LARGE], time.monotonic()
+        asked, pending = 1, {asyncio.ensure_future(self._ask(store, path, start, end))}
+        try:
+            while True:
+                look = HEDGE_LOOK_S if self._hedge and asked == 1 else None
+                done, pending = await asyncio.wait(pending, timeout=look, return_when=asyncio.FIRST_COMPLETED)
+                for task in sorted(done, key=lambda task: task.exception() is not None):
+                    if not (pending and task.exception()):  # the last one's error is the range's
+                        if asked == 1:
+                            took.append(time.monotonic() - begun)
+                        return task.result()
+                if not done and self._late(time.monotonic() - begun, took):
+                    self.hedged, asked = self.hedged + 1, 2
+                    pending.add(asyncio.ensure_future(self._ask(store, path, start, end)))
+        finally:
+            for task in pending:
+                task.cancel()
+
+    def _late(self, seconds: float, took: deque[float]) -> bool:
+        """Whether a request has taken so long that a second one is worth it, and there are few enough of these."""
+        known = len(took) >= HEDGE_KNOWN and self.hedged < HEDGE_SHARE * self.requests
+        return known and seconds > HEDGE_TIMES * sorted(took)[int(0.95 * len(took))]
+
+    async def _ask(self, store: Store, path: str, start: int, end: int) -> bytes:
+        self.requests += 1
+        self.in_flight += 1
+        try:
+            return await store.read(path, start, end)
+        finally:
+            self.in_flight -= 1
 
 
 def emptied(record: Record) -> bool:

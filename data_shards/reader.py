@@ -41,6 +41,7 @@ class ReaderSettings(Section):
     cache_bytes: PositiveInt = 100 * 2**30  # of that disk, about
     range_bytes: PositiveInt = 12 * 2**20  # of one request at most; a chunk of about 8 MiB is one
     connections: PositiveInt = 16  # requests at the same time
+    hedge: bool = True  # a second request for a range that takes far longer than others; at most one in twenty
     retry_seconds: NonNegativeFloat = 600.0  # how long a store that does not answer is asked again
     max_bad_fraction: float = Field(0.01, ge=0, le=1)  # of the samples served (counted as 1,000 at first); 0: none
 
@@ -133,7 +134,7 @@ class Reader:
         self._workers: list[asyncio.Task[None]] = []
         self._calls: set[Future[Any]] = set()
         cache = Cache(Path(settings.cache_dir), settings.cache_bytes) if settings.cache_dir else None
-        self._fetcher = Fetcher(shards, settings.range_bytes, settings.retry_seconds, cache)
+        self._fetcher = Fetcher(shards, settings.range_bytes, settings.retry_seconds, cache, settings.hedge)
         self._store_retries = shards.store.counters.retries
         self._wait(self._start())
 
@@ -157,12 +158,13 @@ class Reader:
     def counters(self) -> dict[str, float]:
         """Since the start: seconds that `batch` waited, requests, bytes, retries, samples, what the cache had.
 
-        And at present: windows, bytes held, requests in flight.
+        `hedged`: second requests for what another was slow to give. And at present: windows, bytes held, in flight.
         """
         return {
             "bytes_read": self._fetcher.bytes_read,
             "requests": self._fetcher.requests,
             "retries": self._fetcher.retries + self._shards.store.counters.retries - self._store_retries,
+            "hedged": self._fetcher.hedged,
             "wait_s": self._wait_s,
             "served": self._served,
             "replaced": self._replaced,

@@ -58,6 +58,9 @@ class Wire:
         with contextlib.suppress(OSError):  # closed
             while True:
                 client, _ = self.listener.accept()
+                if self.gone:  # a close does not end an accept that waits
+                    client.close()
+                    return
                 self._sockets.append(client)
                 threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 

@@ -234,6 +234,7 @@ def test_a_chunk_is_one_request_as_long_as_it_is_not_over_range_bytes(photos: Ph
     order = Order(160, 8, 5, 4, 16, 7, "layout")
     reader = opened(order)
     drain(reader, range(10))
+    reader.close()  # what it reads ahead is not the other's
     whole = [end - start for path, start, end in photos.store.reads if path.endswith(".tar")]
     photos.store.reads.clear()
     small = opened(order, range_bytes=2500)
@@ -665,4 +666,5 @@ def test_processes_share_a_cache_that_is_too_small_for_them(photos: Photos, tmp_
     for child in children:
         child.join(60)
     assert [child.exitcode for child in children] == [0, 0, 0]
-    assert 0 < sum(path.stat().st_size for path in tmp_path.rglob("*.bytes")) <= 45_000
+    held = sum(path.stat().st_size for path in tmp_path.rglob("*.bytes"))
+    assert 0 < held <= 40_000 + 3 * 12_000  # each may have ended between keeping a range and making room for it

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from data_shards.fetch import HEDGE_SHARE
 from data_shards.reader import Reader
 from data_shards.store import Denied, Unavailable
 from tests.proxy import Wire
@@ -81,11 +82,32 @@ def test_an_answer_that_stalls_is_given_up_at_the_attempts_deadline_and_asked_fo
     url: str, wire: Wire, samples: list[bytes], fault: str
 ) -> None:
     wire.delay_s = 60.0
-    with disturbed(wire, url, ["", fault, ""] * 3, retry_seconds=12.0) as reader:  # attempts of 3 s
+    with disturbed(wire, url, ["", fault, ""] * 3, retry_seconds=12.0, hedge=False) as reader:  # attempts of 3 s
         for step in STEPS:
             check(reader.batch(step), step, samples)
         assert reader.bad == []
         assert reader.counters["retries"] >= 2
+
+
+@pytest.mark.parametrize("fault", ["late", "slow", "silence"])
+def test_a_second_request_brings_what_a_stalled_one_does_not(
+    url: str, wire: Wire, samples: list[bytes], fault: str
+) -> None:
+    wire.delay_s = 300.0  # an attempt is given up after 30 s, and then counts as a retry
+    with disturbed(wire, url, [""] * 50 + [fault], retry_seconds=600.0) as reader:
+        for step in STEPS:
+            check(reader.batch(step), step, samples)
+        assert reader.counters["hedged"] == 1
+        assert reader.counters["retries"] == 0
+        assert reader.bad == []
+
+
+def test_few_requests_have_a_second_one_however_many_stall(url: str, wire: Wire, samples: list[bytes]) -> None:
+    wire.delay_s = 3.0
+    with disturbed(wire, url, [""] * 50 + ["late"] * 30) as reader:
+        for step in STEPS:
+            check(reader.batch(step), step, samples)
+        assert 1 <= reader.counters["hedged"] <= 1 + HEDGE_SHARE * reader.counters["requests"]
 
 
 def test_a_server_that_is_gone_ends_the_reading_within_its_time_in_one_line_and_no_sample_is_bad(
