@@ -92,13 +92,15 @@ def hung(trial: Trial) -> str:
 
 
 def killed_while(what: str, there: Callable[[Trial], bool]) -> Fault:
-    """All ranks die as soon as a save is that far."""
+    """All ranks die as soon as a save is that far; a slow store makes the moment long enough to be met."""
 
     def fault(trial: Trial) -> str:
         trial.somewhere()
+        trial.scene.proxy.mode = "slow"
         trial.wait(lambda: there(trial), what)
         moment = _now(trial, wait=False)
         trial.hit(trial.ranks(), signal.SIGKILL)
+        trial.scene.proxy.mode = "pass"
         return f"{moment}, {what}"
 
     return fault
