@@ -82,11 +82,11 @@ def test_an_answer_that_stalls_is_given_up_at_the_attempts_deadline_and_asked_fo
     url: str, wire: Wire, samples: list[bytes], fault: str
 ) -> None:
     wire.delay_s = 60.0
-    with disturbed(wire, url, ["", fault, ""] * 3, retry_seconds=12.0, hedge=False) as reader:  # attempts of 3 s
+    with disturbed(wire, url, ["", fault, ""] * 4, retry_seconds=12.0, hedge=False) as reader:  # attempts of 3 s
         for step in STEPS:
             check(reader.batch(step), step, samples)
         assert reader.bad == []
-        assert reader.counters["retries"] >= 2
+        assert reader.counters["retries"] >= 1  # a piece of an index is too short to be slow
 
 
 @pytest.mark.parametrize("fault", ["late", "slow", "silence"])
