@@ -27,12 +27,14 @@ class StepSums:
     loss: int  # fixed point; see `mean_loss`
     not_finite: int
     replaced: int
-    bytes_read: int  # this and the next five: of this step
+    bytes_read: int  # this and the next seven: of this step
     requests: int
     retries: int
+    hedged: int
     cache_hits: int
     cache_misses: int
     cache_bytes: int
+    decode_mismatch: int
     in_flight: int  # this and the next: at present
     held_bytes: int
     preempted: int

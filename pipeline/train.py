@@ -37,8 +37,9 @@ from pipeline.watchdog import Hang, Watchdog
 from pipeline.weights import fill, parse
 
 Outcome = Literal["finished", "preempted", "terminated", "cancelled"]
-READ = ("bytes_read", "requests", "retries", "cache_hits", "cache_misses", "cache_bytes")  # counters of the reader
-READING = ("in_flight", "held_bytes")  # what it is doing
+# Counters of reader and loader, of a step, and what the reader is doing.
+READ = ("bytes_read", "requests", "retries", "hedged", "cache_hits", "cache_misses", "cache_bytes", "decode_mismatch")
+READING = ("in_flight", "held_bytes")
 SKIPS_ALLOWED = 3  # steps in a row whose gradients are not finite
 SAVE_S = 300.0  # a save that stops training for longer hangs
 

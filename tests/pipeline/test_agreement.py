@@ -40,6 +40,8 @@ def two_steps(rank: int) -> tuple[list[StepSums | None], str]:
             cache_hits=rank,
             cache_misses=0,
             cache_bytes=0,
+            hedged=0,
+            decode_mismatch=0,
             in_flight=16,
             held_bytes=2**50,
             preempted=0,
