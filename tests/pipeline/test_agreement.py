@@ -40,8 +40,8 @@ def two_steps(rank: int) -> tuple[list[StepSums | None], str]:
             cache_hits=rank,
             cache_misses=0,
             cache_bytes=0,
-            hedged=0,
-            decode_mismatch=0,
+            hedged=1,
+            decode_mismatch=rank,
             in_flight=16,
             held_bytes=2**50,
             preempted=0,
@@ -63,7 +63,7 @@ def test_both_ranks_read_the_same_sums_one_step_later_and_none_is_dropped_in_sil
     assert nothing is None
     assert end is None
     # hashes modulo 2^64
-    assert astuple(one) == (-2, 1, fixed_point(11.75), 0, 1, 2**41 + 1, 10, 6, 1, 0, 0, 32, 2**51, 0, 0)
+    assert astuple(one) == (-2, 1, fixed_point(11.75), 0, 1, 2**41 + 1, 10, 6, 2, 1, 0, 0, 1, 32, 2**51, 0, 0)
     assert one.mean_loss(2) == 5.875
     assert (two.preempted, two.terminated, two.not_finite) == (1, 0, 1)
     assert two.mean_loss(2) is None
