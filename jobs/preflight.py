@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pipeline.config import Config
 
 WRITE_BYTES = 4 * 2**20  # to the disk for local saves
-ROOM_BYTES = 2**30  # less there is an alarm and no error: a save that finds no room goes straight to the store
+ROOM_BYTES = 2**30  # less there is an alarm and no error: a save that finds no room is left out, and told
 CLOCK_S = 60.0  # from the store's; whole events would be told in another order
 ANSWER_S = 90.0  # a store that others reach answers within; one may be away for a minute just after they asked
 SIDE = 256  # of the matrices: exact in every format that multiplies
