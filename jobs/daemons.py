@@ -29,14 +29,27 @@ class Process:
     def of(cls, pid: int) -> "Process | None":
         """The process that has this id now; None when there is none or only a zombie."""
         try:
-            # The name, in brackets, may hold spaces and brackets itself: what counts comes after the last one.
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            fields = _stat(pid)
         except (FileNotFoundError, ProcessLookupError):
             return None
         return None if fields[0] in "ZX" else cls(pid, int(fields[19]))
 
     def running(self) -> bool:
         return Process.of(self.pid) == self
+
+    def name(self) -> str:
+        """The name of its program; empty when it is gone."""
+        try:
+            return Path(f"/proc/{self.pid}/comm").read_text().strip()
+        except OSError:
+            return ""
+
+    def parent(self) -> "Process | None":
+        """The process that started it, or took it over; None when one of them is gone."""
+        try:
+            return Process.of(int(_stat(self.pid)[1]))
+        except OSError:
+            return None
 
     def environment(self) -> dict[str, str]:
         """The environment that it was started with; empty when it is gone or another user's."""
@@ -45,6 +58,12 @@ class Process:
         except OSError:
             return {}
         return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the third on, the state. Raises OSError when there is no such process."""
+    # The name, in brackets, may hold spaces and brackets itself: what counts comes after the last one.
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def spawn(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Process:

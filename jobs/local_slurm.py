@@ -242,16 +242,9 @@ def _leftovers(directory: Path) -> list[Process]:
         if process is None or process.pid == os.getpid():
             continue
         variables = process.environment()
-        if variables.get("SLURM_CONF") == conf and ("SLURM_JOB_ID" in variables or _name(process) == "slurmstepd"):
+        if variables.get("SLURM_CONF") == conf and ("SLURM_JOB_ID" in variables or process.name() == "slurmstepd"):
             found.append(process)
     return found
-
-
-def _name(process: Process) -> str:
-    try:
-        return Path(f"/proc/{process.pid}/comm").read_text().strip()
-    except OSError:
-        return ""
 
 
 def _environment(directory: Path) -> dict[str, str]:

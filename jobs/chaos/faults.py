@@ -205,22 +205,9 @@ def _of_node(trial: Trial, node: str) -> list[Process]:
         process = Process.of(int(entry.name)) if entry.name.isdigit() else None
         if process is None or process.environment().get("SLURMD_NODENAME") != node:
             continue
-        parent = _parent(process)
-        found += [process, *([parent] if parent and _name(parent) == "slurmstepd" else [])]
+        parent = process.parent()
+        found += [process, *([parent] if parent and parent.name() == "slurmstepd" else [])]
     return found
-
-
-def _parent(process: Process) -> Process | None:
-    with suppress(OSError):
-        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-        return Process.of(int(fields[1]))
-    return None
-
-
-def _name(process: Process) -> str:
-    with suppress(OSError):
-        return Path(f"/proc/{process.pid}/comm").read_text().strip()
-    return ""
 
 
 @contextmanager
