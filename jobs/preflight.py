@@ -49,7 +49,7 @@ def preflight(start: Start, store: str, config: "Config", local_rank: int, gpus:
         try_gpu(local_rank, gpus)
     if local_rank:
         return
-    local = Path(config.checkpoint.local_dir or start.run_dir / "checkpoints")
+    local = config.checkpoint.folder(start.run_dir)
     try_disk(local, start)
     try_store(store, start, config.reader.retry_seconds)
     ahead = try_clock(store)

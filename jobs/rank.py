@@ -17,7 +17,7 @@ from data_shards.store import Store
 from jobs import slurm
 from jobs.preflight import preflight
 from jobs.stamps import stamp_output
-from jobs.start import Start
+from jobs.start import Start, this_host
 from jobs.supervise import publish
 
 LEAVE_S = 15  # of the time between signal and end, for what follows the last save
@@ -52,6 +52,7 @@ def run(config: dict[str, Any], store: str, signal_delay_s: int, gpus: int = 0) 
             world_size=here.num_tasks,
             master_addr=os.environ["MASTER_ADDR"],
             master_port=int(os.environ["MASTER_PORT"]),
+            host=this_host(),
             stop_budget_s=max(1.0, signal_delay_s - LEAVE_S),
             requeue=(lambda: requeue(start)) if rank == 0 else None,
             hung=lambda hang: _fail(start, rank, hang),

@@ -38,6 +38,10 @@ class CheckpointSettings(Section):
     force: bool = False  # go on although the config differs from the one that the run began with
     affects_results: ClassVar[bool] = False
 
+    def folder(self, run_dir: Path) -> Path:
+        """Where ranks keep their saves until they are sent. run_dir: the run's folder on the shared disk."""
+        return Path(self.local_dir or run_dir / "checkpoints")
+
 
 class NotCommitted(UserError):
     """The last save did not reach the store in time. It is on the nodes' disks, and the next start sends it."""

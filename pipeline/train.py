@@ -11,7 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -56,6 +56,7 @@ class Launch:
     world_size: int
     master_addr: str
     master_port: int
+    host: str = ""  # by which the launcher knows this machine, and can keep off it
     stop_budget_s: float = 60.0  # from the signal to the end: save, upload, commit
     requeue: Callable[[], None] | None = field(default=None, compare=False)
     hung: Callable[[Hang], None] | None = field(default=None, compare=False)  # must end the process; in a thread
@@ -72,7 +73,9 @@ def run_rank(config: Config, launch: Launch) -> Outcome:
     torch.set_num_threads(config.efficiency.torch_threads)
     _join(config, launch)
     try:
-        return Session(config, launch, request).train()
+        session = Session(config, launch, request)
+        with closing(session.watchdog):
+            return session.train()
     finally:
         dist.destroy_process_group()
 
@@ -113,7 +116,7 @@ class Session:
         self.watchdog = self._watched()
         self.checkpoints = Checkpointer(
             self.store,
-            Path(self.config.checkpoint.local_dir or Path(launch.run_dir) / "checkpoints"),
+            self.config.checkpoint.folder(Path(launch.run_dir)),
             attempt=self.run.attempt,
             fingerprint=self.record.fingerprint,  # not the config's: FORCE=1 goes on under another one
             rank=launch.rank,
@@ -134,13 +137,11 @@ class Session:
             self._event("finished", step=start)
             if self.launch.rank == 0:
                 self.run.upload()
-            self.watchdog.close()
             return "finished"
         module = SwAV(self.config, self.lanes, self.launch.rank, self.launch.world_size, self.steps)
         quarantine = {int(sample) for sample, *_ in found.extra["quarantine"]} if found else set()
         self._tell_of_removed(found)
         with ExitStack() as opened:
-            opened.callback(self.watchdog.close)
             reader = Reader(self.shards, self.order, self.lanes, start, self.config.reader, quarantine, self.removed)
             opened.callback(reader.close)
             loader = Loader(reader, self.config.augment, self.config.data.seed, start, self.steps, self.config.loader)
@@ -169,8 +170,9 @@ class Session:
     def _watched(self) -> Watchdog:
         """The patience that each thing has of itself: a store that is away is asked again, and is no hang."""
         patience = {"data": self.config.reader.retry_seconds, "save": SAVE_S, "leave": self.launch.stop_budget_s}
-        ranks = (self.launch.rank, self.launch.world_size)
-        return Watchdog(self.run.local, *ranks, self.config.watchdog, patience, self.launch.hung or _leave_hung)
+        launch, leave = self.launch, self.launch.hung or _leave_hung
+        host = launch.host or os.uname().nodename
+        return Watchdog(self.run.local, launch.rank, launch.world_size, host, self.config.watchdog, patience, leave)
 
     def _tell_of_removed(self, found: Found | None) -> None:
         """A start that replaces removed images says so, and one that does not go on with the list that it had."""

@@ -62,8 +62,8 @@ class Hang(Exception):
 class Watchdog:
     """Watches over this rank until `close`. `leave` is called in a thread with a Hang; it must end the process.
 
-    folder: of this attempt, on the disk that all ranks share. patience: what a rank may be at besides "step", and for
-    how many seconds; `now` takes these names.
+    folder: of this attempt, on the disk that all ranks share. host: by which this rank's machine is named to others.
+    patience: what a rank may be at besides "step", and for how many seconds; `now` takes these names.
     """
 
     def __init__(
@@ -71,11 +71,13 @@ class Watchdog:
         folder: Path,
         rank: int,
         world_size: int,
+        host: str,
         settings: WatchdogSettings,
         patience: dict[str, float],
         leave: Callable[[Hang], None],
     ) -> None:
         self._folder, self._rank, self._world_size, self._settings = folder, rank, world_size, settings
+        self._host = host
         self._patience, self._leave = {**patience, "start": settings.start_s}, leave
         self._step, self._at = 0, "start"
         self._moved = time.monotonic()
@@ -132,8 +134,7 @@ class Watchdog:
     def _beat(self) -> None:
         self._number += 1
         patience = self._patience.get(self._at, 0.0)
-        host = os.environ.get("SLURMD_NODENAME") or os.uname().nodename  # SLURM's name: it is told to keep off it
-        beat = Beat(self._number, host, self._step, self._at, patience)
+        beat = Beat(self._number, self._host, self._step, self._at, patience)
         with suppress(OSError):  # a full disk ends nothing; others may then call this rank silent if training hangs
             self._folder.mkdir(parents=True, exist_ok=True)
             beside = self._path(self._rank).with_suffix(f".{os.getpid()}")

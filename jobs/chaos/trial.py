@@ -62,7 +62,7 @@ class Trial:
     @property
     def local(self) -> Path:
         """Where its ranks keep saves until they are sent."""
-        return Path(self.scene.config.checkpoint.local_dir or self.run_dir / "checkpoints")
+        return self.scene.config.checkpoint.folder(self.run_dir)
 
     def somewhere(self) -> str:
         """Wait for a step drawn from the middle of the run; returns it in words, as the moment of the fault."""

@@ -12,13 +12,14 @@ from pathlib import Path
 import jobs.site
 
 CONFIG = """
+from pathlib import Path
 from types import SimpleNamespace
 
 
 class Config(dict):
     @property
     def checkpoint(self):
-        return SimpleNamespace(local_dir=self.get("local_dir"))
+        return SimpleNamespace(folder=lambda run_dir: Path(self.get("local_dir") or run_dir / "checkpoints"))
 
     @property
     def reader(self):
@@ -48,6 +49,7 @@ class Launch:
     master_addr: str
     master_port: int
     stop_budget_s: float = 60.0
+    host: str = ""
     requeue: Callable[[], None] | None = None
     hung: Callable[[Exception], None] | None = None
 

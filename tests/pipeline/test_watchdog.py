@@ -25,7 +25,7 @@ class Watched:
             return lambda hang: self.hangs.setdefault(rank, hang) and None
 
         self.dogs = [
-            Watchdog(self.folder, rank, world_size, settings, {"data": patience}, note(rank))
+            Watchdog(self.folder, rank, world_size, f"host{rank}", settings, {"data": patience}, note(rank))
             for rank in range(world_size)
         ]
         return self.dogs
