@@ -6,6 +6,7 @@ submitit pickles `run` by its name, so it is imported from the run's snapshot, n
 import os
 import signal
 import sys
+import time
 import traceback
 from types import FrameType
 from typing import Any, NoReturn
@@ -14,13 +15,14 @@ import submitit
 
 from data_shards.errors import UserError
 from data_shards.store import Store
-from jobs import slurm
+from jobs import blame, slurm
 from jobs.preflight import preflight
 from jobs.stamps import stamp_output
 from jobs.start import Start, this_host
 from jobs.supervise import publish
 
 LEAVE_S = 15  # of the time between signal and end, for what follows the last save
+WITNESS_S = 3.0  # whom another rank left lets it be the first to be gone: it is the one to blame
 
 
 def run(config: dict[str, Any], store: str, signal_delay_s: int, gpus: int = 0) -> str:
@@ -105,4 +107,6 @@ def _fail(start: Start, rank: int, error: Exception) -> NoReturn:
         traceback.print_exception(error)
     sys.stdout.flush()
     sys.stderr.flush()
+    if blame.kind(str(error)) == "collective":
+        time.sleep(WITNESS_S)
     os._exit(error.exit_code if isinstance(error, UserError) else 1)

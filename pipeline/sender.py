@@ -125,7 +125,7 @@ class Sender:
             name = snapshot.first_not_finite(tensors)
             if name is not None:
                 raise Refused(f"{save.place.path}: {name} holds a value that is not finite")
-            save.folder.mkdir(parents=True, exist_ok=True)
+            _make(save.folder)
             path = save.folder / f"rank-{save.part.rank}.safetensors"
             snapshot.write(tensors, path)
             part = replace(save.part, files=(File.of(path),))
@@ -253,6 +253,14 @@ def _write_whole(path: Path, data: bytes) -> None:
     partial = path.with_suffix(".partial")
     partial.write_bytes(data)
     partial.replace(path)
+
+
+def _make(folder: Path) -> None:
+    """Again as often as another rank of this node removes the parent, which was empty, before this one is in it."""
+    for _ in range(1000):
+        with suppress(FileNotFoundError):
+            return folder.mkdir(parents=True, exist_ok=True)
+    raise FileNotFoundError(f"{folder}: removed as often as it was made")
 
 
 def _remove(folder: Path) -> None:

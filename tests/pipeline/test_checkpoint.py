@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from data_shards.errors import UserError
 from data_shards.store import Store, StoreError, Unavailable
+from pipeline import sender
 from pipeline.checkpoint import Checkpointer, CheckpointSettings
 from pipeline.commit import File, Manifest, Part
 from pipeline.weights import point
@@ -537,6 +538,26 @@ def test_a_damaged_leftover_is_not_sent(tmp_path: Path) -> None:
     assert later.found_step() == 1
     assert "has sha256" in later.line("leftover damaged")
     assert not leftover.exists()
+
+
+def test_a_rank_makes_its_folder_while_another_one_removes_the_empty_parent(tmp_path: Path) -> None:
+    mine, other = tmp_path / "step-000000001-a1" / "rank-0", tmp_path / "step-000000001-a1" / "rank-1"
+    over = threading.Event()
+
+    def remove_again_and_again() -> None:
+        while not over.is_set():
+            sender._remove(other)
+
+    thread = threading.Thread(target=remove_again_and_again)
+    thread.start()
+    try:
+        for _ in range(2000):
+            sender._make(mine)
+            assert mine.is_dir()
+            mine.rmdir()
+    finally:
+        over.set()
+        thread.join()
 
 
 LANES = 4

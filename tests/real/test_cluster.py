@@ -152,7 +152,7 @@ def test_stopping_ends_the_jobs_and_all_that_they_started(tmp_path: Path) -> Non
     try:
         run_on(slurm, "sbatch", "-N2", f"-o{tmp_path}/out", "--wrap", "srun sh -c 'trap : TERM; sleep 600; sleep 600'")
         assert daemons.wait_until(lambda: len(local_slurm._leftovers(tmp_path)) >= 8, 60)
-        stepd = next(p for p in local_slurm._leftovers(tmp_path) if local_slurm._name(p) == "slurmstepd")
+        stepd = next(p for p in local_slurm._leftovers(tmp_path) if p.name() == "slurmstepd")
         os.kill(stepd.pid, signal.SIGKILL)  # its tasks have no parent now
     finally:
         slurm.stop()

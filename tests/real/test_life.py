@@ -15,8 +15,10 @@ from jobs import cluster, runs
 from jobs.chaos.campaign import DATA, DISK_FAULT, attempt, reference, scene
 from jobs.chaos.faults import FAULTS, hung
 from jobs.chaos.trial import Scene, Trial
+from jobs.daemons import wait_until
 from jobs.local_slurm import PACKAGES
 from jobs.site import ROOT
+from jobs.start import RankRecord
 from pipeline.config import load
 from pipeline.run import read_events
 from tests.conftest import kept_environment
@@ -57,7 +59,8 @@ def test_whatever_happens_the_run_ends_as_the_undisturbed_one(
 def test_a_hang_is_told_by_the_name_of_the_silent_rank_with_the_stacks_of_the_others(stage: Scene) -> None:
     trial = Trial(stage, "hang", seed=1)
     hung(trial)
-    (stopped,) = [record for record in trial.ranks() if _is_stopped(record.pid)]
+    assert wait_until(lambda: bool(_stopped(trial)), 10)  # a signal takes effect a little later than it is sent
+    (stopped,) = _stopped(trial)
     trial.finish()
     (requeued,) = [event for event in runs.history(trial.run_dir) if event["event"] == "requeued"]
     assert f"silent: rank {stopped.rank} on {stopped.host}" in requeued["reason"]
@@ -102,5 +105,5 @@ def test_of_two_attempts_alive_at_once_the_older_one_stops_and_harms_nothing(
     )
 
 
-def _is_stopped(pid: int) -> bool:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+def _stopped(trial: Trial) -> list[RankRecord]:
+    return [r for r in trial.ranks() if Path(f"/proc/{r.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"]
