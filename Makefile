@@ -103,8 +103,8 @@ resume: .venv/stamp ## go on with a run that exists, under its own config (RUN=)
 	@$(FARSEER) resume $(run_option) $(site_option)
 
 .PHONY: status
-status: .venv/stamp ## all runs: how far, how fast, what to look at (WATCH=1, JSON=1)
-	@$(FARSEER) status $(site_option) $(call flag,JSON,json) $(call flag,WATCH,watch)
+status: .venv/stamp ## all runs: how far, how fast, what to look at (WATCH=1, JSON=1, STORE=s3://bucket/folder)
+	@$(FARSEER) status $(site_option) $(if $(STORE),--store "$(STORE)") $(call flag,JSON,json) $(call flag,WATCH,watch)
 
 .PHONY: doctor
 doctor: .venv/stamp ## what SITE= can do of what CONF= asks: ok, or what to do (PROBE=1: from its nodes)

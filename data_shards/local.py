@@ -83,6 +83,10 @@ class Folder:
                     found.append(Entry(path.as_posix()[1:], path.stat().st_size))
         return found, None
 
+    async def folders(self, folder: str, more: str | None) -> tuple[list[str], str | None]:
+        place = Path("/", folder)
+        return [path.name for path in place.iterdir() if path.is_dir()] if place.is_dir() else [], None
+
     async def delete(self, keys: list[str]) -> None:
         for key in keys:
             with _named(key):
@@ -172,6 +176,11 @@ class Memory:
             return [], None
         found = self._files.find(f"/{folder}", detail=True)
         return [Entry(name.lstrip("/"), info["size"]) for name, info in found.items()], None
+
+    async def folders(self, folder: str, more: str | None) -> tuple[list[str], str | None]:
+        below = f"{folder}/" if folder else ""
+        found = (entry.path.removeprefix(below) for entry in (await self.find(folder, None))[0])
+        return [name for name, deeper, _ in (path.partition("/") for path in found) if deeper], None
 
     async def delete(self, keys: list[str]) -> None:
         for key in keys:

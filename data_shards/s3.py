@@ -186,10 +186,18 @@ class S3:
     async def find(self, folder: str, more: str | None) -> tuple[list[Entry], str | None]:
         """A page of a listing, the first or the one that `more` stands for, and what stands for the next."""
         prefix = f"{folder}/" if folder else ""
-        ask = partial(self._call, "list_objects_v2", Prefix=prefix, **({"ContinuationToken": more} if more else {}))
-        page = await self._tried(ask, folder, patient=True)
-        found = [Entry(item["Key"], item["Size"]) for item in page.get("Contents", []) if item["Key"] != prefix]
-        return found, page["NextContinuationToken"] if page.get("IsTruncated") else None
+        page, more = await self._page(folder, more, Prefix=prefix)
+        return [Entry(item["Key"], item["Size"]) for item in page.get("Contents", []) if item["Key"] != prefix], more
+
+    async def folders(self, folder: str, more: str | None) -> tuple[list[str], str | None]:
+        prefix = f"{folder}/" if folder else ""
+        page, more = await self._page(folder, more, Prefix=prefix, Delimiter="/")
+        return [item["Prefix"][len(prefix) : -1] for item in page.get("CommonPrefixes", [])], more
+
+    async def _page(self, folder: str, more: str | None, **which: str) -> tuple[dict[str, Any], str | None]:
+        where = {**which, "ContinuationToken": more} if more else which
+        page = await self._tried(partial(self._call, "list_objects_v2", **where), folder, patient=True)
+        return page, page["NextContinuationToken"] if page.get("IsTruncated") else None
 
     async def delete(self, keys: list[str]) -> None:
         for start in range(0, len(keys), 1000):  # S3's limit

@@ -90,6 +90,7 @@ class Backend(Protocol):
     async def download(self, key: str, local: Path) -> None: ...
     async def size(self, key: str) -> int: ...
     async def find(self, folder: str, more: str | None) -> tuple[list[Entry], str | None]: ...
+    async def folders(self, folder: str, more: str | None) -> tuple[list[str], str | None]: ...
     async def delete(self, keys: list[str]) -> None: ...
     async def abandon(self, folder: str) -> int: ...
     async def check(self) -> None: ...
@@ -105,7 +106,7 @@ class Store:
 
     def __init__(self, url: str, *, retry_seconds: float = 60.0, connections: int = 16) -> None:
         scheme, separator, rest = url.partition("://")
-        usable = {"s3": rest.strip("/") != "", "file": rest.startswith("/"), "memory": True}
+        usable = {"s3": rest[:1] not in ("", "/"), "file": rest.startswith("/"), "memory": True}
         if not separator or not usable.get(scheme):
             raise StoreError(f"{url}: not the url of a store; s3://bucket/folder, file:///folder or memory://folder is")
         self._options = (retry_seconds, connections)
@@ -199,6 +200,16 @@ class Store:
             yield from (Entry(entry.path[cut:], entry.size) for entry in found)
             if more is None:
                 return
+
+    def folders(self, prefix: str = "") -> tuple[str, ...]:
+        """Names of the folders right below the folder `prefix`, sorted; what they hold is not listed."""
+        names: set[str] = set()
+        more = None
+        while True:
+            found, more = self._wait(self._backend.folders(self._key(prefix), more))
+            names.update(found)
+            if more is None:
+                return tuple(sorted(names))
 
     def delete(self, paths: Iterable[str]) -> None:
         """Remove objects; what is not there already is no error."""

@@ -23,8 +23,8 @@ from jobs.submit import submit
 from pipeline.config import Config, load
 from pipeline.evaluate.run import evaluate_run
 from pipeline.evaluate.table import Evaluation
+from pipeline.journal import read_events, read_metrics
 from pipeline.report.run import report_run
-from pipeline.run import read_events, read_metrics
 
 VAR = ROOT / "var"
 STAGES = 6

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from pipeline.config import Config
 
 WATCH_S = 2.0
+STORE_S = 30.0  # between two looks at the runs of other sites
+NO_RUNS = "no runs in {}; make submit CONF=... RUN=... starts one, STORE=s3://bucket/folder shows those of a store"
 
 
 def run_verbs(verbs: Any) -> None:
@@ -32,6 +34,7 @@ def run_verbs(verbs: Any) -> None:
     site_option(options)
     json_option(options)
     options.add_argument("--watch", action="store_true", help="show it anew every two seconds")
+    options.add_argument("--store", action="append", default=[], help="a folder of runs, such as s3://runs, to look at")
     options = add_verb(verbs, "doctor", doctor, "whether a site can do what a run asks of it: ok, or what to do")
     _plan_options(options)
     options.add_argument("--probe", action="store_true", help="look from the nodes too, by a job of 20 seconds")
@@ -96,22 +99,26 @@ def resume(options: argparse.Namespace) -> int:
 def status(options: argparse.Namespace) -> int:
     from dataclasses import asdict
 
+    from jobs.elsewhere import elsewhere, stores_of
     from jobs.runs import statuses
     from jobs.site import load_site
 
     site = load_site(options.site)
     site.activate()
+    asked, others, complaints = -STORE_S, list["Status"](), list[str]()
     while True:
-        found = statuses(site)
+        if time.monotonic() - asked >= STORE_S:
+            others, complaints = elsewhere(site, options.store or stores_of(site))
+            asked = time.monotonic()
+        found = [*statuses(site), *others]
         if options.json:
             say(json.dumps([asdict(one) for one in found], indent=2))
             return 0
-        lines = table(HEAD, map(_row, found)) if found else []
-        lines = lines or [f"no runs in {site.shared_dir}; make submit CONF=... RUN=... starts one"]
+        lines = table(HEAD, map(_row, found)) if found else [NO_RUNS.format(site.shared_dir)]
         if not options.watch:
-            say(*lines)
+            say(*lines, *complaints)
             return 0
-        say("\x1b[H\x1b[2J" + f"{time.strftime('%H:%M:%S')}, {len(found)} runs of SITE={site.name}", *lines)
+        say("\x1b[H\x1b[2J" + f"{time.strftime('%H:%M:%S')}, {len(found)} runs", *lines, *complaints)
         time.sleep(WATCH_S)
 
 

@@ -1,6 +1,7 @@
 """Runs and their jobs as the user meets them: what runs, how far it is, stopping it.
 
-Reads the shared disk and asks SLURM once; the store is not asked, so it stays quick however many runs there are.
+Reads the shared disk and asks SLURM once, so it stays quick however many runs there are. What runs at other sites only
+the store tells: jobs.elsewhere.
 """
 
 import json
@@ -27,6 +28,7 @@ LAST_BYTES = 4 * 1024  # of an older one's: the last is in them
 READERS = 16  # folders read at the same time: a shared disk is slow to answer, not slow
 STILL_S = 60.0  # without a step, or so many medians if that is longer: worth a look
 MEDIANS = 20
+NOT_SAVED = ("save failed", "save refused", "save delayed")  # events, until the next "committed"
 WAITS = 0.3  # of the time for data: worth a look
 
 
@@ -147,36 +149,42 @@ def status(job: Job, queue: Sequence[slurm.Queued] | None = None) -> Status:
         queue = [] if job.local else slurm.queue()
     entry = next((entry for entry in queue if entry.job == job.id), None)
     told, rows, ends = history(job.run_dir), *_rows(job.run_dir)
-    row = rows[-1] if rows else {}
-    result, run = row.get("result", {}), row.get("run", {})
     word = state(job, queue)
-    words = _in_words(job, word)
-    step, steps = result.get("step"), _latest(told, "steps")
+    found = summary(job.run, _in_words(job, word), told, rows, job=job.id, nodes=_nodes(job, entry))
+    good = goodput(told, ends, time.time() if word == "RUNNING" else None)
+    return replace(found, goodput=good, look=_where_to_look(found, entry, told, rows))
+
+
+def summary(run: str, words: str, told: Sequence[Row], rows: Sequence[Row], *, job: str, nodes: str) -> Status:
+    """What a run's events and its last rows say of it. words: its state."""
+    result, spent = (rows[-1]["result"], rows[-1]["run"]) if rows else ({}, {})
+    step, steps, now = result.get("step"), _latest(told, "steps"), time.time()
     commits = [event for event in told if event["event"] == "committed"]
-    committed, now = _latest(commits, "step"), time.time()
-    step_s = statistics.median(row["run"].get("step_s", 0.0) for row in rows) if rows else None
-    ago = now - run["time"] if "time" in run else None
-    running = word == "RUNNING"
-    found = Status(
-        run=job.run,
+    committed = _latest(commits, "step")
+    to_go = (steps - step) * _step_s(rows) if words == "running" and steps and step is not None else None
+    return Status(
+        run=run,
         state=words,
-        job=job.id,
-        nodes=_nodes(job, entry),
+        job=job,
+        nodes=nodes,
         step=step,
         steps=steps,
         loss=result.get("loss"),
-        images_s=run.get("images_s"),
-        wait=run["wait_s"] / run["step_s"] if run.get("step_s") else None,
-        left_s=(steps - step) * step_s if running and step_s and steps and step is not None else None,
+        images_s=spent.get("images_s"),
+        wait=spent["wait_s"] / spent["step_s"] if spent.get("step_s") else None,
+        left_s=to_go or None,
         committed=committed,
         committed_ago_s=now - commits[-1]["time"] if commits else None,
         at_risk=None if step is None else step - min(step, committed or 0),
         starts=sum(event["event"] in ("started", "resumed") for event in told),
-        goodput=goodput(told, ends, now if running else None),
-        seconds_ago=ago,
+        goodput=None,
+        seconds_ago=now - spent["time"] if "time" in spent else None,
         look="",
     )
-    return replace(found, look=_where_to_look(found, entry, told, step_s or 0.0))
+
+
+def _step_s(rows: Sequence[Row]) -> float:
+    return statistics.median(row["run"].get("step_s", 0.0) for row in rows) if rows else 0.0
 
 
 def history(run_dir: Path) -> list[dict[str, Any]]:
@@ -212,7 +220,7 @@ def _nodes(job: Job, entry: slurm.Queued | None) -> str:
     return "here" if job.local else entry.nodes if entry is not None else ""
 
 
-def _where_to_look(one: Status, entry: slurm.Queued | None, told: Sequence[Row], step_s: float) -> str:
+def _where_to_look(one: Status, entry: slurm.Queued | None, told: Sequence[Row], rows: Sequence[Row]) -> str:
     """The most urgent thing, in words; empty when all is well."""
     state, _, reason = one.state.removesuffix(")").partition(" (")
     if state != "running":
@@ -221,14 +229,23 @@ def _where_to_look(one: Status, entry: slurm.Queued | None, told: Sequence[Row],
         ways |= {"failed": f"{reason}; make logs RUN={one.run}", "cancelled": f"{again} goes on"}
         return ways.get(state, reason)
     still_s = min([one.seconds_ago or 0.0, *(time.time() - event["time"] for event in told[-1:])])
-    if still_s > max(STILL_S, MEDIANS * step_s):
+    if still_s > max(STILL_S, MEDIANS * _step_s(rows)):
         return f"no step for {still_s / 60:.0f} min: make logs RUN={one.run}"
-    alarm = next((event for event in reversed(told) if event["event"] in ("alarm", "resumed", "started")), None)
-    if alarm is not None and alarm["event"] == "alarm":
-        return str(alarm["reason"])
+    if (trouble := troubled(told)) is not None:
+        return trouble
     if one.wait is not None and one.wait > WAITS:
         return f"waits for data {one.wait:.0%} of the time: reader.connections, cpus_per_rank"
     return ""
+
+
+def troubled(told: Sequence[Row]) -> str | None:
+    """The last alarm of this start, or the last save if it has not arrived, in words."""
+    this_start = next((i for i in reversed(range(len(told))) if told[i]["event"] in ("started", "resumed")), 0)
+    since = told[this_start:]
+    save = next((event for event in reversed(since) if event["event"] in ("committed", *NOT_SAVED)), None)
+    if save is not None and save["event"] in NOT_SAVED:
+        return f"{save['event']}: {save['reason']}"
+    return next((str(event["reason"]) for event in reversed(since) if event["event"] == "alarm"), None)
 
 
 def _latest(told: Sequence[dict[str, Any]], key: str) -> Any:

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from pydantic import PositiveFloat, PositiveInt
 
 from data_shards.section import Section
+from pipeline.journal import json_lines
 
 if TYPE_CHECKING:  # pipeline.run reads a config, of which the settings below are a section
     from pipeline.run import Run
@@ -190,8 +191,6 @@ class WandbRows:
 
     def _missed(self, first: int) -> list[dict[str, Any]]:
         """Rows of earlier attempts between the last step sent and `first`, in order; a later attempt's counts."""
-        from pipeline.run import json_lines
-
         rows: dict[int, dict[str, Any]] = {}
         if self._sent + 1 < first:
             folders = self._run.local.parent.glob("a[0-9]*")

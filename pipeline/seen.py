@@ -19,7 +19,8 @@ from data_shards.removed import Removed, read_removed
 from data_shards.store import Store
 from pipeline import commit
 from pipeline.config import differences, parse
-from pipeline.run import Record, open_data, read_config, read_events, read_record
+from pipeline.journal import read_events
+from pipeline.run import Record, open_data, read_config, read_record
 
 
 @dataclass(frozen=True)

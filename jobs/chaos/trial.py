@@ -20,7 +20,7 @@ from jobs.runs import Job
 from jobs.site import Site
 from jobs.start import RankRecord, attempt_files, read_lines
 from pipeline.config import Config
-from pipeline.run import read_metrics
+from pipeline.journal import read_metrics
 
 DEADLINE_S = 420.0  # of a trial: several starts on a busy machine
 POLL_S = 0.02

@@ -16,12 +16,13 @@ from pipeline.evaluate.table import Evaluation, Neighbours
 from pipeline.evaluate.tiles import Tiles
 from pipeline.evaluate.views import render_distorted
 from pipeline.goodput import goodput
+from pipeline.journal import read_attempts, read_events, read_metrics
 from pipeline.loader import LoaderSettings, render
 from pipeline.report.data import Example, Neighbour, Refusal, ReportData
 from pipeline.report.figures import duration, percent, times
 from pipeline.report.page import write_report
 from pipeline.report.pictures import crop_strips, picture, thumbnail
-from pipeline.run import Record, open_data, read_attempts, read_config, read_events, read_metrics, read_record
+from pipeline.run import Record, open_data, read_config, read_record
 
 SHOWN = 8  # images whose crops are shown
 

@@ -75,6 +75,14 @@ def test_a_listing_has_all_depths_sorted_relative_to_the_url_and_no_neighbours(s
     assert store.list("c") == []
 
 
+def test_the_folders_right_below_are_named_once_each_and_without_what_they_hold(store: Store) -> None:
+    for path in ("b/1", "b/deep/2", "a/x/3", "file", "c-d/4"):
+        store.put(path, b"x")
+    assert store.folders() == ("a", "b", "c-d")
+    assert store.folders("b") == ("deep",)
+    assert store.folders("nowhere") == ()
+
+
 def test_a_deeper_store_is_the_same_place_and_counts_together(store: Store) -> None:
     store.at("b").at("c").put("d", b"123")
     assert store.get("b/c/d") == b"123"
@@ -120,7 +128,7 @@ def test_a_forked_child_reads_and_the_parent_goes_on(store: Store) -> None:
     assert store.get("a") == b"1"
 
 
-@pytest.mark.parametrize("url", ["", "shards", "/shards", "s3://", "ftp://host/x", "file://relative/x"])
+@pytest.mark.parametrize("url", ["", "shards", "/shards", "s3://", "s3:///shards", "ftp://host/x", "file://relative/x"])
 def test_what_is_not_a_stores_url_is_refused_with_the_forms_that_are(url: str) -> None:
     with pytest.raises(UserError, match="s3://bucket/folder, file:///folder"):
         Store(url)

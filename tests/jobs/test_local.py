@@ -14,7 +14,7 @@ from jobs.launch import launch
 from jobs.runs import Job
 from jobs.site import Site
 from jobs.start import Start, events
-from pipeline.run import read_events
+from pipeline.journal import read_events
 from tests.jobs import stand_in
 
 pytestmark = pytest.mark.slow

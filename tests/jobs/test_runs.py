@@ -113,6 +113,16 @@ def test_the_last_column_says_where_to_look(job):
     assert status(job, []).look == "rank 0 on node1: RuntimeError: f(x); make logs RUN=first"
 
 
+def test_a_save_that_has_not_arrived_is_shown_until_one_has(job):
+    now = time.time()
+    rows = [(step, now - 9 + step) for step in range(1, 9)]
+    failed = {"time": now - 2, "event": "save failed", "step": 5, "reason": "[Errno 28] No space left on device"}
+    attempt(job, 1, 0, rows, failed)
+    assert status(job, queued("RUNNING")).look == "save failed: [Errno 28] No space left on device"
+    attempt(job, 1, 0, rows, failed, {"time": now - 1, "event": "committed", "step": 8})
+    assert status(job, queued("RUNNING")).look == ""
+
+
 def test_all_runs_cost_one_question_to_slurm(tmp_path, site, monkeypatch):
     for number in range(30):
         job = Job(f"run{number:02d}", tmp_path / f"run{number:02d}", "file:///x", str(number))

@@ -8,7 +8,7 @@ from data_shards.store import Store
 from jobs import supervise
 from jobs.start import Failure, Outcome, Start, cancel_marker, events, note
 from jobs.supervise import Decision, after, before, committed_step, decide, publish, stalled_starts
-from pipeline.run import read_events
+from pipeline.journal import read_events
 
 CRASH = Failure(1, "node2", 2.0, "RuntimeError: gloo", "Traceback ...", None)
 MENDABLE = Failure(0, "node1", 1.0, "conf/x.yaml: data.lanes: 3", "", 2)

@@ -17,8 +17,9 @@ import pytest
 from data_shards.store import Store
 from jobs.rank import LEAVE_S
 from pipeline import monitor as monitor_module
+from pipeline.journal import read_events, read_metrics
 from pipeline.monitor import CLOSE_S, Monitor, MonitorSettings, wandb_mode
-from pipeline.run import Run, read_events, read_metrics
+from pipeline.run import Run
 from tests.pipeline import wandb_file
 
 NUMBERS = count()

@@ -20,19 +20,8 @@ from data_shards.index import Manifest, ShardSet
 from data_shards.order import ORDER_VERSION
 from data_shards.store import Store, StoreError
 from pipeline.config import Config
-from pipeline.run import (
-    Journal,
-    Run,
-    Superseded,
-    check_same,
-    environment,
-    open_data,
-    read_config,
-    read_events,
-    read_metrics,
-    read_record,
-    record_of,
-)
+from pipeline.journal import Journal, read_events, read_metrics
+from pipeline.run import Run, Superseded, check_same, environment, open_data, read_config, read_record, record_of
 
 NUMBERS = count()
 MANIFEST = Manifest("layout-a", "contents", 100, (60, 40), (600, 400), {}, {})

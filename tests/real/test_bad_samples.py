@@ -10,7 +10,7 @@ import pytest
 
 from data_shards.index import RECORD, shard_path
 from data_shards.store import Store
-from pipeline.run import read_events, read_metrics
+from pipeline.journal import read_events, read_metrics
 from tests.real.ranks import start
 from tests.real.test_resume import config_for, local_steps, results
 

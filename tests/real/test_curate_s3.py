@@ -20,7 +20,8 @@ from data_shards.store import Store
 from jobs.cli import main
 from pipeline.agreement import batch_hash
 from pipeline.config import Config
-from pipeline.run import open_data, read_events, read_record
+from pipeline.journal import read_events
+from pipeline.run import open_data, read_record
 from pipeline.seen import seen
 from tests.photos import write_tiles
 from tests.real.ranks import start

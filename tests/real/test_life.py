@@ -20,7 +20,7 @@ from jobs.local_slurm import PACKAGES
 from jobs.site import ROOT
 from jobs.start import RankRecord
 from pipeline.config import load
-from pipeline.run import read_events
+from pipeline.journal import read_events
 from tests.conftest import kept_environment
 from tests.photos import write_tiles
 from tests.real.ranks import start

@@ -16,7 +16,7 @@ from jobs.local_slurm import Record
 from jobs.preflight import BadHost, try_clock
 from jobs.runs import status
 from jobs.start import events
-from pipeline.run import read_events
+from pipeline.journal import read_events
 from tests.real.test_submit import Scene, ended, said, scene, tails, wait
 
 __all__ = ["scene"]

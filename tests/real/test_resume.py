@@ -11,7 +11,7 @@ import pytest
 
 from data_shards.errors import UserError
 from data_shards.store import Store
-from pipeline.run import read_events, read_metrics
+from pipeline.journal import read_events, read_metrics
 from pipeline.weights import point
 from tests.real.ranks import start
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from data_shards.store import Store, Unavailable
-from pipeline.run import Journal, read_metrics
+from pipeline.journal import Journal, read_metrics
 from tests.proxy import Wire
 
 

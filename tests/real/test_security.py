@@ -19,7 +19,7 @@ from jobs.runs import Job
 from jobs.site import ROOT, Site
 from jobs.submit import submit
 from pipeline.config import load
-from pipeline.run import read_events
+from pipeline.journal import read_events
 from tests.real.ranks import DEADLINE_S
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]

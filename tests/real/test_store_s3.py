@@ -89,6 +89,14 @@ def test_a_listing_is_complete_sorted_and_never_old(store: Store) -> None:
 
 
 @pytest.mark.slow
+def test_the_folders_right_below_are_named_also_when_they_take_several_pages(store: Store) -> None:
+    puts = [store.submit(store._backend.put(store._key(f"run-{n:04d}/attempts/1"), b"x", False)) for n in range(1005)]
+    for put in puts:
+        put.result()
+    store.put("beside", b"x")
+    assert store.folders() == tuple(f"run-{n:04d}" for n in range(1005))
+
+
 def test_forty_megabytes_go_up_in_parts_and_come_down_unchanged(store: Store, tmp_path: Path) -> None:
     local = tmp_path / "local"
     local.write_bytes(os.urandom(40 * 2**20 + 7))

@@ -1,0 +1,146 @@
+"""Lines of a run: rows of metrics and events, in a local file at once, in the store by and by.
+
+Object stores cannot append, so lines go up in numbered segments; readers join them. Needs no torch: what looks at runs
+is there at once.
+"""
+
+import json
+import math
+import re
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from data_shards.store import Store
+
+_SEGMENT = re.compile(r"metrics/a(\d+)-(\d+)\.jsonl")
+
+
+class Journal:
+    """JSON lines: to a local file at once, to the store in numbered segments.
+
+    A segment that the store did not confirm is put again as it was, under its number, so that an answer that was lost
+    doubles nothing. How many bytes of the local file the store has stands beside it, in `.sent`; when that is older
+    than the truth, lines go up a second time, and readers drop the copies. Never waits for the store but in `upload`.
+    """
+
+    def __init__(self, local: Path, store: Store, prefix: str) -> None:
+        self.local, self.store, self.prefix = local, store, prefix
+        self._segment = 1
+        self._unconfirmed = b""  # the segment of that number
+        self._unconfirmed_end = 0  # in the local file, bytes
+        self._pending: list[bytes] = []
+        self._end = 0
+        self._lines, self._uploads = threading.Lock(), threading.Lock()
+
+    def append(self, line: dict[str, Any]) -> dict[str, Any]:
+        """Take one object; returns it as it was written, with None for numbers that JSON does not have.
+
+        The file is closed each time, which shows the line to other machines of a shared disk. A disk that refuses does
+        not stop anything: the line goes to the store alone.
+        """
+        kept: dict[str, Any] = _finite(line)
+        text = json.dumps(kept, allow_nan=False).encode() + b"\n"
+        with self._lines:
+            self._pending.append(text)
+            try:
+                with self.local.open("ab") as file:
+                    file.write(text)
+                self._end = self.local.stat().st_size
+            except OSError as error:
+                warnings.warn(f"{error}; lines go to the store only", stacklevel=2)
+        return kept
+
+    def take_up(self) -> None:
+        """Hold as pending the lines of the local file, of another process, that the store does not have."""
+        sent = self._sent_path()
+        start = int(text) if sent.exists() and (text := sent.read_text()) else 0
+        with self._lines:
+            self._pending = [line + b"\n" for line in json_lines(self.local, start)]
+            self._end = self.local.stat().st_size if self._pending else 0
+
+    def upload(self) -> None:
+        """Put the pending lines as the next segment; kept for the next call when the store refuses them."""
+        with self._uploads:
+            while self._freeze():
+                self.store.put(f"{self.prefix}-{self._segment:06d}.jsonl", self._unconfirmed)
+                self._segment += 1
+                self._unconfirmed = b""
+                with suppress(OSError):
+                    self._sent_path().write_text(str(self._unconfirmed_end))
+
+    def _freeze(self) -> bool:
+        """Whether there is a segment to put; what is pending becomes one when there was none."""
+        with self._lines:
+            if not self._unconfirmed:
+                self._unconfirmed, self._unconfirmed_end = b"".join(self._pending), self._end
+                self._pending.clear()
+        return bool(self._unconfirmed)
+
+    def _sent_path(self) -> Path:
+        return self.local.with_suffix(".sent")
+
+
+def json_lines(path: Path, start: int = 0) -> list[bytes]:
+    """The lines of a file from a byte on, without those that were cut; none when there is no file."""
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            lines = file.read().split(b"\n")
+    except FileNotFoundError:
+        return []
+    return [line for line in lines if _is_json(line)]
+
+
+def read_events(store: Store) -> list[dict[str, Any]]:
+    """All events of a run, oldest first."""
+    return sorted(_stored_lines(store, "events"), key=lambda event: float(event["time"]))
+
+
+def read_metrics(store: Store) -> list[dict[str, Any]]:
+    """The rows of a run, one a step: where an attempt began again, the rows of those before it end."""
+    rows: dict[int, dict[str, Any]] = {}
+    for _, own in sorted(read_attempts(store).items()):
+        first = min(row["result"]["step"] for row in own)
+        rows = {step: row for step, row in rows.items() if step < first} | {row["result"]["step"]: row for row in own}
+    return [rows[step] for step in sorted(rows)]
+
+
+def read_attempts(store: Store) -> dict[int, list[dict[str, Any]]]:
+    """All rows of each attempt, also those of steps that a later one did again."""
+    attempts: dict[int, list[dict[str, Any]]] = {}
+    for row in _stored_lines(store, "metrics"):
+        attempts.setdefault(row["run"]["attempt"], []).append(row)
+    return attempts
+
+
+def newest_rows(store: Store) -> list[dict[str, Any]]:
+    """The rows that the store got last: those of the newest segment of the newest attempt."""
+    segments = [entry.path for entry in store.list("metrics") if _SEGMENT.fullmatch(entry.path)]
+    newest = max(segments, key=lambda path: tuple(map(int, _SEGMENT.findall(path)[0])), default=None)
+    return [json.loads(line) for line in store.get(newest).splitlines()] if newest is not None else []
+
+
+def _stored_lines(store: Store, folder: str) -> Iterator[dict[str, Any]]:
+    """All at once; a line that was sent twice comes once."""
+    waiting = [store.submit(store.read(entry.path)) for entry in store.list(folder)]
+    lines = dict.fromkeys(line for segment in waiting for line in segment.result().splitlines())
+    return map(json.loads, lines)
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
