@@ -67,6 +67,7 @@ def kind(message: str) -> str:
 _KINDS = (
     ("out of memory", r"out ?of ?memory|oom|MemoryError|cannot allocate|ended by signal 9|\(Killed\)"),
     ("hang", r"stood still"),
+    ("time", r"time limit|asked to stop"),
     ("disk", r"No space left|Errno 28|Read-only file system|Errno 30"),
     ("store", r"s3://|not committed|did not answer"),
     ("not finite", r"not finite|nan\b"),

@@ -138,7 +138,8 @@ def supervise(options: argparse.Namespace) -> int:
             options.signal_delay_s,
             options.max_cycles,
         )
-    decision = supervise.after(start, options.exit, Store(options.store), options.max_cycles)
+    store = Store(options.store, retry_seconds=supervise.STORE_S)
+    decision = supervise.after(start, options.exit, store, options.max_cycles)
     sys.stderr.write(f"farseer: {decision.action}: {decision.reason}\n")
     if decision.action == "requeue":
         slurm.requeue_without(start.job, blame.excluded(start.run_dir.parent, options.exclude_hours))

@@ -144,7 +144,8 @@ def script_text(site: Site, run: str, store: str) -> str:
 def _on_slurm(site: Site, run: str, store: str, config: dict[str, Any]) -> Job:
     executor = slurm_executor(site, run, store)
     try:
-        submitted = executor.submit(rank.run, config, store, site.signal_delay_s, site.gpus_per_node)
+        arguments = (config, store, site.signal_delay_s, site.gpus_per_node, site.time_limit_min)
+        submitted = executor.submit(rank.run, *arguments)
     except submitit.core.utils.FailedJobError as error:
         raise UserError(f"SITE={site.name}: SLURM refused the job: {' '.join(str(error).split())}") from None
     return Job(run, site.run_dir(run), store, submitted.job_id)

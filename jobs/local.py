@@ -41,8 +41,8 @@ def serve(store: str, ranks: int, gpus: int, time_limit_min: int, signal_delay_s
     while True:
         os.environ["FARSEER_START"] = str(start.number)
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(supervise.before(start))
-        _watch(executor.submit(rank.run, config, store, signal_delay_s, gpus), start)
-        decision = supervise.after(start, 1, Store(store), max_cycles)
+        _watch(executor.submit(rank.run, config, store, signal_delay_s, gpus, time_limit_min), start)
+        decision = supervise.after(start, 1, Store(store, retry_seconds=supervise.STORE_S), max_cycles)
         if decision.action != "requeue":
             sys.stderr.write(f"farseer: {decision.reason}\n")
             return 0 if decision.action == "end" else 2

@@ -22,10 +22,17 @@ from jobs.start import Start, this_host
 from jobs.supervise import publish
 
 LEAVE_S = 15  # of the time between signal and end, for what follows the last save
+EARLY_S = 90.0  # SLURM may send the signal of the time limit up to a minute early, and has begun before us
 WITNESS_S = 3.0  # whom another rank left lets it be the first to be gone: it is the one to blame
 
 
-def run(config: dict[str, Any], store: str, signal_delay_s: int, gpus: int = 0) -> str:
+class OutOfTime(UserError):
+    """The job's time is over before it has begun to learn; with luck the next start is quicker."""
+
+    passing = True
+
+
+def run(config: dict[str, Any], store: str, signal_delay_s: int, gpus: int, time_limit_min: int) -> str:
     """Train as one rank of the job; returns pipeline.train's outcome.
 
     config: a resolved config, as `Config.dump` gives it. store: the run's folder in the store. gpus: of a node.
@@ -34,7 +41,7 @@ def run(config: dict[str, Any], store: str, signal_delay_s: int, gpus: int = 0) 
     stamp_output()
     start, here = Start.here(), submitit.JobEnvironment()
     rank = here.global_rank
-    _handle_early_signals(start, rank)
+    _handle_early_signals(start, rank, 60 * time_limit_min - signal_delay_s)
     start.begin(rank, str(here.paths.stdout))
     try:
         from pipeline.config import parse
@@ -57,7 +64,7 @@ def run(config: dict[str, Any], store: str, signal_delay_s: int, gpus: int = 0) 
             host=this_host(),
             stop_budget_s=max(1.0, signal_delay_s - LEAVE_S),
             requeue=(lambda: requeue(start)) if rank == 0 else None,
-            hung=lambda hang: _fail(start, rank, hang),
+            hung=lambda why: _fail(start, rank, why),
         )
         outcome = run_rank(settings, launch)
     except Exception as error:  # noqa: BLE001 - whatever it is, the supervisor has to know
@@ -79,15 +86,21 @@ def requeue(start: Start) -> None:
     start.end("preempted", requeued=True)
 
 
-def _handle_early_signals(start: Start, rank: int) -> None:
+def _handle_early_signals(start: Start, rank: int, time_s: float) -> None:
     """Until the trainer takes the signals over there is nothing to save: leave, and start again if it was a preemption.
 
-    submitit's own handlers would count time-outs and give up; they are replaced here.
+    time_s: from the job's start to the signal that its time limit sends. A start that needs more is a failure, of which
+    there may be so many in a row. submitit's own handlers would count time-outs and give up; they are replaced here.
     """
+    begun = time.monotonic()
 
     def preempted(number: int, frame: FrameType | None) -> None:
         if rank == 0 and start.cancelled:
             start.end("cancelled")
+        elif time.monotonic() - begun > time_s - EARLY_S:
+            took = f"{time.monotonic() - begun:.0f} s"
+            _fail(start, rank, OutOfTime(f"the time limit came {took} after the start, before the first step; "
+                                         "set the site's time_limit_min higher, or signal_delay_s lower"))  # fmt: skip
         elif rank == 0:
             start.note("requeued", reason="preempted before the first step")
             requeue(start)

@@ -15,6 +15,8 @@ from data_shards.store import Store
 from jobs import blame, daemons
 from jobs.start import Failure, Outcome, Start, events, note
 
+STORE_S = 5.0  # a store that is away longer is not waited for
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -73,7 +75,11 @@ def before(start: Start) -> int:
 
 
 def after(start: Start, exit_code: int, store: Store, max_cycles: int) -> Decision:
-    """Decide about a start that has ended, and note it among the run's events, here and in the store."""
+    """Decide about a start that has ended, and note it among the run's events; in the store too when it was the last.
+
+    store: the run's folder, best asked for STORE_S only. After a time limit there are seconds left to ask SLURM in; of
+    a requeue the store hears from the next start.
+    """
     outcome, noted = start.outcome(), events(start.run_dir)
     if outcome is not None or start.cancelled:
         return decide(exit_code, outcome, [], cancelled=start.cancelled)
@@ -85,7 +91,8 @@ def after(start: Start, exit_code: int, store: Store, max_cycles: int) -> Decisi
     event = "requeued" if decision.action == "requeue" else "failed"
     start.note(event, reason=decision.reason, committed=committed, **({"suspects": [*suspects]} if suspects else {}))
     blame.blame(start.run_dir.parent, start.run_dir.name, suspects)
-    publish(start.run_dir, start.job, store)
+    if decision.action != "requeue":
+        publish(start.run_dir, start.job, store)
     return decision
 
 

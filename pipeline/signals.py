@@ -6,6 +6,7 @@ handler only notes the signal; ranks agree at a batch boundary through the sums 
 """
 
 import signal
+import time
 from types import FrameType
 
 import pytorch_lightning as pl
@@ -18,6 +19,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.preempted = False
         self.terminated = False
+        self._asked_at: float | None = None
 
     def install(self) -> None:
         """Take over USR2 and TERM of this process; submitit's and Lightning's handlers are replaced."""
@@ -25,7 +27,12 @@ class StopRequest:
         signal.signal(signal.SIGTERM, self._note)
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
 
+    def deadline(self, budget_s: float) -> float | None:
+        """The time (monotonic) by which what was asked for must be done; None before anything was."""
+        return None if self._asked_at is None else self._asked_at + budget_s
+
     def _note(self, number: int, frame: FrameType | None) -> None:
+        self._asked_at = self._asked_at or time.monotonic()
         self.preempted |= number == signal.SIGUSR2
         self.terminated |= number == signal.SIGTERM
 

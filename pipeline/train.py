@@ -33,7 +33,7 @@ from pipeline.monitor import Monitor
 from pipeline.ranks import Ranks, same_removed
 from pipeline.run import Record, Run, open_data, read_record
 from pipeline.signals import RankEnvironment, StopRequest, own_signals
-from pipeline.watchdog import Hang, Watchdog
+from pipeline.watchdog import Watchdog
 from pipeline.weights import fill, parse
 
 Outcome = Literal["finished", "preempted", "terminated", "cancelled"]
@@ -59,7 +59,7 @@ class Launch:
     host: str = ""  # by which the launcher knows this machine, and can keep off it
     stop_budget_s: float = 60.0  # from the signal to the end: save, upload, commit
     requeue: Callable[[], None] | None = field(default=None, compare=False)
-    hung: Callable[[Hang], None] | None = field(default=None, compare=False)  # must end the process; in a thread
+    hung: Callable[[Exception], None] | None = field(default=None, compare=False)  # must end the process; in a thread
 
 
 def run_rank(config: Config, launch: Launch) -> Outcome:
@@ -171,8 +171,16 @@ class Session:
         """The patience that each thing has of itself: a store that is away is asked again, and is no hang."""
         patience = {"data": self.config.reader.retry_seconds, "save": SAVE_S, "leave": self.launch.stop_budget_s}
         launch, leave = self.launch, self.launch.hung or _leave_hung
-        host = launch.host or os.uname().nodename
-        return Watchdog(self.run.local, launch.rank, launch.world_size, host, self.config.watchdog, patience, leave)
+        return Watchdog(
+            self.run.local,
+            launch.rank,
+            launch.world_size,
+            launch.host or os.uname().nodename,
+            self.config.watchdog,
+            patience,
+            leave,
+            stop_by=lambda: self.request.deadline(launch.stop_budget_s),
+        )
 
     def _tell_of_removed(self, found: Found | None) -> None:
         """A start that replaces removed images says so, and one that does not go on with the list that it had."""
@@ -227,13 +235,13 @@ class Session:
 
     def _leave(self, module: SwAV, watch: "Watch") -> Outcome:
         self.watchdog.now("leave")
-        deadline = time.monotonic() + self.launch.stop_budget_s
+        deadline = self.request.deadline(self.launch.stop_budget_s) or time.monotonic() + self.launch.stop_budget_s
         outcome = "finished" if module.step >= self.steps else watch.outcome or "finished"
         if outcome != "finished":
             self._event(outcome, step=module.step)
         if self.checkpoints.pending_step != module.step:
             watch.save(module)
-        self.checkpoints.wait(self.launch.stop_budget_s if outcome == "finished" else deadline - time.monotonic())
+        self.checkpoints.wait(deadline - time.monotonic())
         if outcome == "finished":
             self._event("finished", step=module.step)
         requeue = self.launch.requeue if outcome == "preempted" else None
@@ -389,8 +397,8 @@ class Watch(pl.Callback):
         return Monitor(session.run, config.monitor, config.dump(), wandb_id, prototypes, quiet)
 
 
-def _leave_hung(hang: Hang) -> None:
-    sys.stderr.write(f"farseer: {hang}\n")
+def _leave_hung(why: Exception) -> None:
+    sys.stderr.write(f"farseer: {why}\n")
     sys.stderr.flush()
     os._exit(1)
 

@@ -6,10 +6,12 @@ waits. When no step has ended for too long, the thread saves the Python stacks o
 the others twice: a process that was stopped, or whose node is gone, does not beat. No clock is compared between hosts.
 
 What has a deadline of its own (reading data, saving, starting) is no hang as long as the rank that is at it beats.
+But a rank that was asked to stop leaves in time, whatever it is at: after the time limit nothing would start it again.
 """
 
 import faulthandler
 import json
+import math
 import os
 import statistics
 import sys
@@ -29,6 +31,7 @@ from data_shards.section import Section
 
 MEDIANS = 20  # a step that takes so many times the median is none any more
 SILENT_BEATS = 3  # without a new one in this time a rank is silent
+LATE_S = 3.0  # after the deadline of a stop: the thread that trains says better why it is not done
 
 
 class WatchdogSettings(Section):
@@ -59,11 +62,16 @@ class Hang(Exception):
         self.hosts = hosts
 
 
+class Overdue(Exception):
+    """This rank was asked to stop and has not come to it."""
+
+
 class Watchdog:
-    """Watches over this rank until `close`. `leave` is called in a thread with a Hang; it must end the process.
+    """Watches over this rank until `close`. `leave` is called in a thread with a Hang or Overdue; it ends the process.
 
     folder: of this attempt, on the disk that all ranks share. host: by which this rank's machine is named to others.
-    patience: what a rank may be at besides "step", and for how many seconds; `now` takes these names.
+    patience: what a rank may be at besides "step", and for how many seconds; `now` takes these names. stop_by: when a
+    stop that was asked for must be done (monotonic), None while there is none.
     """
 
     def __init__(
@@ -74,10 +82,11 @@ class Watchdog:
         host: str,
         settings: WatchdogSettings,
         patience: dict[str, float],
-        leave: Callable[[Hang], None],
+        leave: Callable[[Exception], None],
+        stop_by: Callable[[], float | None] = lambda: None,
     ) -> None:
         self._folder, self._rank, self._world_size, self._settings = folder, rank, world_size, settings
-        self._host = host
+        self._host, self._stop_by = host, stop_by
         self._patience, self._leave = {**patience, "start": settings.start_s}, leave
         self._step, self._at = 0, "start"
         self._moved = time.monotonic()
@@ -103,10 +112,17 @@ class Watchdog:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._closed.wait(self._settings.beat_s):
+        while not self._closed.wait(min(self._settings.beat_s, max(0.1, self._late_in()))):
             self._beat()
+            if self._late_in() <= 0:
+                self._leave(Overdue(f"asked to stop, and not done in time: at {self._at} after step {self._step}"))
             if time.monotonic() - self._moved > self._limit(self._at):
                 self._suspect()
+
+    def _late_in(self) -> float:
+        """Seconds until a stop that was asked for is overdue."""
+        deadline = self._stop_by()
+        return math.inf if deadline is None else deadline + LATE_S - time.monotonic()
 
     def _limit(self, at: str) -> float:
         """Seconds without a step after which something is wrong."""

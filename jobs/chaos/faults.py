@@ -53,6 +53,21 @@ def out_of_time(trial: Trial) -> str:
     return moment
 
 
+def out_of_time_without_store(trial: Trial) -> str:
+    """The time limit while the store is away: the last save does not arrive before the end."""
+    moment, ranks = _now(trial), trial.ranks()
+    trial.hit(ranks, signal.SIGSTOP)
+    trial.scene.proxy.mode = "refuse"
+    try:
+        _limit(trial, 1)
+        trial.wait(lambda: _told(trial, "requeued"), "the end at the time limit")
+    finally:
+        trial.scene.proxy.mode = "pass"
+        _limit(trial, trial.scene.site.time_limit_min)
+        trial.hit(ranks, signal.SIGCONT)
+    return moment
+
+
 def rank_killed(trial: Trial) -> str:
     moment = _now(trial)
     trial.hit([trial.rng.choice(trial.ranks())], signal.SIGKILL)
@@ -167,6 +182,7 @@ FAULTS: dict[str, Fault] = {
     "preempted by a higher partition": preempted,
     "requeued by hand": requeued,
     "time limit": out_of_time,
+    "time limit while the store is away": out_of_time_without_store,
     "a rank killed": rank_killed,
     "all ranks killed": ranks_killed,
     "a node killed": node_killed,

@@ -65,6 +65,8 @@ def test_a_host_to_blame_twice_stays_out_until_it_is_forgotten(tmp_path: Path) -
         ("torch.OutOfMemoryError: CUDA out of memory", "out of memory"),
         ("a rank on node2 left first, without a word (Killed)", "out of memory"),
         ("rank 0 on node1: Hang: training stood still for 61 s", "hang"),
+        ("rank 0 on node1: the time limit came 500 s after the start, before the first step", "time"),
+        ("rank 0 on node1: Overdue: asked to stop, and not done in time: at data after step 7", "time"),
         ("OSError: [Errno 28] No space left on device", "disk"),
         ("s3://runs/x: the store did not answer", "store"),
         ("RuntimeError: [gloo] Connection closed by peer", "collective"),

@@ -101,12 +101,14 @@ def store(tmp_path: Path) -> Store:
     return Store(f"file://{tmp_path}/store")
 
 
-def test_a_crash_is_noted_with_its_cause_here_and_in_the_store(start, store):
+def test_a_crash_is_noted_with_its_cause_and_the_last_one_also_in_the_store(start, store):
     start.fail(1, RuntimeError("gloo"))
     assert after(start, 143, store, max_cycles=3).action == "requeue"
     last = events(start.run_dir)[-1]
     assert (last["event"], last["job"], last["start"], last["committed"]) == ("requeued", "7", 0, None)
     assert "RuntimeError: gloo" in last["reason"]
+    assert store.list("events") == []  # the next start puts it there
+    assert after(start, 143, store, max_cycles=1).action == "stop"
     assert [json.loads(line) for line in store.get("events/jobs-7.jsonl").splitlines()] == events(start.run_dir)
 
 

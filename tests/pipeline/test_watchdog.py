@@ -1,12 +1,14 @@
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from jobs.daemons import wait_until
-from pipeline.watchdog import Hang, Watchdog, WatchdogSettings
+from pipeline import watchdog
+from pipeline.watchdog import Hang, Overdue, Watchdog, WatchdogSettings
 
 QUICK = WatchdogSettings(floor_s=0.3, start_s=0.3, beat_s=0.05)
 DEADLINE_S = 20.0
@@ -104,3 +106,25 @@ def test_a_folder_that_cannot_be_written_does_not_stop_the_watch(tmp_path: Path)
     watched.start(1)
     assert "stood still" in str(watched.wait(0))
     watched.dogs[0].close()
+
+
+def test_a_rank_that_is_asked_to_stop_leaves_in_time_whatever_it_is_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchdog, "LATE_S", 0.2)
+    deadline: list[float] = []
+    left: list[Exception] = []
+    patient = WatchdogSettings(floor_s=1000.0, start_s=1000.0, beat_s=0.5)
+    dog = Watchdog(
+        tmp_path, 0, 1, "host0", patient, {"data": 1000.0}, left.append, lambda: deadline[0] if deadline else None
+    )
+    dog.step(7)
+    dog.now("data")
+    assert wait_until((tmp_path / "beat-0000.json").exists, DEADLINE_S)
+    assert left == []
+    deadline.append(time.monotonic() + 0.3)
+    assert wait_until(lambda: bool(left), DEADLINE_S)
+    assert time.monotonic() >= deadline[0] + 0.2
+    dog.close()
+    assert isinstance(left[0], Overdue)
+    assert str(left[0]) == "asked to stop, and not done in time: at data after step 7"

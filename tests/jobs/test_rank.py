@@ -1,0 +1,69 @@
+"""What a rank does when it is signalled before it trains, as a process of its own with the real handlers."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs.daemons import wait_until
+from jobs.start import Start, cancel_marker, events
+
+RANK = """
+import signal, sys
+from jobs.rank import _handle_early_signals
+from jobs.start import Start
+
+_handle_early_signals(Start.here(), int(sys.argv[1]), float(sys.argv[2]))
+print("ready", flush=True)
+signal.pause()
+"""
+LONG_S, SHORT_S = 3600.0, 60.0  # of a job whose time limit is far away, and of one whose signal is that of its limit
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Start:
+    return Start(tmp_path, "local-1", 0)
+
+
+def signalled(start: Start, rank: int, time_s: float) -> int:
+    """The exit code of a rank that gets USR2 as soon as it listens."""
+    variables = {**os.environ, "FARSEER_RUN_DIR": str(start.run_dir), "FARSEER_JOB": start.job}
+    command = [sys.executable, "-c", RANK, str(rank), str(time_s)]
+    process = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGUSR2)
+    assert wait_until(lambda: process.poll() is not None, 30)
+    process.stdout.close()
+    return process.returncode
+
+
+def test_a_preemption_before_the_first_step_is_no_failure_however_often_it_comes(start: Start) -> None:
+    assert (signalled(start, 1, LONG_S), start.outcome()) == (0, None)  # rank 0 speaks for all
+    assert signalled(start, 0, LONG_S) == 0
+    outcome = start.outcome()
+    assert outcome is not None
+    assert (outcome.outcome, outcome.requeued, start.failures()) == ("preempted", False, [])
+    assert [event["reason"] for event in events(start.run_dir)] == ["preempted before the first step"]
+
+
+def test_a_time_limit_that_is_too_short_to_begin_is_a_failure_of_which_the_supervisor_bears_only_some(
+    start: Start,
+) -> None:
+    assert signalled(start, 1, SHORT_S) == 2
+    (failure,) = start.failures()
+    assert (failure.rank, failure.exit_code, start.outcome()) == (1, None, None)
+    assert "before the first step; set the site's time_limit_min higher" in failure.message
+    assert json.loads((start.folder / "failure-0001.json").read_text())["trace"] == ""
+
+
+def test_a_cancel_before_the_first_step_ends_the_job(start: Start) -> None:
+    cancel_marker(start.run_dir).touch()
+    assert signalled(start, 0, SHORT_S) == 0
+    outcome = start.outcome()
+    assert outcome is not None
+    assert outcome.outcome == "cancelled"
