@@ -8,16 +8,20 @@ import asyncio
 import contextlib
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
-import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
 from data_shards.cache import Cache, Part, cache_name
+from data_shards.cutter import EMPTY, Cutter, Damage, Fetched, Payload, Record
 from data_shards.index import RECORD, ShardSet, Span
 from data_shards.store import NotFound, Store, Truncated, Unavailable
+
+T = TypeVar("T")
+Ask = Callable[[], Coroutine[Any, Any, T]]  # a request
 
 TRIES = 3
 BLOCK_RECORDS = (
@@ -30,25 +34,6 @@ HEDGE_TIMES = 2.0  # the 95th percentile of the last requests of its kind, and a
 HEDGE_KNOWN = 10  # requests of its kind, at least
 HEDGE_SHARE = 0.05  # of all requests at most are second ones: a store that is overloaded is not asked for much more
 LARGE = 2**20  # bytes; a request of so many is of another kind than one for a piece of an index
-
-
-class Payload(NamedTuple):
-    """A sample's bytes, proven, and its size in pixels as it is to be seen (after EXIF orientation)."""
-
-    data: bytes
-    width: int
-    height: int
-
-
-class Damage(NamedTuple):
-    """Why a sample cannot be had."""
-
-    reason: str
-
-
-Fetched = Payload | Damage
-Record = tuple[int, int, int, int, int]  # a RECORD's offset, size, crc32c, width, height
-EMPTY = Damage("its place is empty")  # the sample was removed and its bytes are gone: nothing to try again
 
 
 class Fetcher:
@@ -121,37 +106,43 @@ class Fetcher:
     async def _range(self, shard: int, first: int, records: NDArray[np.void]) -> list[Fetched]:
         """The samples `first` and following of a shard by one read; those that are wrong again, each alone."""
         start, end = int(records[0]["offset"]), int(records[-1]["offset"] + records[-1]["size"])
-        fresh: list[Part] = []
+        end = self._inside(shard, start, end)
+        plain = records.tolist()  # numpy's own numbers cost more than the checksum
+        cutter, fresh = Cutter(start, end, plain), list[Part]()
         try:
             if self._cache is None:
-                data = await self._read(*self._shards.tar(shard), start, self._inside(shard, start, end))
+                cutter = await self._fed(shard, start, end, plain)
             else:
-                start, data, fresh = await self._cached(self._cache, shard, start, self._inside(shard, start, end))
+                cutter, fresh = await self._cached(self._cache, shard, start, end, plain)
         except NotFound as error:
             return [Damage(f"its shard is missing ({error})")] * len(records)
         except Truncated:
-            data = b""
-        found: list[Fetched] = []
-        wrong = 0
-        for i, record in enumerate(records.tolist()):  # plain numbers: numpy's own cost more than the checksum
-            sample = _proven(data, start, record)
-            if isinstance(sample, Damage) and sample is not EMPTY:
-                wrong += 1
-                sample = await self._again(shard, first + i, sample)
-            found.append(sample)
+            pass
+        found = cutter.samples
+        wrong = [(i, one) for i, one in enumerate(found) if isinstance(one, Damage) and one is not EMPTY]
+        for i, damage in wrong:
+            found[i] = await self._again(shard, first + i, damage)
         if self._cache is not None and not wrong:
             for part in fresh:
                 await asyncio.to_thread(self._cache.put, self._cache_name(shard), part.start, part.data or b"")
         return found
 
-    async def _cached(self, cache: Cache, shard: int, start: int, end: int) -> tuple[int, bytes, list[Part]]:
-        """A range by way of the cache: its first byte, its bytes, and those parts of them that the store had to give.
+    async def _fed(self, shard: int, start: int, end: int, records: Sequence[Record]) -> Cutter:
+        """A cutter that has got bytes `start` to `end` of a shard."""
+        store, path = self._shards.tar(shard)
+        ask = partial(store.feed, path, start, end, lambda: Cutter(start, end, records))
+        return await self._asked(end - start, ask)
 
-        It begins with the first sample's header in the tar and ends with the padding of the last, so that ranges of
-        neighbouring samples leave no gap between them.
+    async def _cached(
+        self, cache: Cache, shard: int, start: int, end: int, records: Sequence[Record]
+    ) -> tuple[Cutter, list[Part]]:
+        """The same by way of the cache, and those parts of the bytes that the store had to give.
+
+        What is kept begins with the first sample's header in the tar and ends with the padding of the last, so that
+        ranges of neighbouring samples leave no gap between them.
         """
         if end <= start:
-            return start, b"", []
+            return Cutter(start, end, records), []
         start, end = max(0, start - BLOCK), min(-(-end // BLOCK) * BLOCK, self._shards.manifest.shard_bytes[shard])
         parts = await asyncio.to_thread(cache.parts, self._cache_name(shard), start, end)
         fresh = []
@@ -163,7 +154,10 @@ class Fetcher:
         self.cache_hits += not fresh
         self.cache_misses += bool(fresh)
         self.cache_bytes += end - start - sum(part.end - part.start for part in fresh)
-        return start, b"".join(part.data or b"" for part in parts), fresh
+        cutter = Cutter(start, end, records)
+        for part in parts:
+            cutter(memoryview(part.data or b""))
+        return cutter, fresh
 
     def _cache_name(self, shard: int) -> str:
         store, path = self._shards.tar(shard)
@@ -182,13 +176,12 @@ class Fetcher:
                 end = self._inside(shard, start, start + record[1])
                 if self._cache is not None:
                     await asyncio.to_thread(self._cache.drop, self._cache_name(shard), start, end)
-                data = await self._read(*self._shards.tar(shard), start, end)
+                (sample,) = (await self._fed(shard, start, end, [record])).samples
             except NotFound as error:
                 return Damage(f"its shard is missing ({error})")
             except Truncated as error:
                 wrong = Damage(f"its shard is cut short ({error})")
                 continue
-            sample = _proven(data, start, record)
             if isinstance(sample, Payload) or sample is EMPTY:
                 return sample
             wrong = sample
@@ -220,24 +213,27 @@ class Fetcher:
         return data
 
     async def _read(self, store: Store, path: str, start: int, end: int) -> bytes:
+        return await self._asked(end - start, partial(store.read, path, start, end))
+
+    async def _asked(self, size: int, ask: Ask[T]) -> T:
         """A range, asked for until `retry_seconds` are over; the store itself asks again within its own limit."""
         begun = time.monotonic()
         while True:
             try:
-                data = await self._soonest(store, path, start, end)
+                answer = await self._soonest(size, ask)
             except Unavailable:
                 if time.monotonic() - begun >= self._retry_seconds:
                     raise
                 self.retries += 1
             else:
-                self.bytes_read += len(data)
-                return data
+                self.bytes_read += size
+                return answer
             await asyncio.sleep(min(1.0, self._retry_seconds / 10))
 
-    async def _soonest(self, store: Store, path: str, start: int, end: int) -> bytes:
+    async def _soonest(self, size: int, ask: Ask[T]) -> T:
         """A range, by one request, or by a second one too when the first takes far longer than those before it."""
-        took, begun = self._took[end - start >= LARGE], time.monotonic()
-        asked, pending = 1, {asyncio.ensure_future(self._ask(store, path, start, end))}
+        took, begun = self._took[size >= LARGE], time.monotonic()
+        asked, pending = 1, {asyncio.ensure_future(self._counted(ask))}
         try:
             while True:
                 look = HEDGE_LOOK_S if self._hedge and asked == 1 else None
@@ -249,7 +245,7 @@ class Fetcher:
                         return task.result()
                 if not done and self._late(time.monotonic() - begun, took):
                     self.hedged, asked = self.hedged + 1, 2
-                    pending.add(asyncio.ensure_future(self._ask(store, path, start, end)))
+                    pending.add(asyncio.ensure_future(self._counted(ask)))
         finally:
             for task in pending:
                 task.cancel()
@@ -259,29 +255,10 @@ class Fetcher:
         known = len(took) >= HEDGE_KNOWN and self.hedged < HEDGE_SHARE * self.requests
         return known and seconds > HEDGE_TIMES * sorted(took)[int(0.95 * len(took))]
 
-    async def _ask(self, store: Store, path: str, start: int, end: int) -> bytes:
+    async def _counted(self, ask: Ask[T]) -> T:
         self.requests += 1
         self.in_flight += 1
         try:
-            return await store.read(path, start, end)
+            return await ask()
         finally:
             self.in_flight -= 1
-
-
-def emptied(record: Record) -> bool:
-    """Whether a sample was there that compaction has taken away: it leaves the offset, and nothing else."""
-    return record[0] > 0 and not any(record[1:])
-
-
-def _proven(data: bytes, start: int, record: Record) -> Fetched:
-    """The sample that the record describes, out of the bytes from `start` on."""
-    offset, size, right, width, height = record
-    if size == 0:
-        return EMPTY if emptied(record) else Damage("its index record is damaged")
-    if not start <= offset <= start + len(data) - size:
-        return Damage("its index record points outside its shard" if data else "its shard is cut short")
-    sample = data[offset - start : offset - start + size]
-    found = google_crc32c.value(sample)
-    if found != right:
-        return Damage(f"its bytes have CRC32C {found:08x}, the index says {right:08x}")
-    return Payload(sample, width, height)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import fsspec
 
-from data_shards.store import AlreadyExists, Counters, Entry, NotFound, StoreError, Truncated
+from data_shards.store import AlreadyExists, Consumer, Counters, Entry, NotFound, StoreError, Truncated
 
 _HIDDEN = ".part-"
 
@@ -37,6 +37,11 @@ class Folder:
         if size < (end or start):
             raise Truncated(f"file:///{key}: ends at byte {size}, bytes {start} to {end or ''} were asked for")
         return data
+
+    async def feed(self, key: str, start: int, end: int, begin: Callable[[], Consumer]) -> Consumer:
+        consumer = begin()
+        consumer(memoryview(await self.read(key, start, end)))
+        return consumer
 
     async def put(self, key: str, data: bytes, create_only: bool) -> None:
         def write(temporary: Path) -> None:
@@ -152,6 +157,11 @@ class Memory:
             data: bytes = self._files.cat_file(f"/{key}", start, end)
         self.counters.bytes_read += len(data)
         return data
+
+    async def feed(self, key: str, start: int, end: int, begin: Callable[[], Consumer]) -> Consumer:
+        consumer = begin()
+        consumer(memoryview(await self.read(key, start, end)))
+        return consumer
 
     async def put(self, key: str, data: bytes, create_only: bool) -> None:
         with self._lock, self.counters.request():

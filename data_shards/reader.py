@@ -21,8 +21,9 @@ import numpy as np
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from data_shards.cache import Cache
+from data_shards.cutter import EMPTY, Fetched, Payload
 from data_shards.errors import UserError
-from data_shards.fetch import EMPTY, Fetched, Fetcher, Payload
+from data_shards.fetch import Fetcher
 from data_shards.index import ShardSet
 from data_shards.order import REPLACEMENTS, Order, Window, replacement_place
 from data_shards.section import Section

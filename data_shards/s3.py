@@ -20,9 +20,22 @@ import s3fs
 from aiobotocore.credentials import AioCredentials
 from aiobotocore.session import AioSession
 from botocore import exceptions as boto
+from botocore.httpsession import get_cert_path
 from botocore.parsers import ResponseParserError
+from botocore.utils import get_environ_proxies
 
-from data_shards.store import AlreadyExists, Counters, Denied, Entry, NotFound, StoreError, Truncated, Unavailable
+from data_shards.direct import Direct, Take
+from data_shards.store import (
+    AlreadyExists,
+    Consumer,
+    Counters,
+    Denied,
+    Entry,
+    NotFound,
+    StoreError,
+    Truncated,
+    Unavailable,
+)
 
 T = TypeVar("T")
 
@@ -30,6 +43,9 @@ PART_BYTES = 16 * 2**20  # AWS advises 8 to 16 MiB a request
 SLOWEST_BYTES_S = 2**20  # a connection slower than this is given up and made again
 ATTEMPT_S = 30.0  # for an answer to begin, beside the time for its bytes; at most a quarter of all the time there is
 CHECK_S = 5.0
+URL_S = 60.0  # a signed url is used for; it is good for an hour
+URLS = 1000  # are kept
+REFUSED_S = 10.0  # after an answer that only the ordinary client understands
 
 _DENIED = {
     "AccessDenied",
@@ -67,30 +83,66 @@ class S3:
         self.connections = connections
         self.counters = Counters()
         self._client: s3fs.S3FileSystem | None = None
+        self._direct: Direct | None = None
+        self._direct_from = 0.0  # monotonic; before, reads go by the ordinary client
+        self._urls: dict[str, tuple[str, float]] = {}  # signed ones, and until when (monotonic) they are used
         self._free = asyncio.Semaphore(connections)
         self._connecting = asyncio.Lock()
         self._key_worked = False
 
     async def read(self, key: str, start: int | None, end: int | None) -> bytes:
-        whole = not start and end is None
-        size = 0 if end is None else end - (start or 0)
-        wanted = {} if whole else {"Range": f"bytes={start or 0}-{'' if end is None else end - 1}"}
-
-        async def read() -> bytes:
-            answer = await self._call("get_object", Key=key, **wanted)
-            try:
-                data: bytes = await answer["Body"].read()
-            finally:
-                answer["Body"].close()
-            if not whole:
-                self._check_range(key, answer.get("ContentRange"), start or 0, end)
-            if len(data) != answer["ContentLength"]:
-                raise _Transient(f"sent {len(data)} of {answer['ContentLength']} bytes")
-            return data
-
-        data = await self._tried(read, key, size or PART_BYTES, patient=True)
+        size = PART_BYTES if end is None else end - (start or 0)
+        data = await self._tried(partial(self._read, key, start, end), key, size, patient=True)
         self.counters.bytes_read += len(data)
         return data
+
+    async def feed(self, key: str, start: int, end: int, begin: Callable[[], Consumer]) -> Consumer:
+        async def feed() -> Consumer:
+            consumer = begin()
+            if not await self._read_directly(key, start, end, consumer):
+                consumer = begin()
+                consumer(memoryview(await self._read(key, start, end)))
+            return consumer
+
+        fed = await self._tried(feed, key, end - start, patient=True)
+        self.counters.bytes_read += end - start
+        return fed
+
+    async def _read(self, key: str, start: int | None, end: int | None) -> bytes:
+        """By the ordinary client, which understands every answer."""
+        whole = not start and end is None
+        wanted = {} if whole else {"Range": f"bytes={start or 0}-{'' if end is None else end - 1}"}
+        answer = await self._call("get_object", Key=key, **wanted)
+        try:
+            data: bytes = await answer["Body"].read()
+        finally:
+            answer["Body"].close()
+        if not whole:
+            self._check_range(key, answer.get("ContentRange"), start or 0, end)
+        if len(data) != answer["ContentLength"]:
+            raise _Transient(f"sent {len(data)} of {answer['ContentLength']} bytes")
+        return data
+
+    async def _read_directly(self, key: str, start: int, end: int, take: Take) -> bool:
+        """False when the answer takes the ordinary client, which is then asked alone for a while."""
+        client = await self._connected()
+        if self._direct is None or time.monotonic() < self._direct_from:
+            return False
+        right = await self._direct.get(await self._signed_url(client, key), start, end, take)
+        if not right:
+            self._direct_from = time.monotonic() + REFUSED_S
+            self._urls.clear()
+        return right
+
+    async def _signed_url(self, client: "s3fs.S3FileSystem", key: str) -> str:
+        """The same one for a while: signing takes as long as receiving a megabyte."""
+        url, until = self._urls.get(key, ("", 0.0))
+        if time.monotonic() >= until:
+            if len(self._urls) >= URLS:
+                self._urls.clear()
+            url = await client.s3.generate_presigned_url("get_object", Params={"Bucket": self.bucket, "Key": key})
+            self._urls[key] = url, time.monotonic() + URL_S
+        return url
 
     def _check_range(self, key: str, given: str | None, start: int, end: int | None) -> None:
         """`given`: the answer's Content-Range, "bytes 0-99/1000"."""
@@ -220,6 +272,8 @@ class S3:
     async def close(self) -> None:
         if self._client is not None:
             client, self._client = self._client, None
+            if self._direct is not None:
+                self._direct.close()
             await client._s3creator.__aexit__(None, None, None)
 
     async def _tried(
@@ -282,13 +336,14 @@ class S3:
                     config_kwargs={
                         "max_pool_connections": self.connections,
                         "retries": {"total_max_attempts": 1},
+                        "signature_version": "s3v4",  # of urls too; theirs is an older one in some regions
                         "request_checksum_calculation": "when_required",
                         "response_checksum_validation": "when_required",
                     },
                 )
                 client.retries = 1
                 await client.set_session()
-                self._client = client
+                self._client, self._direct = client, _direct(client)
         return self._client
 
     def _url(self, key: str) -> str:
@@ -366,6 +421,13 @@ class S3:
         source = "the environment" if found.method == "env" else f"profile {session.profile or 'default'}"
         key = await found.get_frozen_credentials()  # those that expire have no other way to it
         return f"key id {key.access_key[:4]}.. from {source}"
+
+
+def _direct(client: "s3fs.S3FileSystem") -> Direct | None:
+    """None where a proxy stands between."""
+    if client.s3.meta.config.proxies or get_environ_proxies(client.s3.meta.endpoint_url):
+        return None
+    return Direct(get_cert_path(client.session.get_config_variable("ca_bundle") or True))
 
 
 def _short(error: BaseException) -> str:

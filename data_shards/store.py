@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from data_shards.errors import UserError
 
 T = TypeVar("T")
+Consumer = TypeVar("Consumer", bound=Callable[[memoryview], object])
 Root = tuple[str, str]  # scheme and bucket: what is connected to
 
 
@@ -85,6 +86,7 @@ class Backend(Protocol):
     counters: Counters
 
     async def read(self, key: str, start: int | None, end: int | None) -> bytes: ...
+    async def feed(self, key: str, start: int, end: int, begin: Callable[[], Consumer]) -> Consumer: ...
     async def put(self, key: str, data: bytes, create_only: bool) -> None: ...
     async def upload(self, local: Path, key: str) -> None: ...
     async def download(self, key: str, local: Path) -> None: ...
@@ -155,6 +157,16 @@ class Store:
         if end is not None and end <= (start or 0):
             return b""
         return await self._backend.read(self._key(path), start, end)
+
+    async def feed(self, path: str, start: int, end: int, begin: Callable[[], Consumer]) -> Consumer:
+        """Give bytes `start` to `end` (exclusive) to a consumer piece by piece, as they come; returns the fed consumer.
+
+        For much that is read: no memory holds all of it. A piece is good only until the consumer returns. An attempt
+        that breaks off is followed by one with a new consumer, which `begin` gives. Raises as `read`.
+        """
+        if end <= start:
+            return begin()
+        return await self._backend.feed(self._key(path), start, end, begin)
 
     def get(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
         """`read`, blocking."""

@@ -260,6 +260,59 @@ def test_a_read_survives_faults_on_the_wire(store: Store, wire: Wire, fault: str
         faulty.get("none")
 
 
+class Kept:
+    """A consumer that keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.pieces: list[bytes] = []
+
+    def __call__(self, piece: memoryview) -> None:
+        self.pieces.append(bytes(piece))
+
+
+def fed(store: Store, path: str, start: int, end: int) -> bytes:
+    return b"".join(store.submit(store.feed(path, start, end, Kept)).result(60).pieces)
+
+
+def test_a_consumer_is_fed_what_a_read_gives_and_told_the_same_errors(store: Store, s3: Any) -> None:
+    data = os.urandom(3_000_000)
+    store.put("a b/ä+x.bin", data)
+    for start, end in ((0, 1), (17, 2_900_001), (0, len(data))):
+        assert fed(store, "a b/ä+x.bin", start, end) == data[start:end]
+    with pytest.raises(Truncated):
+        fed(store, "a b/ä+x.bin", 10, len(data) + 1)
+    with pytest.raises(NotFound):
+        fed(store, "none", 0, 10)
+    with pytest.raises(StoreError, match="no such bucket"):
+        fed(Store("s3://nowhere/x"), "x", 0, 10)
+
+
+def test_where_a_proxy_stands_between_all_requests_go_through_it(
+    store: Store, s3: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.put("x", b"12345")
+    port = s3.server.url.rpartition(":")[2]
+    wire = Wire(s3.server.url)
+    try:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://store.invalid:{port}")  # a proxy alone finds it
+        monkeypatch.setenv("HTTP_PROXY", wire.url)
+        assert fed(Store(store.url, retry_seconds=5), "x", 1, 4) == b"234"
+        assert any(request.startswith(f"GET http://store.invalid:{port}/") for request in wire.requests)
+    finally:
+        wire.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["reset", "unwell", "a page", "cut", "torn", "silence"])
+def test_a_consumer_is_fed_through_faults_on_the_wire(store: Store, wire: Wire, fault: str) -> None:
+    data = os.urandom(2_000_000)
+    store.put("x", data)
+    faulty = Store(store.url, retry_seconds=8)
+    wire.faults = [fault, "", fault, fault]
+    for start in (100, 5):
+        assert fed(faulty, "x", start, 1_900_000) == data[start:1_900_000]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["reset", "unwell", "lost", "half"])
 def test_a_create_only_put_survives_faults_on_the_wire_and_knows_its_own(store: Store, wire: Wire, fault: str) -> None:
