@@ -10,8 +10,8 @@ from pathlib import Path
 from jobs import slurm
 from jobs.daemons import wait_until
 from jobs.doctor import Finding
-from jobs.launch import exports, script_text, slurm_executor
-from jobs.probe import Seen, probe, read_all
+from jobs.launch import script_text, slurm_executor
+from jobs.probe import REDUCE_S, REDUCED_BYTES, Reduced, Seen, probe, read_all
 from jobs.site import ROOT, Site
 
 START_S = 60.0  # for the probe to get its nodes
@@ -79,14 +79,14 @@ def _accepted(site: Site) -> Finding:
 
 
 def look_at_nodes(site: Site, url: str) -> Iterator[Finding]:
-    """Through a job of one rank a node, which looks around, waits for a signal, and is gone in 20 s."""
+    """Through a job of one rank a node, which looks around, waits for a signal, and is gone in half a minute."""
     name = f"doctor-{secrets.token_hex(4)}"
     folder = site.run_dir(name)
     folder.mkdir(parents=True)
     (folder / "snapshot").symlink_to(ROOT)
     alone = site.model_copy(update={"ranks_per_node": 1, "time_limit_min": 5, "signal_delay_s": 60})
     executor = slurm_executor(alone, name, url)
-    executor.update_parameters(setup=exports(alone, folder), teardown=[])
+    executor.update_parameters(teardown=[])
     job = executor.submit(probe, str(folder), url, START_S + ANSWER_S).job_id
     try:
         yield from _probed(site, folder, job)
@@ -97,17 +97,36 @@ def look_at_nodes(site: Site, url: str) -> Iterator[Finding]:
 
 
 def _probed(site: Site, folder: Path, job: str) -> Iterator[Finding]:
-    if not wait_until(lambda: len(read_all(folder, "seen")) == site.nodes, START_S, 0.2):
-        missing = site.nodes - len(read_all(folder, "seen"))
+    def told(what: str, within_s: float) -> bool:
+        return wait_until(lambda: len(list(folder.glob(f"{what}-*.json"))) == site.nodes, within_s, 0.2)
+
+    if not told("seen", START_S):
+        missing = site.nodes - len(read_all(folder, "seen", Seen))
         state = next((f"{e.state.lower()}, {e.reason}" for e in slurm.queue() if e.job == job), "gone")
         yield Finding("nodes", False, f"{missing} of {site.nodes} nodes have not answered in {START_S:.0f} s ({state})")
         return
-    seen = read_all(folder, "seen")
+    seen = read_all(folder, "seen", Seen)
+    told("reduced", REDUCE_S + ANSWER_S)
+    reduced = read_all(folder, "reduced", Reduced)
     slurm.signal_ranks(job)
-    reached = wait_until(lambda: len(read_all(folder, "signalled")) == site.nodes, ANSWER_S, 0.1)
+    reached = told("signalled", ANSWER_S)
     says = f"reaches the ranks of all {site.nodes} nodes"
     yield Finding("signal", reached, says if reached else "does not reach all ranks: they cannot save before the end")
     yield from _told(site, seen)
+    yield _network(site, reduced)
+
+
+def _network(site: Site, reduced: list[Reduced]) -> Finding:
+    """What the slowest says: they all wait for each other."""
+    broken = [f"{one.host}: {one.error}" for one in reduced if one.error]
+    if broken or len(reduced) < site.nodes:
+        hint = "set the site's `interface` to the network that the nodes share, and open it between them"
+        return Finding("network", False, f"no all-reduce over {site.nodes} nodes ({'; '.join(broken[:3])}); {hint}")
+    if site.nodes == 1:
+        return Finding("network", True, "one node: nothing crosses it")
+    gb_s = min(one.gb_s or 0.0 for one in reduced)
+    size = f"{REDUCED_BYTES >> 20} MiB over {site.nodes} nodes ({reduced[0].backend}, a rank each)"
+    return Finding("network", True, f"all-reduce of {size}: {gb_s:.2f} GB/s")
 
 
 def _told(site: Site, seen: list[Seen]) -> Iterator[Finding]:

@@ -1,17 +1,29 @@
-"""What doctor's job does on a node: look at the store, the clock and the GPUs, then wait for a signal."""
+"""What doctor's job does on a node: look at the store, the clock, the GPUs and the network, then wait for a signal."""
 
+import datetime
 import json
+import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
+
+import submitit
 
 from data_shards.errors import UserError
 from data_shards.store import Store
 from jobs.doctor_store import ahead_of_store_s, put_and_get
 from jobs.start import this_host, write_json
+
+Word = TypeVar("Word")
+
+REDUCE_S = 60.0  # for torch to be there on all nodes, and for their sums
+REDUCED_BYTES = 64 * 2**20
+REDUCES = 4  # the best of them counts
 
 
 @dataclass(frozen=True)
@@ -24,13 +36,26 @@ class Seen:
     gpus: int
 
 
+@dataclass(frozen=True)
+class Reduced:
+    """An all-reduce over one rank of each node. gb_s: bytes that each sends, as NCCL's tests count; error: why not."""
+
+    host: str
+    backend: str
+    gb_s: float | None
+    error: str | None
+
+
 def probe(folder: str, url: str, wait_s: float) -> None:
-    """Leave `seen-<host>.json` in the folder, and `signalled-<host>.json` when USR2 comes within `wait_s`."""
+    """Leave `seen-<host>.json` in the folder, then `reduced-`, and `signalled-` when USR2 comes within `wait_s`."""
     signalled: list[int] = []
     signal.signal(signal.SIGUSR2, lambda number, frame: signalled.append(number))
     host = this_host()
     seen = Seen(host, _store(url), _clock(url), _gpus())
     write_json(Path(folder) / f"seen-{host}.json", asdict(seen))
+    here = submitit.JobEnvironment()
+    reduced = reduce(host, here.global_rank, here.num_tasks, seen.gpus > 0)
+    write_json(Path(folder) / f"reduced-{host}.json", asdict(reduced))
     deadline = time.monotonic() + wait_s
     while not signalled and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -38,8 +63,39 @@ def probe(folder: str, url: str, wait_s: float) -> None:
         write_json(Path(folder) / f"signalled-{host}.json", asdict(seen))
 
 
-def read_all(folder: Path, what: str) -> list[Seen]:
-    return [Seen(**json.loads(path.read_text())) for path in sorted(folder.glob(f"{what}-*.json"))]
+def read_all(folder: Path, what: str, kind: type[Word]) -> list[Word]:
+    return [kind(**json.loads(path.read_text())) for path in sorted(folder.glob(f"{what}-*.json"))]
+
+
+def reduce(host: str, rank: int, nodes: int, gpu: bool) -> Reduced:
+    """Measure it; what hangs is left behind in its thread, which the end of the process takes along."""
+    backend = "nccl" if gpu else "gloo"
+    said: list[float | str] = []
+    thread = threading.Thread(target=_reduce, args=(rank, nodes, backend, said), daemon=True)
+    thread.start()
+    thread.join(REDUCE_S)
+    found = said[0] if said else f"no answer within {REDUCE_S:.0f} s"
+    return Reduced(host, backend, *((None, found) if isinstance(found, str) else (found, None)))
+
+
+def _reduce(rank: int, nodes: int, backend: str, said: list[float | str]) -> None:
+    import torch
+    import torch.distributed as dist
+
+    try:
+        address = f"tcp://{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        limit = datetime.timedelta(seconds=REDUCE_S)
+        dist.init_process_group(backend, init_method=address, rank=rank, world_size=nodes, timeout=limit)
+        tensor = torch.ones(REDUCED_BYTES // 4, device="cuda" if backend == "nccl" else "cpu")
+        seconds = []
+        for _ in range(REDUCES):
+            begun = time.monotonic()
+            dist.all_reduce(tensor)
+            tensor[0].item()  # on a GPU, waits
+            seconds.append(time.monotonic() - begun)
+        said.append(2 * (nodes - 1) / nodes * REDUCED_BYTES / min(seconds) / 1e9)
+    except Exception as error:  # noqa: BLE001 - whatever it is, doctor tells it
+        said.append(" ".join(str(error).split())[:200] or type(error).__name__)
 
 
 def _store(url: str) -> str | None:

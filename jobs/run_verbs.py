@@ -37,7 +37,7 @@ def run_verbs(verbs: Any) -> None:
     options.add_argument("--store", action="append", default=[], help="a folder of runs, such as s3://runs, to look at")
     options = add_verb(verbs, "doctor", doctor, "whether a site can do what a run asks of it: ok, or what to do")
     _plan_options(options)
-    options.add_argument("--probe", action="store_true", help="look from the nodes too, by a job of 20 seconds")
+    options.add_argument("--probe", action="store_true", help="look from the nodes too, by a short job")
     json_option(options)
     options = run_option(add_verb(verbs, "logs", logs, "the logs of a run: what failed first, then all ranks"))
     site_option(options)
@@ -116,7 +116,8 @@ def status(options: argparse.Namespace) -> int:
             return 0
         lines = table(HEAD, map(_row, found)) if found else [NO_RUNS.format(site.shared_dir)]
         if not options.watch:
-            say(*lines, *complaints)
+            say(*lines)
+            sys.stderr.write("".join(f"{line}\n" for line in complaints))
             return 0
         say("\x1b[H\x1b[2J" + f"{time.strftime('%H:%M:%S')}, {len(found)} runs", *lines, *complaints)
         time.sleep(WATCH_S)

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from jobs import doctor, doctor_slurm
+from jobs import daemons, doctor, doctor_slurm, probe
 from jobs.cli import main
 from jobs.doctor import Finding, examine
+from jobs.probe import Reduced
 from jobs.site import Site
 
 
@@ -123,3 +124,24 @@ def test_a_partition_that_would_lose_preempted_jobs_is_bad_and_one_without_a_sig
     assert preemption({"PreemptMode": "REQUEUE", "GraceTime": "300"}, {}).ok is None
     assert preemption({"PreemptMode": "REQUEUE", "GraceTime": "30"}, signalled, signal_delay_s=120).ok is None
     assert preemption({"PreemptMode": "REQUEUE", "GraceTime": "300"}, signalled, signal_delay_s=120).ok
+
+
+def test_nodes_that_do_not_reach_each_other_are_bad_and_say_why(monkeypatch):
+    port = daemons.free_ports(1)[0]
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.setattr(probe, "REDUCE_S", 1.0)
+    alone = probe.reduce("node2", 1, 2, gpu=False)  # the first one never comes
+    assert (alone.gb_s, alone.backend) == (None, "gloo")
+    site = Site(shared_dir="/x", nodes=2)
+    said = doctor_slurm._network(site, [Reduced("node1", "gloo", 1.5, None), alone])
+    assert said.ok is False
+    assert said.says.startswith("no all-reduce over 2 nodes (node2: ")
+    assert "interface" in said.says
+    assert doctor_slurm._network(site, []).ok is False
+
+
+def test_the_slowest_node_is_the_speed_of_all():
+    told = [Reduced("node1", "nccl", 40.0, None), Reduced("node2", "nccl", 20.0, None)]
+    said = doctor_slurm._network(Site(shared_dir="/x", nodes=2), told)
+    assert said == Finding("network", True, "all-reduce of 64 MiB over 2 nodes (nccl, a rank each): 20.00 GB/s")

@@ -1,6 +1,7 @@
 """The doctor at a real S3 server and a real SLURM: what is right is ok, and each thing spoiled is found."""
 
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -85,5 +86,8 @@ def test_the_probe_sees_from_every_node_the_store_the_clock_and_the_signal_and_i
     assert {one.ok for one in found.values()} == {True}, found
     assert "all 2 nodes" in found["signal"].says
     assert "on 2 nodes" in found["nodes' store"].says
+    assert re.fullmatch(
+        r"all-reduce of 64 MiB over 2 nodes \(gloo, a rank each\): \d+\.\d\d GB/s", found["network"].says
+    )
     assert list(Path(site.shared_dir).iterdir()) == []
     assert not any("doctor" in entry.run for entry in slurm_commands.queue())
