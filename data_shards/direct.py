@@ -37,7 +37,9 @@ class Direct:
         port = 443 if parts.scheme == "https" else 80
         peer = (parts.hostname or "", parts.port or port, parts.scheme == "https")
         host, target = parts.netloc.removesuffix(f":{port}"), f"{parts.path}?{parts.query}"
-        fields = f"Host: {host}\r\nRange: bytes={start}-{end - 1}\r\nAccept-Encoding: identity\r\n"
+        fields = (
+            f"Host: {host}\r\nUser-Agent: farseer\r\nRange: bytes={start}-{end - 1}\r\nAccept-Encoding: identity\r\n"
+        )
         question = f"GET {target} HTTP/1.1\r\n{fields}\r\n".encode()
         while True:
             connection, used_before = await self._connection(peer)

@@ -113,6 +113,8 @@ _SENTENCES: dict[str, tuple[str, ...]] = {
     "committed": ("the checkpoint of step {step} is in the store",),
     "saved": ("the checkpoint of step {step} is copied, training goes on",),
     "preempted": ("preempted at step {step}",),
+    "stopped": ("{seconds} s after the signal the checkpoint of step {step} is in the store",),
+    "recovered": ("step {step} is the first new one, {seconds} s after the last before; {redone} were done again",),
     "terminated": ("told to end at step {step}",),
     "cancelled": ("cancelled at step {step}",),
     "finished": ("finished at step {step}",),

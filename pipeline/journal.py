@@ -16,6 +16,7 @@ from typing import Any
 
 from data_shards.store import Store
 
+TAIL_BYTES = 64 * 1024  # many rows
 _SEGMENT = re.compile(r"metrics/a(\d+)-(\d+)\.jsonl")
 
 
@@ -93,6 +94,18 @@ def json_lines(path: Path, start: int = 0) -> list[bytes]:
     except FileNotFoundError:
         return []
     return [line for line in lines if _is_json(line)]
+
+
+def last_line(path: Path) -> dict[str, Any] | None:
+    """The last whole line of a file; None when it has none, or there is no file."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+            lines = [line for line in file.read().split(b"\n") if _is_json(line)]
+    except FileNotFoundError:
+        return None
+    found: dict[str, Any] | None = json.loads(lines[-1]) if lines else None
+    return found
 
 
 def read_events(store: Store) -> list[dict[str, Any]]:

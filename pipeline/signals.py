@@ -31,6 +31,11 @@ class StopRequest:
         """The time (monotonic) by which what was asked for must be done; None before anything was."""
         return None if self._asked_at is None else self._asked_at + budget_s
 
+    @property
+    def asked_s(self) -> float | None:
+        """Seconds since the first signal; None before it."""
+        return None if self._asked_at is None else time.monotonic() - self._asked_at
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._asked_at = self._asked_at or time.monotonic()
         self.preempted |= number == signal.SIGUSR2

@@ -31,6 +31,7 @@ from pipeline.loader import Batch, Loader
 from pipeline.module import StepResult, SwAV
 from pipeline.monitor import Monitor
 from pipeline.ranks import Ranks, same_removed
+from pipeline.recovery import Recovery
 from pipeline.run import Record, Run, open_data, read_record
 from pipeline.signals import RankEnvironment, StopRequest, own_signals
 from pipeline.watchdog import Watchdog
@@ -242,6 +243,8 @@ class Session:
         if self.checkpoints.pending_step != module.step:
             watch.save(module)
         self.checkpoints.wait(deadline - time.monotonic())
+        if self.request.asked_s is not None:
+            self._event("stopped", step=module.step, seconds=round(self.request.asked_s, 1))
         if outcome == "finished":
             self._event("finished", step=module.step)
         requeue = self.launch.requeue if outcome == "preempted" else None
@@ -269,6 +272,7 @@ class Watch(pl.Callback):
         self._last: tuple[StepResult, dict[str, Any]] | None = None
         self._counters: dict[str, float] = {}
         self._monitor = self._open_monitor() if session.launch.rank == 0 else None
+        self._recovery = Recovery(Path(session.launch.run_dir), session.run.attempt, found.step if found else 0)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         origin = self.session.config.train.start_from
@@ -350,6 +354,8 @@ class Watch(pl.Callback):
             self.outcome = "terminated"
         if self._monitor is not None:
             self._monitor.row(*self._row(result, run_part, sums))
+            if (recovered := self._recovery.step(result.step, run_part["time"])) is not None:
+                self.session._event("recovered", **recovered)
 
     def _row(
         self, result: StepResult, run_part: dict[str, Any], sums: StepSums

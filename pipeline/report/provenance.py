@@ -52,6 +52,7 @@ def _facts(data: ReportData) -> Iterator[tuple[str, str]]:
         yield "Images seen", f"{done * batch:,}, in batches of {batch:,}"
         yield "Time in steps", duration(sum(row["run"]["step_s"] for row in data.rows))
     yield "Starts", listed([_start(event) for event in starts])
+    yield "Interruptions", "; ".join(_interruption(e) for e in data.events if e["event"] in ("stopped", "recovered"))
     for place in data.environments[-1:]:
         yield "Machine", ", ".join([place["platform"], *(place["gpus"] or ["no GPU"])])
         yield "Python", place["python"]
@@ -61,6 +62,16 @@ def _facts(data: ReportData) -> Iterator[tuple[str, str]]:
 def _start(event: dict[str, Any]) -> str:
     ranks = event.get("ranks", event.get("world_size"))
     return f"at step {event['step']:,}" + (f" with {times(ranks, 'rank')}" if ranks else "")
+
+
+def _interruption(event: dict[str, Any]) -> str:
+    seconds: float = event["seconds"]
+    after = f"{seconds:.1f} s" if seconds < 10 else duration(seconds)
+    if event["event"] == "stopped":
+        return f"saved at step {event['step']:,}, {after} after the signal"
+    return (
+        f"new steps from {event['step']:,} on, {after} after the last one, {times(event['redone'], 'step')} done twice"
+    )
 
 
 def _event(event: dict[str, Any]) -> tuple[str, ...]:

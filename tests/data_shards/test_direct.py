@@ -156,7 +156,7 @@ def test_the_bytes_come_whole_and_in_order_on_one_connection(answer: Answer) -> 
         first = server.questions[0].split("\r\n")
         assert first[0] == "GET /bucket/a%20b?X-Sign=1 HTTP/1.1"
         assert first[1].startswith("Host: localhost:")
-        assert first[2] == "Range: bytes=0-0"
+        assert "Range: bytes=0-0" in first
 
     asked(test)
 

@@ -88,7 +88,11 @@ def write_run(run: Store, config: Config) -> None:
             "steps": 3,
             "ranks": 2,
         }
-        run.put(f"events/a{attempt:02d}-000001.jsonl", (json.dumps(event) + "\n").encode())
+        told = {"stopped": {"step": 2, "seconds": 0.4}, "recovered": {"step": 3, "seconds": 21.0, "redone": 1}}
+        name = "stopped" if attempt == 1 else "recovered"
+        later = {"time": 1.8e9 + 4 * attempt + 2, "attempt": attempt, "event": name, **told[name]}
+        lines = "".join(json.dumps(line) + "\n" for line in (event, later))
+        run.put(f"events/a{attempt:02d}-000001.jsonl", lines.encode())
     place = {"host": "n1", "platform": "Linux", "python": "3.11", "gpus": [], "packages": {"torch": "2.13.0"}}
     run.put("environment/a01.json", json.dumps(place).encode())
 
@@ -151,6 +155,7 @@ def test_the_page_names_what_was_refused_where_the_run_lies_and_whose_the_images
         "An Author",
         "<h1>first</h1>",
         "w_0: 16",
+        "saved at step 2, 0.4 s after the signal; new steps from 3 on, 21 s after the last one, 1 step done twice",
         "27.3\u00a0% of 6 s went into steps that count; 1 restart, 1 step done twice",
     ):
         assert told in page

@@ -91,6 +91,9 @@ def test_a_run_whose_ranks_are_all_killed_at_a_random_step_ends_with_the_rows_of
     assert rows == straight, f"seed {seed}"
     (resumed,) = [e for e in read_events(Store(f"{runs}/{run_dir.name}")) if e["event"] == "resumed"]
     assert resumed["step"] in range(10, at + 1, 10), f"seed {seed}"
+    (recovered,) = [e for e in read_events(Store(f"{runs}/{run_dir.name}")) if e["event"] == "recovered"]
+    assert recovered["redone"] == recovered["step"] - 1 - resumed["step"], f"seed {seed}"
+    assert 0 < recovered["seconds"] < 600
 
 
 def test_a_preempted_run_saves_at_the_step_where_it_stops_and_goes_on_from_there(
@@ -104,10 +107,15 @@ def test_a_preempted_run_saves_at_the_step_where_it_stops_and_goes_on_from_there
     events = read_events(Store(f"{runs}/preempted"))
     (stopped,) = [e for e in events if e["event"] == "preempted"]
     assert 13 <= stopped["step"] < STEPS
+    (saved,) = [e for e in events if e["event"] == "stopped"]
+    assert saved["step"] == stopped["step"]
+    assert 0 < saved["seconds"] < 60
     second = start(config, run_dir, 2)
     assert second.wait() == [0, 0], second.tails()
     (resumed,) = [e for e in read_events(Store(f"{runs}/preempted")) if e["event"] == "resumed"]
     assert resumed["step"] == stopped["step"]
+    (recovered,) = [e for e in read_events(Store(f"{runs}/preempted")) if e["event"] == "recovered"]
+    assert (recovered["step"], recovered["redone"]) == (stopped["step"] + 1, 0)
     assert results(f"{runs}/preempted") == straight
 
 

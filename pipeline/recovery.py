@@ -1,0 +1,28 @@
+"""How long a start took to bring its run forward again, told once, when it has come to a step that is new.
+
+In: the rows that earlier attempts left on the shared disk. A start at another site, which has none of them, tells
+nothing.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.journal import last_line
+
+
+class Recovery:
+    """folder: the run's on the shared disk. attempt: this one. start: the step that it goes on from."""
+
+    def __init__(self, folder: Path, attempt: int, start: int) -> None:
+        earlier = [path for path in folder.glob("a[0-9]*/metrics.jsonl") if int(path.parent.name[1:]) < attempt]
+        last = [row for row in map(last_line, earlier) if row is not None]
+        self._start = start
+        self._reached = max((row["result"]["step"] for row in last), default=None)
+        self._heard = max((row["run"]["time"] for row in last), default=0.0)
+
+    def step(self, step: int, time: float) -> dict[str, Any] | None:
+        """A step has ended, at that time; what to tell if it is the first new one."""
+        if self._reached is None or step <= self._reached:
+            return None
+        redone, self._reached = max(0, self._reached - self._start), None
+        return {"step": step, "seconds": round(time - self._heard, 1), "redone": redone}
