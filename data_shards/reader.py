@@ -311,8 +311,10 @@ class Reader:
         count = self._order.lane_batch
         indices = range(step * count, (step + 1) * count)
         await self._notify()  # this step may need what there was no memory for
-        places = [(lane, index) for lane in self._lanes for index in indices]
-        samples = [self._at_hand(*place) or await self._sample(*place, ()) for place in places]
+        samples: list[Sample] = []
+        for lane in self._lanes:
+            for index in indices:
+                samples.append(self._at_hand(lane, index) or await self._sample(lane, index, ()))
         self._step = step + 1
         self._served += len(samples)
         self._replaced += sum(1 for sample in samples if sample.replaced)
@@ -334,7 +336,10 @@ class Reader:
         return await self._sample(sample.lane, sample.index, (*sample.replaced, sample.id))
 
     def _holding(self, lane: int, index: int) -> _Held | None:
-        return next((h for h in self._windows[lane] if h.window.first_index <= index < h.end), None)
+        for held in self._windows[lane]:  # nearly always the first
+            if held.window.first_index <= index < held.end:
+                return held
+        return None
 
     def _at_hand(self, lane: int, index: int) -> Sample | None:
         """The sample of a place if it is here and good, as nearly all are: no coroutine for each of thousands."""
