@@ -311,10 +311,11 @@ class Reader:
         count = self._order.lane_batch
         indices = range(step * count, (step + 1) * count)
         await self._notify()  # this step may need what there was no memory for
-        samples: list[Sample] = []
-        for lane in self._lanes:
-            for index in indices:
-                samples.append(self._at_hand(lane, index) or await self._sample(lane, index, ()))
+        samples = [
+            self._at_hand(lane, index) or await self._sample(lane, index, ())
+            for lane in self._lanes
+            for index in indices
+        ]
         self._step = step + 1
         self._served += len(samples)
         self._replaced += sum(1 for sample in samples if sample.replaced)
