@@ -71,7 +71,8 @@ class Graph:
         self._pipeline: Any = define(
             sizes if self._dali_cuts else [],
             lambda: self._inputs(feed() if feed else self._single[0]),
-            hardware_jpeg if device.type == "cuda" else None,
+            "mixed" if device.type == "cuda" else "cpu",
+            hardware_jpeg,
             batch_size=batch,
             num_threads=threads,
             device_id=device.index if device.type == "cuda" else None,
@@ -110,19 +111,19 @@ class Graph:
         return [encoded, *(crop_arguments(batch.draws, self._augment) if self._dali_cuts else [])]
 
 
-@pipeline_def(enable_conditionals=True)
-def define(sizes: list[int], feed: Callable[[], list[Any]], hardware_jpeg: float | None) -> Any:
+@pipeline_def(enable_conditionals=True)  # it writes this function anew: the plainer, the better
+def define(sizes: list[int], feed: Callable[[], list[Any]], device: str, hardware_jpeg: float) -> Any:
     """The images as they are when there are no sizes, else the crops; and the images' shapes.
 
-    hardware_jpeg: None on the CPU.
+    device: that decodes, cpu or mixed.
     """
     encoded, *arguments = fn.external_source(source=feed, num_outputs=1 + 5 * len(sizes), batch=True)
     images = fn.decoders.image(
         encoded,
-        device="cpu" if hardware_jpeg is None else "mixed",
+        device=device,
         output_type=types.DALIImageType.RGB,
         jpeg_fancy_upsampling=True,  # as the decoder of the CPU always does
-        hw_decoder_load=hardware_jpeg or 0.0,
+        hw_decoder_load=hardware_jpeg,
     )
     pixels = crops_of(images, arguments, sizes)
     return (*(pixels or [images]), images.shape())  # type: ignore[no-untyped-call]

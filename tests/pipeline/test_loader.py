@@ -81,6 +81,7 @@ def sizes_of(images: Sequence[bytes]) -> list[tuple[int, int]]:
 def load(reader: MemoryReader, start: int = 0, settings: LoaderSettings = CPU) -> list[Batch]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # such as of crops that are not the host's
+        warnings.simplefilter("ignore", DeprecationWarning)  # DALI 2.4 on Python 3.13
         return list(Loader(reader, AUGMENT, SEED, start, STEPS, settings))
 
 
@@ -286,6 +287,7 @@ def test_crops_that_are_not_those_of_the_hosts_decode_are_counted_and_warned_of(
     right = Loader(MemoryReader(tiles, sizes_of(tiles)), AUGMENT, SEED, 0, STEPS, CPU)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", DeprecationWarning)  # DALI 2.4 on Python 3.13
         made = list(right)
     wrong = Loader(MemoryReader(tiles, sizes_of(tiles)), AUGMENT, SEED, 0, STEPS, CPU, graph=Crossed)
     with pytest.warns(UserWarning, match=r"sample \d+: its crops on cpu differ from the host's by \d+ levels"):
