@@ -17,4 +17,6 @@ def connect(folder: Path, memory_bytes: int) -> "duckdb.DuckDBPyConnection":
         "preserve_insertion_order": False,  # else rows are kept in memory until all are there
         "autoinstall_known_extensions": False,  # nodes may have no internet
     }
-    return duckdb.connect(str(folder / "work.duckdb"), config=options)
+    database = duckdb.connect(str(folder / "work.duckdb"), config=options)
+    database.execute("set enable_progress_bar = false")  # it would go to stdout, among what a script reads
+    return database

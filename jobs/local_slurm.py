@@ -236,15 +236,17 @@ def _stop(directory: Path, record: Record) -> None:
 def _leftovers(directory: Path) -> list[Process]:
     """What outlives a slurmd: its step daemons, and the tasks of steps whose daemon was killed."""
     conf = str(directory / "etc" / "slurm.conf")
-    found = []
+    found: dict[Process, None] = {}
     for entry in Path("/proc").iterdir():
         process = Process.of(int(entry.name)) if entry.name.isdigit() else None
         if process is None or process.pid == os.getpid():
             continue
         variables = process.environment()
         if variables.get("SLURM_CONF") == conf and ("SLURM_JOB_ID" in variables or process.name() == "slurmstepd"):
-            found.append(process)
-    return found
+            parent = process.parent()  # since SLURM 24.11 a step's daemon shows no environment of its own
+            daemon = [parent] if parent is not None and parent.name() == "slurmstepd" else []
+            found |= dict.fromkeys([process, *daemon])
+    return list(found)
 
 
 def _environment(directory: Path) -> dict[str, str]:

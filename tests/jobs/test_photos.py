@@ -182,7 +182,7 @@ def test_the_packages_give_the_set_on_which_the_demo_was_tuned(tmp_path: Path) -
     assert made.notes == ()
     assert made.photographs == 28
     assert (made.train_tiles - stamps[0], made.test_tiles - stamps[1]) == (595, 294)
-    assert stamps == [201, 85]
+    assert stamps in ([201, 85], [237, 101])  # of Debian 12, of Debian 13
     assert len(made.authors) == 29
     assert "| aitzgorri | Aitzol Berasategi | CC-BY-4.0 | lomiri-wallpapers-16.04 |" in (
         (tmp_path / "AUTHORS.md").read_text()
