@@ -310,8 +310,9 @@ def _takes_sockets(folder: Path) -> bool:
 
 
 def _complaint(directory: Path) -> str:
-    """The last error that a daemon wrote."""
+    """The last error that a daemon wrote, but for those that only say that it failed."""
     logs = sorted((directory / "log").iterdir(), key=lambda path: path.stat().st_mtime)
     lines = [line for log in logs for line in log.read_text(errors="replace").splitlines()[-20:]]
     errors = [line for line in lines if re.search(r"error|fatal", line, re.IGNORECASE)]
+    errors = [line for line in errors if not re.search(r"initialization failed|Unable to initialize", line)] or errors
     return (errors or lines or ["no daemon wrote a word"])[-1].strip()

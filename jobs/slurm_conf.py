@@ -101,8 +101,11 @@ def listening(hostnames: bool) -> str:
 
 
 def cgroup_conf(version: tuple[int, int]) -> str:
-    """No control groups: they need root and systemd. Older ones cannot be told so, but leave version 1 alone."""
-    return "CgroupPlugin=disabled\n" if version >= (23, 2) else "CgroupPlugin=cgroup/v1\n"
+    """No control groups: they need root and systemd. Before 24.05 SLURM cannot be told so, but leaves version 1 alone.
+
+    Seen with 22.05, 23.11 and 24.11, also where a machine has version 2 only.
+    """
+    return "CgroupPlugin=disabled\n" if version >= (24, 5) else "CgroupPlugin=cgroup/v1\n"
 
 
 def hosts(settings: Settings) -> str:

@@ -17,9 +17,9 @@ from jobs.preflight import BadHost, try_clock
 from jobs.runs import status
 from jobs.start import events
 from pipeline.journal import read_events
-from tests.real.test_submit import Scene, ended, said, scene, tails, wait
+from tests.real.test_submit import Scene, alone, ended, said, tails, wait
 
-__all__ = ["scene"]
+__all__ = ["alone"]
 pytestmark = pytest.mark.slow
 
 
@@ -37,18 +37,18 @@ def read_only_on(node: str, folder: Path, cluster: Path) -> Iterator[None]:
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="a mount that one node alone sees takes root")
-def test_a_node_whose_local_disk_fails_is_named_and_the_run_ends_on_others(scene: Scene) -> None:
-    local, cluster = scene.folder / "local", Path(scene.site.environment["SLURM_CONF"]).parents[1]
+def test_a_node_whose_local_disk_fails_is_named_and_the_run_ends_on_others(alone: Scene) -> None:
+    local, cluster = alone.folder / "local", Path(alone.site.environment["SLURM_CONF"]).parents[1]
     local.mkdir()
     with read_only_on("node1", local, cluster):
-        job = scene.start(local_dir=str(local))
+        job = alone.start(local_dir=str(local))
         wait(job)
     failed = [event for event in events(job.run_dir) if event["event"] == "requeued"]
     assert [event["suspects"] for event in failed] == [["node1"], ["node1"]], tails(job)
     assert f"bad host node1: {local} (local saves) cannot be written: Read-only file system" in failed[0]["reason"]
     assert ended(job, 2) == "finished", tails(job)
     assert "node1" not in {one["node"] for rank in (0, 1) for one in said(job, rank)}
-    assert excluded(Path(scene.site.shared_dir), scene.site.exclude_hours) == ["node1"]
+    assert excluded(Path(alone.site.shared_dir), alone.site.exclude_hours) == ["node1"]
     assert status(job).state == "finished"
     assert [event["event"] for event in read_events(Store(job.store))] == ["submitted", "requeued", "requeued"]
 
