@@ -13,11 +13,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+import hypothesis
 import pytest
 
 from jobs import cluster
 from jobs.daemons import Process, exclusively
 from jobs.local_slurm import PACKAGES
+
+unhurried = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.filter_too_much]
+hypothesis.settings.register_profile(  # a busy machine fails no test
+    "farseer", deadline=None, derandomize=True, suppress_health_check=unhurried
+)
+hypothesis.settings.load_profile("farseer")
 
 RUN = "PYTEST_XDIST_TESTRUNUID"
 T = TypeVar("T")

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_shards.errors import UserError
@@ -18,9 +18,7 @@ from data_shards.order import DataSettings, Order, Part, make_order
 from data_shards.store import Store
 from tests.data_shards.test_order import BILLION, stream
 
-relaxed = settings(
-    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.filter_too_much]
-)
+relaxed = settings(max_examples=40)
 LARGE = (Part(7 * 10**8, "web", 6), Part(2 * 10**8, "news", 3), Part(10**8, "books", 1))
 BILLION_MIXED = replace(BILLION, layout_id="mixture", parts=LARGE)
 
@@ -176,7 +174,6 @@ def shard_set(name: str, counts: tuple[int, ...], layout: str, mean: int = 10) -
     st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=4).filter(any), min_size=2, max_size=4),
     st.integers(1, 9),
 )
-@settings(deadline=None, derandomize=True)
 def test_ids_and_shards_of_a_set_follow_those_of_the_one_before_and_wrap_around_inside_it(
     counts: list[list[int]], length: int
 ) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from data_shards.errors import UserError
@@ -23,9 +23,7 @@ from data_shards.order import (
 
 KEY = bytes(range(64))
 BILLION = Order(10**9, 164, 64, 512, 8192, 1, "billion")
-relaxed = settings(
-    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.filter_too_much]
-)
+relaxed = settings(max_examples=60)
 
 
 @st.composite
@@ -179,7 +177,7 @@ def check_bijection(n: int) -> None:
     assert (permutation.inverse(there) == places).all()
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(st.integers(2**20, 2**53), st.binary(min_size=64, max_size=64), st.data())
 def test_a_large_permutation_stays_inside_and_has_its_inverse(n: int, key: bytes, data: st.DataObject) -> None:
     values = np.array(data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=50, unique=True)))
@@ -252,7 +250,6 @@ def test_a_replacement_is_the_place_of_the_window_that_the_formula_says(order: O
 
 
 @given(st.integers(500, 20_000), st.integers(0, 10**6))
-@settings(deadline=None, derandomize=True)
 def test_replacements_of_a_large_window_are_different_and_not_of_the_same_batch(size: int, place: int) -> None:
     place %= size
     others = [replacement_place(place, size, k) for k in range(1, 9)]

@@ -175,7 +175,7 @@ def test_batches_are_those_of_the_order_over_several_epochs(photos: Photos, open
     assert reader.bad == []
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20)
 @given(st.integers(1, 8), st.integers(1, 5), st.sampled_from([1, 2, 4]), st.integers(0, 10**6), st.data())
 def test_any_order_is_read_from_any_step(chunk: int, window: int, lanes: int, start: int, data: st.DataObject) -> None:
     photos = shared_photos()

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data_shards.shares import PERIOD, Schedule, whole_shares
@@ -13,7 +13,6 @@ some_shares = st.lists(st.integers(1, 60), min_size=1, max_size=7)
 
 
 @given(some_shares)
-@settings(deadline=None, derandomize=True)
 def test_at_every_place_each_set_has_had_its_share_to_within_one_chunk(shares: list[int]) -> None:
     which, _ = Schedule(shares).chunk(np.arange(3 * sum(shares)))
     for k, share in enumerate(shares):
@@ -23,7 +22,6 @@ def test_at_every_place_each_set_has_had_its_share_to_within_one_chunk(shares: l
 
 
 @given(some_shares, st.integers(0, 10**12))
-@settings(deadline=None, derandomize=True)
 def test_each_set_s_chunks_follow_each_other_and_are_found_again(shares: list[int], first: int) -> None:
     schedule = Schedule(shares)
     slots = np.arange(first, first + 2 * sum(shares))

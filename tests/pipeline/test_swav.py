@@ -74,7 +74,7 @@ def test_codes_come_in_float32_without_a_gradient_and_leave_the_scores_alone() -
     seed=st.integers(0, 1000),
     prototypes=st.integers(2, 40),
 )
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 def test_every_sample_gives_the_mass_1_however_far_the_scores_are(
     scale: float, epsilon: float, seed: int, prototypes: int
 ) -> None:
