@@ -51,8 +51,7 @@ class Batch:
 
     crops: one tensor a crop size, (B, count, 3, s, s) float32, normalised; in memory HWC, so that flatten(0, 1) is
     channels_last without a copy. ids, lanes, indices: (B,), the samples and their places, in lane order.
-    digests: (B,) int64, 32 bits on each sample's crops. wait_s: how long the training step waited for the batch.
-    replaced: how many of its samples stand in for others.
+    digests: (B,) int64, 32 bits on each sample's crops. replaced: how many of its samples stand in for others.
     """
 
     step: int
@@ -61,7 +60,6 @@ class Batch:
     lanes: NDArray[np.int64]
     indices: NDArray[np.int64]
     digests: Tensor
-    wait_s: float
     replaced: int
 
     @property
@@ -105,7 +103,7 @@ class Loader:
         self._spare: Graph | None = None
         self._host: Graph | None = None
         names = ("batches_repaired", "samples_undecodable", "graphs_rebuilt", "decode_compared", "decode_mismatch")
-        self._counters: dict[str, float] = dict.fromkeys(names, 0)
+        self._counters: dict[str, float] = {**dict.fromkeys(names, 0), "batch_wait_s": 0.0}
 
     @property
     def bad(self) -> list[BadSample]:
@@ -114,7 +112,10 @@ class Loader:
 
     @property
     def counters(self) -> dict[str, float]:
-        """The reader's, how often a decode failed, was compared with the host's and did not agree."""
+        """The reader's, how often a decode failed, was compared with the host's and did not agree.
+
+        batch_wait_s: how long batches have been waited for.
+        """
         return {**self._reader.counters, **self._counters}
 
     def __iter__(self) -> Iterator[Batch]:
@@ -131,16 +132,17 @@ class Loader:
             work, crops = self._repair(work)
         for i in compared(work.lanes, work.indices):
             self._compare(work.samples[i], [crop[i] for crop in crops])
-        return Batch(
+        batch = Batch(
             step=work.step,
             crops=crops,
             ids=np.array([sample.id for sample in work.samples], np.int64),
             lanes=work.lanes,
             indices=work.indices,
             digests=digests(crops),
-            wait_s=time.perf_counter() - started,
             replaced=sum(bool(sample.replaced) for sample in work.samples),
         )
+        self._counters["batch_wait_s"] += time.perf_counter() - started
+        return batch
 
     def close(self) -> None:
         """Let go of DALI's threads and buffers; the reader is its owner's to close."""

@@ -326,7 +326,8 @@ class Watch(pl.Callback):
         grown = {key: value - self._counters.get(key, 0.0) for key, value in counters.items()}
         self._counters = dict(counters)
         now = time.perf_counter()
-        run_part = {"time": time.time(), "step_s": now - self._started, "wait_s": batch.wait_s}
+        run_part = {"time": time.time(), "step_s": now - self._started}
+        run_part["wait_s"] = grown["batch_wait_s"]  # in this time: Lightning asks for a batch a step ahead
         run_part["reader_wait_s"] = grown.get("wait_s", 0.0)
         self._started = now
         self._last = (result, run_part)

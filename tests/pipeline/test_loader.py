@@ -180,6 +180,7 @@ def test_undecodable_samples_are_replaced_as_if_the_reader_had_known_them(tiles:
     assert loader.counters["samples_undecodable"] >= len(planted)  # one is met again in a batch fetched ahead
     assert loader.counters["batches_repaired"] == 3
     assert loader.counters["bytes_read"] == 7
+    assert loader.counters["batch_wait_s"] > 0
 
 
 def test_a_batch_of_nothing_but_garbage_is_replaced_whole(tiles: list[bytes]) -> None:

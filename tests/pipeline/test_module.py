@@ -73,7 +73,7 @@ def batch(step: int) -> Batch:
     random = torch.Generator().manual_seed(step)
     crops = [torch.randn(B, 2, size, size, 3, generator=random).movedim(-1, 2) for size in (32, 16)]
     lanes, ids = np.arange(B) // (B // LANES), np.arange(B)
-    return Batch(step, crops, ids, lanes, ids, torch.zeros(B, dtype=torch.int64), wait_s=0.0, replaced=0)
+    return Batch(step, crops, ids, lanes, ids, torch.zeros(B, dtype=torch.int64), replaced=0)
 
 
 class Batches:

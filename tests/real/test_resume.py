@@ -68,11 +68,13 @@ def test_rows_say_what_all_ranks_read(straight: list[dict[str, Any]], runs: str)
     assert rows[0]["bytes_read"] > 0
     assert rows[0]["requests"] > 0
     assert max(row["held_bytes"] for row in rows) > 0
+    assert min(row["wait_s"] for row in rows[:-1]) > 0
     for row in rows:
         assert row["read_mb_s"] == pytest.approx(row["bytes_read"] / 1e6 / row["step_s"])
         assert row["cache_hits"] == row["cache_misses"] == row["cache_bytes"] == row["retries"] == 0
         assert row["in_flight"] >= 0
         assert row["reader_wait_s"] >= 0
+        assert 0 <= row["wait_s"] < row["step_s"]
 
 
 def test_a_run_whose_ranks_are_all_killed_at_a_random_step_ends_with_the_rows_of_the_straight_one(
