@@ -97,7 +97,7 @@ def test_a_second_request_brings_what_a_stalled_one_does_not(
     with disturbed(wire, url, [""] * 50 + [fault], retry_seconds=600.0) as reader:
         for step in STEPS:
             check(reader.batch(step), step, samples)
-        assert reader.counters["hedged"] == 1
+        assert 1 <= reader.counters["hedged"] <= 1 + HEDGE_SHARE * reader.counters["requests"]
         assert reader.counters["retries"] == 0
         assert reader.bad == []
 
