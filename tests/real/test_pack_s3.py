@@ -98,12 +98,12 @@ def test_keys_that_expire_half_way_are_one_line_and_the_same_call_goes_on_with_n
             beside.replace(said)
 
     with pytest.raises(UserError, match=r"access denied|has not answered") as error:
-        pack(tiles, Store(url, retry_seconds=2.0), SMALL, workers=workers, progress=expire)
+        pack(tiles, Store(url, retry_seconds=5.0), SMALL, workers=workers, progress=expire)
     assert "\n" not in str(error.value)
     assert not good.exists("MANIFEST.json")
     committed = {entry.path for entry in good.list("plans/1/commits")}
     assert committed
     said.write_text(keys)
-    report = pack(tiles, Store(url, retry_seconds=2.0), SMALL, workers=workers)
+    report = pack(tiles, Store(url), SMALL, workers=workers)
     assert (report.samples, len(committed) < report.shards) == (150, True)
     assert verify(good, full=True).faults == ()
