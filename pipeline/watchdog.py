@@ -89,7 +89,7 @@ class Watchdog:
         self._host, self._stop_by = host, stop_by
         self._patience, self._leave = {**patience, "start": settings.start_s}, leave
         self._step, self._at = 0, "start"
-        self._moved = time.monotonic()
+        self._moved = self._excused = time.monotonic()
         self._seconds: deque[float] = deque(maxlen=100)
         self._number = 0
         self._closed = threading.Event()
@@ -131,21 +131,25 @@ class Watchdog:
         return own + max(self._settings.floor_s, MEDIANS * median)
 
     def _suspect(self) -> None:
-        """Look at the others; leave if nobody among them is at something that takes its own time."""
-        stood = time.monotonic() - self._moved
+        """Look at the others; leave if nobody among them is at something that takes its own time, or just was."""
+        moved, stood = self._moved, time.monotonic() - self._moved
         before = self._beats()
         if self._closed.wait(SILENT_BEATS * self._settings.beat_s):
             return
         self._beat()
         after = self._beats()
         silent = [rank for rank in range(self._world_size) if rank != self._rank and before[rank] == after[rank]]
-        patient = max((after[rank].patience_s for rank in range(self._world_size) if rank not in silent), default=0.0)
-        moved = time.monotonic() - self._moved < stood
-        if moved or self._closed.is_set() or stood < self._limit("step") + patient:
+        lively = [rank for rank in range(self._world_size) if rank not in silent]
+        patient = max((max(before[rank].patience_s, after[rank].patience_s) for rank in lively), default=0.0)
+        if patient:
+            self._excused = time.monotonic()  # when that is over, the step still has all its time
+        stuck = stood - patient if patient else time.monotonic() - self._excused
+        if self._moved != moved or stuck < self._limit("step"):
             return
         stacks = self._save_stacks()
-        self._closed.wait(2 * self._settings.beat_s)  # the first to leave takes all along: they have stacks to save too
-        self._leave(_describe(self._step, stood, [(rank, after[rank]) for rank in silent], after, stacks))
+        # the first to leave takes all along: they have stacks to save too
+        if not self._closed.wait(2 * self._settings.beat_s) and self._moved == moved:
+            self._leave(_describe(self._step, stood, [(rank, after[rank]) for rank in silent], after, stacks))
 
     def _beat(self) -> None:
         self._number += 1
