@@ -17,31 +17,48 @@ BLAMED = "hosts.jsonl"
 TWICE = 2
 START_LINE = "farseer: start"  # the batch script begins each start with it; its log is that of all starts
 _LEFT = re.compile(r"srun: error: (\S+): tasks? [\d,-]+: (.+)")
+_LOST = re.compile(r"srun: error: .*(?:io error.*|Cannot communicate with) node (\d+)")  # by its place in the step
 
 
 def last_words(start: Start) -> tuple[str, str] | None:
     """The host whose rank left first in this start, and how, by what srun said of it; None where srun said nothing."""
+    found = _LEFT.search(_log(start))
+    return (found[1], found[2].strip()) if found else None
+
+
+def lost(start: Start) -> str | None:
+    """The host on which srun has lost its step in this start; ranks elsewhere are then ended by srun itself."""
+    found = _LOST.search(_log(start))
+    hosts = list(dict.fromkeys(record.host for record in sorted(start.ranks(), key=lambda record: record.rank)))
+    return hosts[int(found[1])] if found and int(found[1]) < len(hosts) else None
+
+
+def _log(start: Start) -> str:
+    """What the batch script, srun and rank 0 have said in this start."""
     log = start.run_dir / "logs" / f"{start.job}_0_log.out"
     text = log.read_text(errors="replace") if log.exists() else ""
-    found = _LEFT.search(text, max(text.rfind(START_LINE), 0))
-    return (found[1], found[2].strip()) if found else None
+    return text[max(text.rfind(START_LINE), 0) :]
 
 
 def suspects(start: Start, failures: Sequence[Failure]) -> dict[str, str]:
     """Hosts that may be to blame for the end of a start, and for each what happened, in words.
 
-    Those that a rank names (silent in a hang); else the one whose rank left first, without a word of its own: who can
-    say what went wrong is not the one that broke.
+    Those that a rank names (silent in a hang); else the one that srun has lost, or whose rank left first, if it left
+    without a word of its own: who can say what went wrong is not the one that broke.
     """
     named: dict[str, str] = {}
     for failure in failures:
         if failure.host not in named:  # who stood still, and wakes up as all are ended, finds the others silent
             named |= {host: str(failure) for host in failure.suspects if host not in named}
-    left = last_words(start)
-    spoke = {failure.host for failure in failures}
-    if named or left is None or left[0] in spoke:
+    if named:
         return named
-    return {left[0]: f"a rank on {left[0]} left first, without a word ({left[1]})"}
+    if gone := lost(start):
+        broken, how = gone, f"srun has lost {gone}: its step's daemon is gone"
+    elif left := last_words(start):
+        broken, how = left[0], f"a rank on {left[0]} left first, without a word ({left[1]})"
+    else:
+        return {}
+    return {} if broken in {failure.host for failure in failures} else {broken: how}
 
 
 def blame(shared_dir: Path, run: str, hosts: dict[str, str]) -> None:
@@ -72,5 +89,5 @@ _KINDS = (
     ("store", r"s3://|not committed|did not answer"),
     ("not finite", r"not finite|nan\b"),
     ("collective", r"gloo|nccl|connection (closed|reset)|timed out"),
-    ("node", r"bad host|node failure|Bus error|CUDA error|ECC|uncorrectable"),
+    ("node", r"bad host|node failure|srun has lost|Bus error|CUDA error|ECC|uncorrectable"),
 )

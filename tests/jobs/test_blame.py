@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from jobs.blame import BLAMED, START_LINE, blame, excluded, kind, last_words, suspects
-from jobs.start import Failure, Start
+from jobs.start import Failure, Start, write_json
 
 LOG = f"""{START_LINE} 0 of job 7 on node[1-2]
 srun: error: node1: task 0: Exited with exit code 1
@@ -36,6 +36,26 @@ def test_silent_hosts_are_suspect_then_the_one_that_left_without_a_word(start: S
     assert list(suspects(start, [failure("node1", "node3")])) == ["node3"]
     assert suspects(start, [failure("node1")]) == {"node2": "a rank on node2 left first, without a word (Killed)"}
     assert suspects(start, [failure("node2")]) == {}  # it could say what went wrong
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "_server_write write failed: Bad file descriptor\nsrun: error: Aborting, io error and missing step on node 1",
+        "step_launch_notify_io_failure: aborting, io error with slurmstepd on node 1",
+        "Cannot communicate with node 1.  Aborting job.",
+    ],
+)
+def test_a_host_that_srun_has_lost_is_suspect_and_not_the_one_that_srun_ended_for_it(start: Start, said: str) -> None:
+    for rank, host in ((2, "node2"), (0, "node1"), (1, "node1")):
+        record = {"rank": rank, "host": host, "pid": 1, "started": 1, "log": "x"}
+        write_json(start.folder / f"rank-{rank:04d}.json", record)
+    with (start.run_dir / "logs" / "7_0_log.out").open("w") as log:
+        log.write(f"{START_LINE} 1 of job 7 on node[1-2]\nsrun: error: {said}\nsrun: error: node1: task 0: Killed\n")
+    assert suspects(start, []) == {"node2": "srun has lost node2: its step's daemon is gone"}
+    assert list(suspects(start, [failure("node1")])) == ["node2"]
+    assert list(suspects(start, [failure("node1", "node3")])) == ["node3"]
+    assert suspects(start, [failure("node2")]) == {}
 
 
 def test_a_host_that_was_named_and_wakes_up_blames_no_other(start: Start) -> None:
@@ -71,6 +91,7 @@ def test_a_host_to_blame_twice_stays_out_until_it_is_forgotten(tmp_path: Path) -
         ("s3://runs/x: the store did not answer", "store"),
         ("RuntimeError: [gloo] Connection closed by peer", "collective"),
         ("RuntimeError: CUDA error: uncorrectable ECC error", "node"),
+        ("srun has lost node2: its step's daemon is gone", "node"),
         ("rank 0 on node1: bad host node1: its clock is +90 s from the store's", "node"),
         ("something else", "unknown"),
     ],
