@@ -225,7 +225,7 @@ def _stop(directory: Path, record: Record) -> None:
         daemons.wait_until(lambda: not call(directory, "squeue", "-h").strip(), most, every_s=0.2)
     for process in reversed(running.values()):
         daemons.stop(process)
-    for process in of_jobs(directory):
+    for process in _leftovers(directory):
         daemons.stop(process, timeout_s=1.0)
     record.running.clear()
     record.save(directory)
@@ -233,8 +233,8 @@ def _stop(directory: Path, record: Record) -> None:
         shutil.rmtree(record.sockets, ignore_errors=True)
 
 
-def of_jobs(directory: Path, node: str | None = None) -> list[Process]:
-    """What runs on this cluster's nodes, or on one, and may outlive a slurmd: the steps' daemons and their tasks."""
+def _leftovers(directory: Path) -> list[Process]:
+    """What outlives a slurmd: its step daemons, and the tasks of steps whose daemon was killed."""
     conf = str(directory / "etc" / "slurm.conf")
     found: dict[Process, None] = {}
     for entry in Path("/proc").iterdir():
@@ -242,8 +242,6 @@ def of_jobs(directory: Path, node: str | None = None) -> list[Process]:
         if process is None or process.pid == os.getpid():
             continue
         variables = process.environment()
-        if node not in (None, variables.get("SLURMD_NODENAME")):
-            continue
         if variables.get("SLURM_CONF") == conf and ("SLURM_JOB_ID" in variables or process.name() == "slurmstepd"):
             parent = process.parent()  # since SLURM 24.11 a step's daemon shows no environment of its own
             daemon = [parent] if parent is not None and parent.name() == "slurmstepd" else []

@@ -17,8 +17,8 @@ from data_shards.errors import UserError
 from jobs import cluster, runs, slurm
 from jobs.chaos.proxy import Mode
 from jobs.chaos.trial import Trial
-from jobs.daemons import wait_until
-from jobs.local_slurm import Record, of_jobs
+from jobs.daemons import Process, wait_until
+from jobs.local_slurm import Record
 from pipeline import commit
 
 AWAY_S = 15.0  # the store is away for so long: longer than the watchdog's floor
@@ -83,8 +83,7 @@ def ranks_killed(trial: Trial) -> str:
 def node_killed(trial: Trial) -> str:
     """A node's slurmd, its steps' daemons and its tasks, at once; SLURM notices by its silence."""
     moment, victim = _now(trial), trial.rng.choice(trial.ranks()).host
-    directory = trial.scene.slurm.directory
-    for process in [_record(trial).running[victim], *of_jobs(directory, victim)]:
+    for process in _of_node(trial, victim):
         with suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGKILL)
     return f"{moment}, {victim}"
@@ -213,6 +212,18 @@ def _record(trial: Trial) -> Record:
     record = Record.load(trial.scene.slurm.directory)
     assert record is not None
     return record
+
+
+def _of_node(trial: Trial, node: str) -> list[Process]:
+    """The node's daemon, what runs on it, and the daemons of its steps, which are the parents of their tasks."""
+    found = [_record(trial).running[node]]
+    for entry in Path("/proc").iterdir():
+        process = Process.of(int(entry.name)) if entry.name.isdigit() else None
+        if process is None or process.environment().get("SLURMD_NODENAME") != node:
+            continue
+        parent = process.parent()
+        found += [process, *([parent] if parent and parent.name() == "slurmstepd" else [])]
+    return found
 
 
 @contextmanager

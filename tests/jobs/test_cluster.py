@@ -55,24 +55,6 @@ def test_another_process_with_the_same_id_is_not_ours() -> None:
     assert not ours.running()
 
 
-def test_what_runs_on_a_node_is_told_from_that_of_other_nodes_and_of_other_clusters(tmp_path: Path) -> None:
-    def task(cluster_name: str, node: str) -> subprocess.Popen[bytes]:
-        conf = str(tmp_path / cluster_name / "etc" / "slurm.conf")
-        variables = {"SLURM_CONF": conf, "SLURM_JOB_ID": "7", "SLURMD_NODENAME": node}
-        return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], env={**os.environ, **variables})
-
-    tasks = [task("ours", "node1"), task("ours", "node2"), task("another", "node2")]
-    first, second, foreign = map(known, tasks)
-    try:
-        assert daemons.wait_until(lambda: "SLURM_JOB_ID" in foreign.environment(), 10)
-        assert set(local_slurm.of_jobs(tmp_path / "ours")) == {first, second}
-        assert local_slurm.of_jobs(tmp_path / "ours", "node2") == [second]
-    finally:
-        for process in tasks:
-            process.kill()
-            process.wait()
-
-
 def test_a_process_that_ignores_the_request_to_end_is_ended() -> None:
     process = child("import signal, sys, time; signal.signal(15, signal.SIG_IGN); print(1, flush=True); time.sleep(60)")
     ours = known(process)

@@ -151,13 +151,13 @@ def test_stopping_ends_the_jobs_and_all_that_they_started(tmp_path: Path) -> Non
     slurm = cluster.start_slurm(tmp_path)
     try:
         run_on(slurm, "sbatch", "-N2", f"-o{tmp_path}/out", "--wrap", "srun sh -c 'trap : TERM; sleep 600; sleep 600'")
-        assert daemons.wait_until(lambda: len(local_slurm.of_jobs(tmp_path)) >= 8, 60)
-        stepd = next(p for p in local_slurm.of_jobs(tmp_path) if p.name() == "slurmstepd")
+        assert daemons.wait_until(lambda: len(local_slurm._leftovers(tmp_path)) >= 8, 60)
+        stepd = next(p for p in local_slurm._leftovers(tmp_path) if p.name() == "slurmstepd")
         os.kill(stepd.pid, signal.SIGKILL)  # its tasks have no parent now
     finally:
         slurm.stop()
     assert running_below(tmp_path) == []
-    assert local_slurm.of_jobs(tmp_path) == []
+    assert local_slurm._leftovers(tmp_path) == []
     sockets = Path(local_slurm.Record.load(tmp_path).sockets)  # type: ignore[union-attr]
     assert sockets.is_relative_to(tmp_path) or not sockets.exists()
 
