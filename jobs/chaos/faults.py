@@ -83,7 +83,7 @@ def ranks_killed(trial: Trial) -> str:
 def node_killed(trial: Trial) -> str:
     """A node's slurmd, its steps' daemons and its tasks, at once; SLURM notices by its silence."""
     moment, victim = _now(trial), trial.rng.choice(trial.ranks()).host
-    for process in _of_node(trial, victim):
+    for process in [_record(trial).running[victim], *on_node(victim, trial.job.id)]:
         with suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGKILL)
     return f"{moment}, {victim}"
@@ -214,12 +214,16 @@ def _record(trial: Trial) -> Record:
     return record
 
 
-def _of_node(trial: Trial, node: str) -> list[Process]:
-    """The node's daemon, what runs on it, and the daemons of its steps, which are the parents of their tasks."""
-    found = [_record(trial).running[node]]
+def on_node(node: str, job: str) -> list[Process]:
+    """What a job runs on a node, and the daemons of its steps, which are the parents of their tasks.
+
+    By the job's id too: other clusters of this machine have nodes of the same names.
+    """
+    found = []
     for entry in Path("/proc").iterdir():
         process = Process.of(int(entry.name)) if entry.name.isdigit() else None
-        if process is None or process.environment().get("SLURMD_NODENAME") != node:
+        variables = process.environment() if process else {}
+        if process is None or (variables.get("SLURMD_NODENAME"), variables.get("SLURM_JOB_ID")) != (node, job):
             continue
         parent = process.parent()
         found += [process, *([parent] if parent and parent.name() == "slurmstepd" else [])]

@@ -1,6 +1,9 @@
 import http.client
 import http.server
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +14,10 @@ import pytest
 
 from data_shards.errors import UserError
 from jobs.chaos.campaign import Row, campaign, draw, line, table
-from jobs.chaos.faults import FAULTS
+from jobs.chaos.faults import FAULTS, on_node
 from jobs.chaos.proxy import CUT_BYTES, Proxy
 from jobs.chaos.trial import Trial
+from jobs.daemons import wait_until
 
 BODY = bytes(5 * CUT_BYTES)
 
@@ -46,6 +50,22 @@ def ask(proxy: Proxy, timeout_s: float = 20.0) -> bytes:
     connection = http.client.HTTPConnection(proxy.url.removeprefix("http://"), timeout=timeout_s)
     connection.request("GET", "/")
     return connection.getresponse().read()
+
+
+def test_a_node_is_told_from_others_and_from_those_of_the_same_name_in_other_clusters() -> None:
+    def task(node: str, job: str) -> subprocess.Popen[bytes]:
+        variables = {**os.environ, "SLURMD_NODENAME": node, "SLURM_JOB_ID": job}
+        return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], env=variables)
+
+    ours, theirs = f"{os.getpid()}1", f"{os.getpid()}2"
+    tasks = [task("node1", ours), task("node2", ours), task("node2", theirs)]
+    try:
+        assert wait_until(lambda: len(on_node("node2", theirs)) == 1, 20)
+        assert [process.pid for process in on_node("node2", ours)] == [tasks[1].pid]
+    finally:
+        for process in tasks:
+            process.kill()
+            process.wait()
 
 
 @pytest.mark.parametrize("mode", ["pass", "slow"])
