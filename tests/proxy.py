@@ -7,6 +7,7 @@ import threading
 import time
 
 _REQUEST = re.compile(rb"(GET|PUT|POST|HEAD|DELETE) (\S+) HTTP/1\.1\r\n")
+_RANGE = re.compile(rb"\r\nRange: bytes=(\d+)-(\d+)\r\n", re.IGNORECASE)
 _AFTER = {"cut": 50_000, "torn": 50_000, "wrong": 30_000, "slow": 20_000}  # bytes of an answer, its head with them
 
 
@@ -84,7 +85,7 @@ class _Connection:
         while data := self.client.recv(65536):
             if found := _REQUEST.match(data):
                 self.wire.requests.append(b" ".join(found.groups()).decode())
-                self.fault = self.wire.faults.pop(0) if self.wire.faults else ""
+                self.fault = self.next_fault(data)
                 self.answered = 0
             if self.fault in _ANSWERS:
                 self.client.sendall(_ANSWERS[self.fault])
@@ -96,6 +97,14 @@ class _Connection:
             if self.fault != "silence":
                 self.server.sendall(data)
         self.end()
+
+    def next_fault(self, head: bytes) -> str:
+        """One that strikes in the middle of an answer waits for a request whose answer is long enough."""
+        faults = self.wire.faults
+        asked = _RANGE.search(head) if faults else None
+        if asked and int(asked[2]) - int(asked[1]) < _AFTER.get(faults[0], 0):
+            return ""
+        return faults.pop(0) if faults else ""
 
     def answers(self) -> None:
         with contextlib.suppress(OSError):

@@ -10,6 +10,7 @@ import pytest
 from data_shards.fetch import HEDGE_SHARE
 from data_shards.reader import Reader
 from data_shards.store import Denied, Unavailable
+from jobs.daemons import wait_until
 from tests.proxy import Wire
 from tests.real.test_reader_s3 import ORDER, STEPS, check, opened, reader_of, samples, url
 
@@ -86,7 +87,7 @@ def test_an_answer_that_stalls_is_given_up_at_the_attempts_deadline_and_asked_fo
         for step in STEPS:
             check(reader.batch(step), step, samples)
         assert reader.bad == []
-        assert reader.counters["retries"] >= 1  # a piece of an index is too short to be slow
+        assert reader.counters["retries"] >= 1
 
 
 @pytest.mark.parametrize("fault", ["late", "slow", "silence"])
@@ -97,7 +98,8 @@ def test_a_second_request_brings_what_a_stalled_one_does_not(
     with disturbed(wire, url, [""] * 50 + [fault], retry_seconds=600.0) as reader:
         for step in STEPS:
             check(reader.batch(step), step, samples)
-        assert 1 <= reader.counters["hedged"] <= 1 + HEDGE_SHARE * reader.counters["requests"]
+        assert wait_until(lambda: reader.counters["hedged"] >= 1, 20)  # also for what is fetched ahead
+        assert reader.counters["hedged"] <= 1 + HEDGE_SHARE * reader.counters["requests"]
         assert reader.counters["retries"] == 0
         assert reader.bad == []
 

@@ -2,7 +2,6 @@
 bit, with no step missing or twice."""
 
 import random
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,8 @@ from jobs.local_slurm import PACKAGES
 from jobs.site import ROOT
 from jobs.start import RankRecord
 from pipeline.config import load
-from pipeline.journal import read_events
 from tests.conftest import kept_environment
 from tests.photos import write_tiles
-from tests.real.ranks import start
-from tests.real.test_resume import STEPS, config_for, local_steps, results
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -79,30 +75,6 @@ def test_a_run_goes_on_through_more_preemptions_than_submitit_allows(
         trial.wait(lambda number=number: trial.job.start.number == number, "the next start")
     trial.finish()
     assert trial.results() == undisturbed
-
-
-def test_of_two_attempts_alive_at_once_the_older_one_stops_and_harms_nothing(
-    tiny_set: str, runs: str, tmp_path: Path
-) -> None:
-    run_dir, config = tmp_path / "zombie", config_for(tiny_set, runs)
-    store = Store(f"{runs}/zombie")
-    older = start(config, run_dir, 2)
-    older.wait_until(lambda: local_steps(run_dir, 1) >= 13)
-    older.signal(signal.SIGSTOP)
-    newer = start(config, run_dir, 2)
-    newer.wait_until(lambda: local_steps(run_dir, 2) >= 5)
-    older.signal(signal.SIGCONT)
-    assert all(code != 0 for code in older.wait()), older.tails()
-    assert newer.wait() == [0, 0], newer.tails()
-    assert "attempt 2 owns the run now" in older.tails()
-    rows = results(f"{runs}/zombie")
-    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    (resumed,) = [event for event in read_events(store) if event["event"] == "resumed"]
-    steps = [int(e.path.split("step-")[1][:9]) for e in store.list("checkpoints") if e.path.endswith("MANIFEST.json")]
-    assert max(steps) == STEPS
-    assert all(
-        "-a2/" in e.path or int(e.path.split("step-")[1][:9]) <= resumed["step"] for e in store.list("checkpoints")
-    )
 
 
 def _stopped(trial: Trial) -> list[RankRecord]:
