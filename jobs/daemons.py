@@ -60,6 +60,14 @@ class Process:
         return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
 
 
+def processes() -> Iterator[Process]:
+    """All of this machine that run."""
+    for entry in Path("/proc").iterdir():
+        process = Process.of(int(entry.name)) if entry.name.isdigit() else None
+        if process is not None:
+            yield process
+
+
 def _stat(pid: int) -> list[str]:
     """The fields of /proc/PID/stat from the third on, the state. Raises OSError when there is no such process."""
     # The name, in brackets, may hold spaces and brackets itself: what counts comes after the last one.

@@ -19,7 +19,7 @@ import shutil
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -236,16 +236,21 @@ def _stop(directory: Path, record: Record) -> None:
 def _leftovers(directory: Path) -> list[Process]:
     """What outlives a slurmd: its step daemons, and the tasks of steps whose daemon was killed."""
     conf = str(directory / "etc" / "slurm.conf")
-    found: dict[Process, None] = {}
-    for entry in Path("/proc").iterdir():
-        process = Process.of(int(entry.name)) if entry.name.isdigit() else None
-        if process is None or process.pid == os.getpid():
-            continue
+
+    def ours(process: Process) -> bool:
         variables = process.environment()
-        if variables.get("SLURM_CONF") == conf and ("SLURM_JOB_ID" in variables or process.name() == "slurmstepd"):
-            parent = process.parent()  # since SLURM 24.11 a step's daemon shows no environment of its own
-            daemon = [parent] if parent is not None and parent.name() == "slurmstepd" else []
-            found |= dict.fromkeys([process, *daemon])
+        return variables.get("SLURM_CONF") == conf and ("SLURM_JOB_ID" in variables or process.name() == "slurmstepd")
+
+    return with_step_daemons(process for process in daemons.processes() if process.pid != os.getpid() and ours(process))
+
+
+def with_step_daemons(tasks: Iterable[Process]) -> list[Process]:
+    """The tasks and, each once, their parents among SLURM's step daemons: since 24.11 these show no environment."""
+    found: dict[Process, None] = {}
+    for task in tasks:
+        parent = task.parent()
+        daemon = [parent] if parent is not None and parent.name() == "slurmstepd" else []
+        found |= dict.fromkeys([task, *daemon])
     return list(found)
 
 

@@ -17,8 +17,8 @@ from data_shards.errors import UserError
 from jobs import cluster, runs, slurm
 from jobs.chaos.proxy import Mode
 from jobs.chaos.trial import Trial
-from jobs.daemons import Process, wait_until
-from jobs.local_slurm import Record
+from jobs.daemons import Process, processes, wait_until
+from jobs.local_slurm import Record, with_step_daemons
 from pipeline import commit
 
 AWAY_S = 15.0  # the store is away for so long: longer than the watchdog's floor
@@ -215,19 +215,16 @@ def _record(trial: Trial) -> Record:
 
 
 def on_node(node: str, job: str) -> list[Process]:
-    """What a job runs on a node, and the daemons of its steps, which are the parents of their tasks.
+    """What a job runs on a node, with the daemons of its steps.
 
     By the job's id too: other clusters of this machine have nodes of the same names.
     """
-    found = []
-    for entry in Path("/proc").iterdir():
-        process = Process.of(int(entry.name)) if entry.name.isdigit() else None
-        variables = process.environment() if process else {}
-        if process is None or (variables.get("SLURMD_NODENAME"), variables.get("SLURM_JOB_ID")) != (node, job):
-            continue
-        parent = process.parent()
-        found += [process, *([parent] if parent and parent.name() == "slurmstepd" else [])]
-    return found
+
+    def there(process: Process) -> bool:
+        variables = process.environment()
+        return (variables.get("SLURMD_NODENAME"), variables.get("SLURM_JOB_ID")) == (node, job)
+
+    return with_step_daemons(filter(there, processes()))
 
 
 @contextmanager

@@ -37,11 +37,10 @@ def process_of(folder: Path) -> daemons.Process:
 def running_below(folder: Path) -> list[int]:
     """Ids of processes whose command line or SLURM_CONF names the folder."""
     found = []
-    for entry in Path("/proc").iterdir():
-        process = daemons.Process.of(int(entry.name)) if entry.name.isdigit() else None
-        if process and process.pid != os.getpid():
+    for process in daemons.processes():
+        if process.pid != os.getpid():
             try:
-                command = (entry / "cmdline").read_bytes().decode(errors="replace")
+                command = Path(f"/proc/{process.pid}/cmdline").read_bytes().decode(errors="replace")
             except OSError:
                 continue
             if f"{folder}/" in command or str(folder) in process.environment().get("SLURM_CONF", ""):
