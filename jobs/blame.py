@@ -29,8 +29,10 @@ def last_words(start: Start) -> tuple[str, str] | None:
 def lost(start: Start) -> str | None:
     """The host on which srun has lost its step in this start; ranks elsewhere are then ended by srun itself."""
     found = _LOST.search(_log(start))
+    if found is None:
+        return None
     hosts = list(dict.fromkeys(record.host for record in sorted(start.ranks(), key=lambda record: record.rank)))
-    return hosts[int(found[1])] if found and int(found[1]) < len(hosts) else None
+    return hosts[int(found[1])] if int(found[1]) < len(hosts) else None
 
 
 def _log(start: Start) -> str:

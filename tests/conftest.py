@@ -68,13 +68,17 @@ class SharedSlurm:
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedSlurm]:
     """A real SLURM of four nodes; its variables are already set in this process."""
-    if missing := cluster.missing_programs():
-        pytest.skip(f"SLURM is not installed ({', '.join(missing)}): apt install {' '.join(PACKAGES)}")
+    skip_without_slurm()
     folder, settings = run_folder(tmp_path_factory) / "slurm", cluster.Settings(nodes=4)
     service = shared(folder, lambda: cluster.start_slurm(folder, settings), lambda: cluster.stop_slurm(folder))
     with service as running, kept_environment():
         os.environ.update(running.environment())
         yield SharedSlurm(running, running.environment())
+
+
+def skip_without_slurm() -> None:
+    if missing := cluster.missing_programs():
+        pytest.skip(f"SLURM is not installed ({', '.join(missing)}): apt install {' '.join(PACKAGES)}")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

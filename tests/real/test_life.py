@@ -10,16 +10,15 @@ import pytest
 
 from data_shards.pack import PackSettings, pack
 from data_shards.store import Store
-from jobs import cluster, runs
+from jobs import runs
 from jobs.chaos.campaign import DATA, DISK_FAULT, attempt, reference, scene
 from jobs.chaos.faults import FAULTS, hung
 from jobs.chaos.trial import Scene, Trial
 from jobs.daemons import wait_until
-from jobs.local_slurm import PACKAGES
 from jobs.site import ROOT
 from jobs.start import RankRecord
 from pipeline.config import load
-from tests.conftest import kept_environment
+from tests.conftest import kept_environment, skip_without_slurm
 from tests.photos import write_tiles
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -28,8 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     """A cluster and a store of this module's own: what happens here must not happen to other tests."""
-    if missing := cluster.missing_programs():
-        pytest.skip(f"SLURM is not installed ({', '.join(missing)}): apt install {' '.join(PACKAGES)}")
+    skip_without_slurm()
     folder = tmp_path_factory.mktemp("life")
     config = load(ROOT / "conf" / "chaos.yaml", f"store=s3://runs/life data.url={DATA}")
     with kept_environment(), scene(folder, config) as found:
