@@ -20,6 +20,7 @@ from data_shards.errors import UserError
 from data_shards.index import Manifest, ShardSet
 from data_shards.order import ORDER_VERSION
 from data_shards.store import Store, StoreError
+from jobs.daemons import wait_until
 from pipeline.config import Config
 from pipeline.journal import Journal, read_events, read_metrics
 from pipeline.run import Run, Superseded, check_same, environment, open_data, read_config, read_record, record_of
@@ -258,14 +259,11 @@ def test_no_line_waits_for_a_store_that_does_not_answer(silent_store: Store, tmp
 
     uploading = threading.Thread(target=upload, daemon=True)
     uploading.start()
-    deadline = time.monotonic() + 60
-    while silent_store.counters.requests == 0 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    assert wait_until(lambda: silent_store.counters.requests > 0, 60)
     started = time.monotonic()
     journal.append(row(2, 1))
     assert time.monotonic() - started < 5
     assert uploading.is_alive()
-    assert silent_store.counters.requests > 0
 
 
 def test_a_disk_that_refuses_lines_does_not_keep_them_from_the_store(store: Store, tmp_path: Path) -> None:
