@@ -171,7 +171,7 @@ def summary(run: str, words: str, told: Sequence[Row], rows: Sequence[Row], *, j
         steps=steps,
         loss=result.get("loss"),
         images_s=spent.get("images_s"),
-        wait=spent["wait_s"] / spent["step_s"] if spent.get("step_s") else None,
+        wait=_wait(rows),
         left_s=to_go or None,
         committed=committed,
         committed_ago_s=now - commits[-1]["time"] if commits else None,
@@ -181,6 +181,12 @@ def summary(run: str, words: str, told: Sequence[Row], rows: Sequence[Row], *, j
         seconds_ago=now - spent["time"] if "time" in spent else None,
         look="",
     )
+
+
+def _wait(rows: Sequence[Row]) -> float | None:
+    timed = [row["run"] for row in rows if "wait_s" in row["run"]]
+    seconds = sum(run["step_s"] for run in timed)
+    return sum(run["wait_s"] for run in timed) / seconds if seconds else None
 
 
 def _step_s(rows: Sequence[Row]) -> float:

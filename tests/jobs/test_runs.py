@@ -72,6 +72,15 @@ def test_a_running_job_shows_its_last_row_and_what_its_events_say(job):
     assert found.left_s == pytest.approx(130 * 0.5)
 
 
+def test_the_wait_for_data_is_that_of_many_steps_and_not_of_the_last_one_for_which_nothing_is_fetched(job):
+    waits = (0.3, 0.1, 0.2, 0.0)
+    rows = [
+        {"result": {"step": n}, "run": {"time": 1.0, "step_s": 0.5, "wait_s": wait}} for n, wait in enumerate(waits)
+    ]
+    lines(job.run_dir / "a01" / "metrics.jsonl", *rows)
+    assert status(job, queued("RUNNING")).wait == pytest.approx(0.3)
+
+
 def attempt(job: Job, number: int, start: int, rows: list[tuple[int, float]], *events: dict[str, Any]) -> None:
     """An attempt as it lies on the shared disk: its start, its rows (step, time) of a second each, its events."""
     begun = {"event": "resumed" if start else "started", "step": start, "steps": 200, "ranks": 2}
