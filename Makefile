@@ -130,6 +130,10 @@ evaluate: .venv/stamp ## what the trunk of RUN= can do: BANK= and HELD_OUT= are 
 report: .venv/stamp ## evaluate RUN= and write its report, one page (BANK= HELD_OUT= as above)
 	@$(FARSEER) report $(run_option) $(site_option) "$(or $(BANK),$(error say what to learn from: BANK=s3://...))" "$(or $(HELD_OUT),$(error say what to ask: HELD_OUT=s3://...))"
 
+.PHONY: export
+export: .venv/stamp ## the trunk of RUN= as a folder that timm reads (STEP= TO=folder or s3://.. JSON=1)
+	@$(FARSEER) export $(run_option) $(site_option) $(if $(STEP),--step "$(STEP)") $(if $(TO),--to "$(TO)") $(call flag,JSON,json)
+
 .PHONY: chaos
 chaos: .venv/stamp slurm ## N= faults against short real runs on a cluster of their own (SEED=, FAULT=)
 	@$(FARSEER) chaos --trials "$(or $(N),5)" --seed "$(or $(SEED),0)" $(if $(FAULT),--fault "$(FAULT)")

@@ -4,17 +4,16 @@ Each verb imports what it needs when it is called, so that `farseer --help` is t
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from data_shards.errors import UserError
 from jobs.curate_verbs import curate_verbs
-from jobs.run_verbs import newest_job, run_option, run_verbs
+from jobs.result_verbs import result_verbs
+from jobs.run_verbs import run_verbs
 from jobs.shard_verbs import shard_verbs
-from jobs.verbs import add_verb, json_option, say, site_option
+from jobs.verbs import add_verb, say
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     shard_verbs(verbs)
     curate_verbs(verbs)
     run_verbs(verbs)
-    _result_verbs(verbs)
+    result_verbs(verbs)
     options = add_verb(verbs, "demo", demo, "the whole product on this machine, in about six minutes")
     options.add_argument("--src", help="a folder of photographs of yours, in the place of the demo's")
     options.add_argument("--set", default="", help="overrides of conf/demo.yaml: 'train.steps=100'")
@@ -52,41 +51,6 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--fault", action="append", default=[], help="draw among these only; may be given again")
     _supervise_options(add_verb(verbs, "supervise", supervise, argparse.SUPPRESS))
     return root
-
-
-def _result_verbs(verbs: Any) -> None:
-    evaluating = run_option(add_verb(verbs, "evaluate", evaluate, "what the trunk of a run can do, beside baselines"))
-    json_option(evaluating)
-    reporting = run_option(add_verb(verbs, "report", report, "evaluate a run and write its report, one page of HTML"))
-    reporting.add_argument("--to", help="the page's file; by default var/report-<run>.html")
-    for options in (evaluating, reporting):
-        options.add_argument("bank", metavar="BANK", help="labelled shards to learn from: s3://bucket/folder")
-        options.add_argument("held_out", metavar="HELD_OUT", help="labelled shards to ask about")
-        site_option(options)
-
-
-def evaluate(options: argparse.Namespace) -> int:
-    from data_shards.store import Store
-    from pipeline.evaluate.run import evaluate_run
-
-    found = evaluate_run(Store(newest_job(options).store), options.bank, options.held_out)
-    say(*([json.dumps(found.to_json(), indent=2)] if options.json else found.text()))
-    return 0
-
-
-def report(options: argparse.Namespace) -> int:
-    from pathlib import Path
-
-    from data_shards.store import Store
-    from jobs.site import ROOT
-    from pipeline.evaluate.run import evaluate_run
-    from pipeline.report.run import report_run
-
-    store = Store(newest_job(options).store)
-    page = Path(options.to) if options.to else ROOT / "var" / f"report-{options.name}.html"
-    found = evaluate_run(store, options.bank, options.held_out)
-    say(*found.text(), f"report: {report_run(store, options.bank, options.held_out, found, page)}")
-    return 0
 
 
 def demo(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Tensors out of a checkpoint of any run: for an evaluation, or as the beginning of another run."""
+"""Tensors out of a checkpoint of any run: for an evaluation, an export, or as the beginning of another run."""
 
 import tempfile
 from pathlib import Path
@@ -9,7 +9,11 @@ from data_shards.errors import UserError
 from data_shards.store import Store
 from pipeline import commit
 from pipeline.commit import Place
+from pipeline.config import Config
+from pipeline.regnet import RegNet
 from pipeline.snapshot import Saved
+
+TRUNK = "model.trunk."  # what the names of its tensors begin with in a checkpoint
 
 
 def fill(store: Store, place: Place, state: dict[str, Tensor]) -> None:
@@ -45,6 +49,30 @@ def point(runs: Store, origin: str) -> str:
     places = commit.committed(commit.survey(store))
     wanted = [place for place in places if not step or str(place.step) == step]
     if not wanted:
-        there = ", ".join(str(place.step) for place in reversed(places)) or "none"
-        raise UserError(f"FROM={origin}: {store.url} has no such checkpoint; there are: {there}")
+        raise UserError(f"FROM={origin}: {store.url} has no such checkpoint; there are: {_steps(places)}")
     return f"{store.url}/{wanted[0].path}"
+
+
+def _steps(places: list[Place]) -> str:
+    return ", ".join(str(place.step) for place in reversed(places)) or "none"
+
+
+def trained_trunk(store: Store, config: Config, step: int | None = None) -> tuple[RegNet, Place]:
+    """The trunk of a run and the checkpoint that it is from: the newest that is whole, or that of the step.
+
+    store: the run's folder. Raises UserError, with the steps that there are, when there is no such checkpoint.
+    """
+    trunk = RegNet(config.model)
+    places = commit.committed(commit.survey(store))
+    for place in places:
+        if step not in (None, place.step):
+            continue
+        try:
+            fill(store, place, {TRUNK + name: tensor for name, tensor in trunk.state_dict().items()})
+        except commit.Damaged:
+            continue
+        return trunk, place
+    if not places:
+        raise UserError(f"{store.url}: no checkpoint yet; make status shows how far the run is")
+    wanted = "is whole" if step is None else f"of step {step} is there and whole"
+    raise UserError(f"{store.url}: no checkpoint {wanted}; there are those of {_steps(places)}")

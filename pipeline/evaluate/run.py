@@ -5,10 +5,8 @@ from dataclasses import replace
 
 import torch
 
-from data_shards.errors import UserError
 from data_shards.index import ShardSet
 from data_shards.store import Store
-from pipeline import commit
 from pipeline.config import Config
 from pipeline.evaluate.suite import evaluate
 from pipeline.evaluate.table import Evaluation
@@ -16,9 +14,7 @@ from pipeline.evaluate.tiles import Tiles, read_tiles
 from pipeline.evaluate.views import render_views
 from pipeline.regnet import RegNet
 from pipeline.run import read_config
-from pipeline.weights import fill
-
-PREFIX = "model.trunk."
+from pipeline.weights import trained_trunk
 
 
 def evaluate_run(store: Store, bank_url: str, held_out_url: str) -> Evaluation:
@@ -28,13 +24,13 @@ def evaluate_run(store: Store, bank_url: str, held_out_url: str) -> Evaluation:
     Raises UserError when the run or a set is not there, or the run has no checkpoint yet.
     """
     config = read_config(store)
-    trained, step = trained_trunk(store, config)
+    trained, place = trained_trunk(store, config)
     bank, held_out = open_tiles(bank_url), open_tiles(held_out_url)
     views = render_views(bank, held_out, config.augment)
     evaluation = evaluate(trained, untrained_trunk(config), bank, held_out, views)
-    made_of = {"step": step, "bank_url": bank_url, "held_out_url": held_out_url}
+    made_of = {"step": place.step, "bank_url": bank_url, "held_out_url": held_out_url}
     evaluation = replace(evaluation, facts=evaluation.facts | made_of)
-    store.put(f"eval/step-{step:09d}.json", json.dumps(evaluation.to_json()).encode())
+    store.put(f"eval/step-{place.step:09d}.json", json.dumps(evaluation.to_json()).encode())
     return evaluation
 
 
@@ -47,15 +43,3 @@ def untrained_trunk(config: Config) -> RegNet:
     """The trunk with the weights that the run began with."""
     torch.manual_seed(config.train.seed)
     return RegNet(config.model)
-
-
-def trained_trunk(store: Store, config: Config) -> tuple[RegNet, int]:
-    """The trunk of the run's newest checkpoint that is whole, and its step. Raises UserError when there is none."""
-    trunk = RegNet(config.model)
-    for place in commit.committed(commit.survey(store)):
-        try:
-            fill(store, place, {PREFIX + name: tensor for name, tensor in trunk.state_dict().items()})
-        except commit.Damaged:
-            continue
-        return trunk, place.step
-    raise UserError(f"{store.url}: no checkpoint yet; evaluate it after its first one (make status shows the step)")

@@ -131,7 +131,7 @@ def test_a_mistake_in_the_settings_is_answered_with_what_is_right(mistake: dict[
         ModelSettings.model_validate(mistake)
 
 
-def _timm() -> ModuleType:
+def import_timm() -> ModuleType:
     """timm; it imports torchvision, which may have been built for another torch and lack its operators."""
     found = importlib.util.find_spec("torchvision")
     if found is None or importlib.util.find_spec("timm") is None:
@@ -149,7 +149,7 @@ def _timm() -> ModuleType:
 
 @pytest.mark.slow
 def test_timm_with_the_same_weights_gives_the_same_features() -> None:
-    timm = _timm()
+    timm = import_timm()
     torch.manual_seed(5)
     trunk = RegNet(ModelSettings(trunk="regnety_002")).eval()
     twin = timm.create_model("regnety_002", num_classes=0).eval()

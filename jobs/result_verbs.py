@@ -1,0 +1,75 @@
+"""The verbs for what came of a run: evaluate, report, export. Each imports what it needs when it is called."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs.run_verbs import newest_job, run_option
+from jobs.verbs import add_verb, json_option, say, say_found, site_option
+
+if TYPE_CHECKING:
+    from data_shards.store import Store
+
+
+def result_verbs(verbs: Any) -> None:
+    evaluating = run_option(add_verb(verbs, "evaluate", evaluate, "what the trunk of a run can do, beside baselines"))
+    json_option(evaluating)
+    reporting = run_option(add_verb(verbs, "report", report, "evaluate a run and write its report, one page of HTML"))
+    reporting.add_argument("--to", help="the page's file; by default var/report-<run>.html")
+    for options in (evaluating, reporting):
+        options.add_argument("bank", metavar="BANK", help="labelled shards to learn from: s3://bucket/folder")
+        options.add_argument("held_out", metavar="HELD_OUT", help="labelled shards to ask about")
+        site_option(options)
+    options = run_option(add_verb(verbs, "export", export, "the trunk of a run as a folder that timm reads"))
+    options.add_argument("--step", type=int, help="of the checkpoint; by default the newest that is whole")
+    options.add_argument("--to", help="s3://bucket/folder, or a folder here; by default var/export/<run>")
+    site_option(options)
+    json_option(options)
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    from pipeline.evaluate.run import evaluate_run
+
+    found = evaluate_run(run_folder(options), options.bank, options.held_out)
+    say(*([json.dumps(found.to_json(), indent=2)] if options.json else found.text()))
+    return 0
+
+
+def report(options: argparse.Namespace) -> int:
+    from jobs.site import ROOT
+    from pipeline.evaluate.run import evaluate_run
+    from pipeline.report.run import report_run
+
+    store = run_folder(options)
+    page = Path(options.to) if options.to else ROOT / "var" / f"report-{_name(options)}.html"
+    found = evaluate_run(store, options.bank, options.held_out)
+    say(*found.text(), f"report: {report_run(store, options.bank, options.held_out, found, page)}")
+    return 0
+
+
+def export(options: argparse.Namespace) -> int:
+    from data_shards.store import Store
+    from jobs.site import ROOT
+    from pipeline.export import export_run
+
+    to = options.to or str(ROOT / "var" / "export" / _name(options))
+    target = Store(to if "://" in to else f"file://{Path(to).expanduser().absolute()}")
+    found = export_run(run_folder(options), target, options.step)
+    say_found(options, found, found.lines())
+    return 0
+
+
+def run_folder(options: argparse.Namespace) -> "Store":
+    """The folder of the run in the store. The run is a name that the site knows, or that folder's url."""
+    from data_shards.store import Store
+    from jobs.site import load_site
+
+    if "://" not in options.name:
+        return Store(newest_job(options).store)
+    load_site(options.site).activate()
+    return Store(options.name)
+
+
+def _name(options: argparse.Namespace) -> str:
+    return str(options.name).rstrip("/").rpartition("/")[2]
