@@ -6,7 +6,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 FARSEER := $(BIN)/farseer
-PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal -q
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal -q -rs
 
 CONF ?= conf/demo.yaml
 RUN ?=

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 import traceback
+from contextlib import suppress
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -114,12 +115,10 @@ def _handle_early_signals(start: Start, rank: int, time_s: float) -> None:
 def _fail(start: Start, rank: int, error: Exception) -> NoReturn:
     """Leave word, and the process, whatever its other threads wait for."""
     start.fail(rank, error)
-    if isinstance(error, UserError):
-        sys.stderr.write(f"farseer: {error}\n")
-    else:
-        traceback.print_exception(error)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    said = f"farseer: {error}\n" if isinstance(error, UserError) else "".join(traceback.format_exception(error))
+    with suppress(RuntimeError):  # as a signal's handler this may have cut off a write to the same stream
+        sys.stdout.flush()
+    os.write(sys.stderr.fileno(), said.encode())
     if blame.kind(str(error)) == "collective":
         time.sleep(WITNESS_S)
     os._exit(error.exit_code if isinstance(error, UserError) else 1)

@@ -57,6 +57,13 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedS3]:
         yield SharedS3(server, server.environment())
 
 
+@pytest.fixture(autouse=True)
+def _environment_of_its_own() -> Iterator[None]:
+    """What a test makes known to its process, such as the keys of a site, ends with it."""
+    with kept_environment():
+        yield
+
+
 @dataclass(frozen=True)
 class SharedSlurm:
     """The SLURM of this test run: nodes `node1` to `node4`, partitions `main` and `low` (preempted by `main`)."""

@@ -59,7 +59,8 @@ def test_status_without_runs_says_how_to_start_one(site, capsys):
 
 def test_status_is_a_table_for_people_and_json_for_scripts(site, tmp_path, capsys):
     (tmp_path / "shared" / "first").mkdir(parents=True)
-    Job("first", tmp_path / "shared" / "first", "s3://runs/first", "local-1", Process(1, -1)).save()
+    store = f"file://{tmp_path}/runs/first"
+    Job("first", tmp_path / "shared" / "first", store, "local-1", Process(1, -1)).save()
     assert main(["status", "--site", site]) == 0
     head, row = capsys.readouterr().out.splitlines()
     assert head.split()[:5] == ["RUN", "STATE", "STEP", "LOSS", "IMAGES/S"]

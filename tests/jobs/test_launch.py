@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -160,6 +161,7 @@ def test_a_snapshot_outside_git_is_the_three_packages(tmp_path, monkeypatch):
     assert yaml.safe_load((tmp_path / "shared/first/config.yaml").read_text()) == {"a": 1}
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed: apt install git")
 def test_a_snapshot_in_git_takes_new_files_along_and_leaves_ignored_ones(tmp_path, monkeypatch):
     code = write(tmp_path / "code", [*CODE, "tests/t.py"])
     (code / ".gitignore").write_text("*.log\n")

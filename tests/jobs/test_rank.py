@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,23 @@ _handle_early_signals(Start.here(), int(sys.argv[1]), float(sys.argv[2]))
 print("ready", flush=True)
 signal.pause()
 """
+IN_A_WRITE = """
+import io, os, signal, sys
+from jobs.rank import _handle_early_signals
+from jobs.start import Start
+
+class Signalling(io.RawIOBase):
+    def writable(self):
+        return True
+
+    def write(self, data):
+        os.kill(os.getpid(), signal.SIGUSR2)
+        return len(data)
+
+_handle_early_signals(Start.here(), int(sys.argv[1]), float(sys.argv[2]))
+sys.stdout = io.TextIOWrapper(io.BufferedWriter(Signalling()))
+print("a line", flush=True)
+"""
 LONG_S, SHORT_S = 3600.0, 60.0  # of a job whose time limit is far away, and of one whose signal is that of its limit
 
 
@@ -29,11 +47,15 @@ def start(tmp_path: Path) -> Start:
     return Start(tmp_path, "local-1", 0)
 
 
+def launched(start: Start, code: str, rank: int, time_s: float) -> dict[str, Any]:
+    """A rank as arguments of subprocess."""
+    variables = {**os.environ, "FARSEER_RUN_DIR": str(start.run_dir), "FARSEER_JOB": start.job}
+    return {"args": [sys.executable, "-c", code, str(rank), str(time_s)], "env": variables}
+
+
 def signalled(start: Start, rank: int, time_s: float) -> int:
     """The exit code of a rank that gets USR2 as soon as it listens."""
-    variables = {**os.environ, "FARSEER_RUN_DIR": str(start.run_dir), "FARSEER_JOB": start.job}
-    command = [sys.executable, "-c", RANK, str(rank), str(time_s)]
-    process = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(**launched(start, RANK, rank, time_s), stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGUSR2)
@@ -59,6 +81,13 @@ def test_a_time_limit_that_is_too_short_to_begin_is_a_failure_of_which_the_super
     assert (failure.rank, failure.exit_code, start.outcome()) == (1, None, None)
     assert "before the first step; set the site's time_limit_min higher" in failure.message
     assert json.loads((start.folder / "failure-0001.json").read_text())["trace"] == ""
+
+
+def test_a_signal_in_the_middle_of_a_line_of_the_log_is_heeded_all_the_same(start: Start) -> None:
+    ended = subprocess.run(**launched(start, IN_A_WRITE, 1, SHORT_S), stderr=subprocess.PIPE, text=True, check=False)
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+    assert "before the first step" in ended.stderr
+    assert "before the first step" in start.failures()[0].message
 
 
 def test_a_cancel_before_the_first_step_ends_the_job(start: Start) -> None:
