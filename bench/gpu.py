@@ -91,8 +91,8 @@ def whole(work: list[Encoded], device: torch.device, share: float | None) -> Cal
 def decoding(work: list[Encoded], device: torch.device, share: float | None) -> Callable[[], object]:
     """Decoding"""
     images = [[np.frombuffer(image, np.uint8) for image in work[0].images]]
-    share = share if device.type == "cuda" else None
-    graph = define([], lambda: images, share, **options(device))
+    decoder = "mixed" if device.type == "cuda" else "cpu"
+    graph = define([], lambda: images, decoder, share or 0.0, **options(device))
     return lambda: graph.run(stream(device))
 
 

@@ -91,5 +91,5 @@ _KINDS = (
     ("store", r"s3://|not committed|did not answer"),
     ("not finite", r"not finite|nan\b"),
     ("collective", r"gloo|nccl|connection (closed|reset)|timed out"),
-    ("node", r"bad host|node failure|srun has lost|Bus error|CUDA error|ECC|uncorrectable"),
+    ("node", r"bad host|node failure|srun has lost|Bus error|CUDA (runtime API |driver API )?error|ECC|uncorrectable"),
 )

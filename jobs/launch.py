@@ -74,11 +74,15 @@ def exports(site: Site, run_dir: Path) -> list[str]:
     """The shell lines that lead the ranks to code, run and store, and those of the site."""
     threads = {"OMP_NUM_THREADS": str(site.cpus_per_rank)}
     network = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), site.interface) if site.interface else {}
+    hidden = {} if site.gpus_per_node else {"CUDA_VISIBLE_DEVICES": ""}  # a site without GPUs, whatever its nodes have
     fixed = {"PYTHONPATH": str(run_dir / "snapshot"), "FARSEER_RUN_DIR": str(run_dir)}
     # srun hands on what is set here, not only what sbatch was told to take along
     handed = {"SLURM_EXPORT_ENV": "ALL"} if site.executor == "slurm" else {}
     store_at = {name: os.environ[name] for name in CARRIED if name in os.environ}
-    return [*export_lines({**handed, **fixed, **threads, **network, **store_at, **site.environment}), *site.setup]
+    return [
+        *export_lines({**handed, **fixed, **threads, **hidden, **network, **store_at, **site.environment}),
+        *site.setup,
+    ]
 
 
 def slurm_executor(site: Site, run: str, store: str) -> submitit.SlurmExecutor:

@@ -63,6 +63,11 @@ def try_gpu(number: int, wanted: int) -> None:
     """All GPUs are there, and the rank's own one multiplies rightly."""
     import torch
 
+    if torch.version.cuda is None:
+        raise UserError(
+            f"the site asks for {wanted} GPUs a node, and torch {torch.__version__} of {sys.executable} is built "
+            "without CUDA; install its CUDA build there, or set gpus_per_node: 0"
+        )
     there = torch.cuda.device_count()
     if there < wanted:
         raise BadHost(f"{there} of {wanted} GPUs are there; nvidia-smi on it says more")

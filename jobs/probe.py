@@ -21,6 +21,7 @@ from jobs.start import this_host, write_json
 
 Word = TypeVar("Word")
 
+SMI_S = 15.0  # for nvidia-smi to answer
 REDUCE_S = 60.0  # for torch to be there on all nodes, and for their sums
 REDUCED_BYTES = 64 * 2**20
 REDUCES = 4  # the best of them counts
@@ -117,5 +118,8 @@ def _clock(url: str) -> float | None:
 def _gpus() -> int:
     if shutil.which("nvidia-smi") is None:
         return 0
-    done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=15, check=False)
+    try:
+        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=SMI_S, check=False)
+    except subprocess.TimeoutExpired:  # a sick driver; doctor says that GPUs are missing
+        return 0
     return sum(line.startswith("GPU ") for line in done.stdout.splitlines())

@@ -51,7 +51,8 @@ class Batch:
 
     crops: one tensor a crop size, (B, count, 3, s, s) float32, normalised; in memory HWC, so that flatten(0, 1) is
     channels_last without a copy. ids, lanes, indices: (B,), the samples and their places, in lane order.
-    digests: (B,) int64, 32 bits on each sample's crops. replaced: how many of its samples stand in for others.
+    digests: (B,) int64 on the host, 32 bits on each sample's crops, once `hashed` has come. replaced: how many of its
+    samples stand in for others.
     """
 
     step: int
@@ -61,14 +62,17 @@ class Batch:
     indices: NDArray[np.int64]
     digests: Tensor
     replaced: int
+    hashed: torch.cuda.Event | None = None
 
     @property
     def crop_hash(self) -> int:
-        """Sum over samples of a hash of (lane, index, crops), as a signed 64-bit number; on a GPU, waits for it.
+        """Sum over samples of a hash of (lane, index, crops), as a signed 64-bit number; waits for the digests alone.
 
         The sums of all ranks add up, modulo 2^64, to the same however lanes are dealt to them.
         """
-        digest, lane, index = (np.asarray(x).astype(np.uint64) for x in (self.digests.cpu(), self.lanes, self.indices))
+        if self.hashed is not None:
+            self.hashed.synchronize()
+        digest, lane, index = (np.asarray(x).astype(np.uint64) for x in (self.digests, self.lanes, self.indices))
         words = philox(np.stack([digest, index & np.uint64(0xFFFFFFFF), index >> np.uint64(32), lane]), (0, 0))
         return int((words[0] << np.uint64(32) | words[1]).sum(dtype=np.uint64).astype(np.int64))
 
@@ -132,14 +136,16 @@ class Loader:
             work, crops = self._repair(work)
         for i in compared(work.lanes, work.indices):
             self._compare(work.samples[i], [crop[i] for crop in crops])
+        digested, hashed = _to_host(digests(crops))
         batch = Batch(
             step=work.step,
             crops=crops,
             ids=np.array([sample.id for sample in work.samples], np.int64),
             lanes=work.lanes,
             indices=work.indices,
-            digests=digests(crops),
+            digests=digested,
             replaced=sum(bool(sample.replaced) for sample in work.samples),
+            hashed=hashed,
         )
         self._counters["batch_wait_s"] += time.perf_counter() - started
         return batch
@@ -307,6 +313,16 @@ class _Work:
     lanes: NDArray[np.int64]
     indices: NDArray[np.int64]
     encoded: Encoded
+
+
+def _to_host(digested: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """The digests on their way to the host, ahead of the training step's kernels, and the event of their arrival."""
+    if not digested.is_cuda:
+        return digested, None
+    copied = digested.to("cpu", non_blocking=True)
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return copied, event
 
 
 def _device(name: str) -> torch.device:

@@ -3,7 +3,7 @@
 Its state is a dict of named tensors (weights, optimizer, queue by lane), the same on any number of ranks.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -65,7 +65,7 @@ class SwAV(pl.LightningModule):
         return -1 if self.stop else None
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        return batch  # the loader's crops are on the device already
+        return replace(batch, crops=[crops.to(device, non_blocking=True) for crops in batch.crops])
 
     def embed(self, crops: list[Tensor]) -> Tensor:
         """crops: one (B, n, 3, s, s) for each size -> (B, V, D), L2-normalised, views in the order of the crops."""
@@ -96,7 +96,8 @@ class SwAV(pl.LightningModule):
             parameters["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
         loss, assigning, codes = self.loss(batch.crops)
-        self.manual_backward(loss)
+        with torch.autocast(loss.device.type, enabled=False):  # Lightning's would take the prototypes' backward to bf16
+            self.manual_backward(loss)
         self.net.prototypes.freeze_(self.step)
         norm = nn.utils.get_total_norm([p.grad for p in self.net.parameters() if p.grad is not None])
         loss_value, norm_value = torch.stack([loss.detach().float(), norm.float()]).tolist()

@@ -90,31 +90,45 @@ class Larc(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._move(parameter, parameter.grad, group)
+            if moving := [parameter for parameter in group["params"] if parameter.grad is not None]:
+                self._move(moving, [parameter.grad for parameter in moving], group)
         return loss
 
-    def _move(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, float]) -> None:
-        state = self.state[parameter]
-        if not state:
-            state.update(_fresh_state(self, parameter))
-        scaled = _larc(parameter, gradient, group["weight_decay"], group["trust"])
-        velocity = state["momentum_buffer"].mul_(group["momentum"]).add_(scaled)
-        parameter.add_(velocity, alpha=-group["lr"])
+    def _move(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, float]) -> None:
+        """All at once: a kernel for each small operation on each parameter would keep a GPU waiting for the host."""
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter].update(_fresh_state(self, parameter))
+        decays, rates = _larc(parameters, gradients, group["weight_decay"], group["trust"])
+        held = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        weights, slopes, velocities = _local(parameters), _local(gradients), _local(held)
+        scaled = torch._foreach_mul(weights, decays)
+        torch._foreach_add_(scaled, slopes)
+        torch._foreach_mul_(scaled, rates)
+        torch._foreach_mul_(velocities, group["momentum"])
+        torch._foreach_add_(velocities, scaled)
+        torch._foreach_add_(weights, velocities, alpha=-group["lr"])
 
 
-def _larc(parameter: Tensor, gradient: Tensor, weight_decay: float, trust: float) -> Tensor:
-    size, slope = _norm(parameter), _norm(gradient)
-    adapts = (size > 0) & (slope > 0)
-    rate = torch.where(adapts, trust * size / (slope + weight_decay * size + 1e-8), 1.0)
-    return (gradient + parameter * (weight_decay * adapts)) * rate
+def _larc(
+    parameters: list[Tensor], gradients: list[Tensor], weight_decay: float, trust: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Of each parameter the weight decay that applies to it, and its rate."""
+    sizes, slopes = _norms(parameters), _norms(gradients)
+    adapts = (sizes > 0) & (slopes > 0)
+    rates = torch.where(adapts, trust * sizes / (slopes + weight_decay * sizes + 1e-8), 1.0)
+    return list((weight_decay * adapts).unbind()), list(rates.unbind())
 
 
-def _norm(tensor: Tensor) -> Tensor:
-    """The Euclidean norm, of the whole tensor where a rank holds a part."""
-    norm = torch.linalg.vector_norm(tensor)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+def _norms(tensors: list[Tensor]) -> Tensor:
+    """The Euclidean norms, of the whole tensors where a rank holds a part."""
+    norms = torch._foreach_norm(tensors)
+    return torch.stack([norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms])
+
+
+def _local(tensors: list[Tensor]) -> list[Tensor]:
+    """What this rank holds of them."""
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
 def _fresh_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:

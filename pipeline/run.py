@@ -216,6 +216,7 @@ class Run:
 def environment() -> dict[str, Any]:
     """Code, packages and hardware, without anything secret: no variable of the environment is in it."""
     version, driver = Path(__file__).parents[1] / "VERSION", Path("/proc/driver/nvidia/version")
+    usable = torch.cuda.is_available()  # the driver may be too old for GPUs that are counted all the same
     return {
         "code": version.read_text().strip() if version.exists() else None,  # the job's snapshot has one
         "host": platform.node(),
@@ -225,7 +226,7 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "nccl": _nccl(),
         "driver": driver.read_text().splitlines()[0] if driver.exists() else None,
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if usable else [],
     }
 
 

@@ -67,19 +67,20 @@ class Launch:
 def run_rank(config: Config, launch: Launch) -> Outcome:
     """Train on this rank until the end or until asked to stop; resumes from the newest checkpoint in the store.
 
-    Raises UserError for what a user can mend. The caller's process is a rank of its own.
+    Raises UserError for what a user can mend, and leaves the process group as it is then: NCCL ends one only with all
+    its ranks, which may not come. The caller's process is a rank of its own.
     """
     request = StopRequest()
     request.install()
     _quieten()
     torch.set_num_threads(config.efficiency.torch_threads)
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means it; of bf16 nothing is slower
     _join(config, launch)
-    try:
-        session = Session(config, launch, request)
-        with closing(session.watchdog):
-            return session.train()
-    finally:
-        dist.destroy_process_group()
+    session = Session(config, launch, request)
+    with closing(session.watchdog):
+        outcome = session.train()
+    dist.destroy_process_group()
+    return outcome
 
 
 def _quieten() -> None:
@@ -151,7 +152,7 @@ class Session:
             watch = Watch(self, module, loader, found)
             opened.callback(watch.close)
             self._trainer(watch).fit(module, loader)
-            return self._leave(module, watch)
+            return self._leave(module.step, watch)
 
     def _claim(self, config: Config) -> Run:
         """Rank 0 opens the run for all, and the data of a new one, which fixes its version; its error is everyone's."""
@@ -225,6 +226,7 @@ class Session:
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
+            benchmark=not self.config.efficiency.deterministic,  # crops have few sizes: cuDNN's fastest way for each
         )
         own_signals(trainer, self.request)
         return trainer
@@ -235,22 +237,25 @@ class Session:
         extra = {"quarantine": [list(entry) for entry in quarantine], "removed": self.removed.hash}
         self.checkpoints.save(module.step, module.state(), extra)
 
-    def _leave(self, module: SwAV, watch: "Watch") -> Outcome:
+    def last_save(self, module: SwAV, watch: "Watch") -> None:
+        """Say why training ends, and save what no checkpoint has."""
         self.watchdog.now("leave")
-        deadline = self.request.deadline(self.launch.stop_budget_s) or time.monotonic() + self.launch.stop_budget_s
-        outcome = "finished" if module.step >= self.steps else watch.outcome or "finished"
-        if outcome != "finished":
-            self._event(outcome, step=module.step)
+        if watch.outcome != "finished":
+            self._event(watch.outcome, step=module.step)
         if self.checkpoints.pending_step != module.step:
             watch.save(module)
+
+    def _leave(self, step: int, watch: "Watch") -> Outcome:
+        deadline = self.request.deadline(self.launch.stop_budget_s) or time.monotonic() + self.launch.stop_budget_s
+        outcome = watch.outcome
         self.checkpoints.wait(deadline - time.monotonic())
         if self.request.asked_s is not None:
-            self._event("stopped", step=module.step, seconds=round(self.request.asked_s, 1))
+            self._event("stopped", step=step, seconds=round(self.request.asked_s, 1))
         if outcome == "finished":
-            self._event("finished", step=module.step)
+            self._event("finished", step=step)
         requeue = self.launch.requeue if outcome == "preempted" else None
         if requeue is not None:
-            self._event("requeued", step=module.step)
+            self._event("requeued", step=step)
         dist.barrier(group=self.control)
         watch.close()
         if requeue is not None and self.launch.rank == 0:
@@ -265,7 +270,7 @@ class Watch(pl.Callback):
         self.session, self.module, self.loader = session, module, loader
         self.agreement = Agreement(session.control)
         self._watchdog = session.watchdog
-        self.outcome: Outcome | None = None
+        self.stopping: Outcome | None = None
         self._found = found
         self._quarantine = found.extra["quarantine"] if found else []
         self._skipped = 0
@@ -291,7 +296,7 @@ class Watch(pl.Callback):
     ) -> None:
         self._watchdog.now("step")
         self._finish_step()
-        self.module.stop = self.outcome is not None
+        self.module.stop = self.stopping is not None
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -307,7 +312,14 @@ class Watch(pl.Callback):
         self._watchdog.now("data")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The last moment to save: then Lightning takes the weights to the host, where NCCL reaches none of them."""
         self._finish_step()
+        self.session.last_save(self.module, self)
+
+    @property
+    def outcome(self) -> Outcome:
+        """How training ends: the last step is the end, whatever was asked for during it."""
+        return self.stopping or "finished" if self.module.step < self.session.steps else "finished"
 
     def save(self, module: SwAV) -> None:
         """A checkpoint, with the rows up to its step written before."""
@@ -352,9 +364,9 @@ class Watch(pl.Callback):
             return
         result, run_part = self._last
         if sums.preempted:
-            self.outcome = "cancelled" if self._cancelled() else "preempted"
+            self.stopping = "cancelled" if self._cancelled() else "preempted"
         elif sums.terminated:
-            self.outcome = "terminated"
+            self.stopping = "terminated"
         if self._monitor is not None:
             self._monitor.row(*self._row(result, run_part, sums))
             if (recovered := self._recovery.step(result.step, run_part["time"])) is not None:

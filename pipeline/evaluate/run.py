@@ -27,7 +27,8 @@ def evaluate_run(store: Store, bank_url: str, held_out_url: str) -> Evaluation:
     trained, place = trained_trunk(store, config)
     bank, held_out = open_tiles(bank_url), open_tiles(held_out_url)
     views = render_views(bank, held_out, config.augment)
-    evaluation = evaluate(trained, untrained_trunk(config), bank, held_out, views)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    evaluation = evaluate(trained.to(device), untrained_trunk(config).to(device), bank, held_out, views)
     made_of = {"step": place.step, "bank_url": bank_url, "held_out_url": held_out_url}
     evaluation = replace(evaluation, facts=evaluation.facts | made_of)
     store.put(f"eval/step-{place.step:09d}.json", json.dumps(evaluation.to_json()).encode())

@@ -130,6 +130,7 @@ def test_a_local_job_is_served_by_the_snapshot_too():
         "export PYTHONPATH=/shared/first/snapshot",
         "export FARSEER_RUN_DIR=/shared/first",
         "export OMP_NUM_THREADS=1",
+        "export CUDA_VISIBLE_DEVICES=''",
         "export FARSEER_JOB=local-$$",
         "exec /env/bin/python -m jobs.cli supervise serve --ranks 2 --gpus 0 --time-limit-min 1440 "
         "--signal-delay-s 120 --max-cycles 3 --store s3://runs/first",

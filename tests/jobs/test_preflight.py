@@ -85,8 +85,16 @@ def test_a_store_that_the_user_must_mend_is_said_as_it_is(start, monkeypatch):
     assert not isinstance(found.value, BadHost)
 
 
+def test_a_torch_that_knows_no_gpus_is_no_fault_of_the_host(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(UserError, match="is built without CUDA; install its CUDA build there") as found:
+        try_gpu(0, 8)
+    assert not isinstance(found.value, BadHost)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() > 90, reason="has them")
-def test_gpus_that_are_not_there_are_counted():
+def test_gpus_that_are_not_there_are_counted(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     with pytest.raises(BadHost, match=rf"{torch.cuda.device_count()} of 99 GPUs are there"):
         try_gpu(0, 99)
 
@@ -95,6 +103,7 @@ def test_a_gpu_that_fails_or_miscalculates_is_bad(monkeypatch):
     def fails(device: str) -> bool:
         raise RuntimeError(f"CUDA error: uncorrectable ECC error encountered on {device}\nmore")
 
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(looks, "multiplies", fails)
     with pytest.raises(BadHost, match=r"GPU 0 does not work: CUDA error: .* on cuda:0$"):

@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -128,6 +128,7 @@ def train(
     batches: Sequence[Batch],
     resume: tuple[int, State] | None = None,
     stop_after: int | None = None,
+    precision: Literal["32-true", "bf16-mixed"] = "32-true",
 ) -> Record:
     """Train as pipeline.train does."""
     record = Record(resume, stop_after)
@@ -141,6 +142,7 @@ def train(
         accelerator="cpu",
         strategy=strategy,
         devices=1,
+        precision=precision,
         max_epochs=1,
         callbacks=[record],
         logger=False,
@@ -175,6 +177,21 @@ def different(one: State, other: State) -> list[str]:
 
 def bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def test_in_bf16_the_prototypes_learn_in_fp32_all_the_same() -> None:
+    module, seen = swav(swav={"freeze_prototypes_steps": 0}), list[Tensor]()
+    module.net.prototypes.weight.register_hook(seen.append)
+    train(module, [batch(step) for step in range(2)], precision="bf16-mixed")
+    rounded = [(gradient == gradient.bfloat16().float()).float().mean() for gradient in seen]
+    assert len(rounded) == 2
+    assert max(rounded) < 0.1, "a product in bf16 has no more bits than that"
+
+
+def test_crops_made_on_the_host_go_to_the_device_in_their_layout() -> None:
+    moved = swav().transfer_batch_to_device(batch(0), torch.device("meta"), 0)
+    assert all(crops.is_meta for crops in moved.crops)
+    assert all(crops.flatten(0, 1).is_contiguous(memory_format=torch.channels_last) for crops in moved.crops)
 
 
 LARC = {"name": "larc", "lr": 30.0, "warmup_steps": 4, "weight_decay": 1e-6}

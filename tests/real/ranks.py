@@ -54,8 +54,8 @@ class Ranks:
         return "\n".join(f"--- {log}\n{log.read_text()[-3000:]}" for log in self.logs)
 
 
-def start(config: dict[str, Any], run_dir: Path, world_size: int) -> Ranks:
-    """Start `world_size` ranks of the run on this machine."""
+def start(config: dict[str, Any], run_dir: Path, world_size: int, gpus: bool = False) -> Ranks:
+    """Start `world_size` ranks of the run on this machine. gpus: one each; else they see none."""
     run_dir.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -69,7 +69,7 @@ def start(config: dict[str, Any], run_dir: Path, world_size: int) -> Ranks:
         }  # fmt: skip
         file.write_text(json.dumps({"config": config, "launch": launch}))
         log = run_dir / f"launch-{port}-{rank}.log"
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})
         with log.open("wb") as out:
             ranks.processes.append(
                 subprocess.Popen(
