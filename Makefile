@@ -14,6 +14,16 @@ SET ?=
 SITE ?=
 SRC ?=
 DST ?=
+
+# A variable that no target reads is misspelt, and a switch is on (=1) or left out.
+SWITCHES := AFRESH APPEND DALI_INDEX EVENTS FOLLOW FORCE FULL IGNORE_UNKNOWN IN_PLACE JSON NOW PROBE VERIFY WATCH
+KNOWN := $(SWITCHES) PYTHON CONF RUN SET SITE SRC DST AGAINST BANK FAULT FROM HELD_OUT IMAGES_PER_S KEY LINES LIST N NEAR \
+  OUT SEED STEP STORE TO WORKERS
+given := $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
+$(foreach name,$(filter-out $(KNOWN) MAKE% -% AWS_% PIP_% SLURM_% WANDB_%,$(given)),$(error $(name)= is read by no target; there are $(sort $(KNOWN))))
+$(foreach name,$(filter $(SWITCHES),$(given)),$(if $(filter-out 1,$($(name))),$(error $(name)=$($(name)): say $(name)=1, or leave it out)))
+export SET KEY # read by the shell, which leaves quotes in them alone
+
 run_option = --run "$(or $(RUN),$(error say which run: make $@ RUN=name))"
 site_option = $(if $(SITE),--site "$(SITE)")
 flag = $(if $($(1)),--$(2))
@@ -36,7 +46,7 @@ slurm:
 
 .PHONY: demo
 demo: .venv/stamp slurm ## the whole product on this machine, in about six minutes (SRC= a folder of your photographs)
-	@$(FARSEER) demo --set "$(SET)" $(if $(SRC),--src "$(SRC)")
+	@$(FARSEER) demo --set "$$SET" $(if $(SRC),--src "$(SRC)")
 
 .PHONY: test
 test: .venv/stamp slurm ## every test, with a real S3 server and a real SLURM
@@ -64,7 +74,7 @@ bench-gpu: .venv/stamp ## measure the loader on a GPU; table in var/bench-gpu.js
 
 .PHONY: shards
 shards: .venv/stamp ## pack SRC= into DST= (SET= APPEND=1 DALI_INDEX=1 WORKERS= SITE=; IN_PLACE=1: only index tars)
-	@$(FARSEER) shards "$(or $(SRC),$(error say what to pack: make shards SRC=folder DST=s3://bucket/folder))" "$(or $(DST),$(error say where to: DST=s3://bucket/folder))" $(site_option) --set "$(SET)" $(if $(WORKERS),--workers "$(WORKERS)") $(call flag,APPEND,append) $(call flag,IN_PLACE,in-place) $(call flag,DALI_INDEX,dali-index) $(call flag,JSON,json)
+	@$(FARSEER) shards "$(or $(SRC),$(error say what to pack: make shards SRC=folder DST=s3://bucket/folder))" "$(or $(DST),$(error say where to: DST=s3://bucket/folder))" $(site_option) --set "$$SET" $(if $(WORKERS),--workers "$(WORKERS)") $(call flag,APPEND,append) $(call flag,IN_PLACE,in-place) $(call flag,DALI_INDEX,dali-index) $(call flag,JSON,json)
 
 .PHONY: verify
 verify: .venv/stamp ## whether the shard set DST= is whole (FULL=1: every image decoded; AFRESH=1 WORKERS= OUT=)
@@ -88,19 +98,19 @@ compact: .venv/stamp ## erase the bytes of what was removed from the shard set D
 
 .PHONY: seen
 seen: .venv/stamp ## whether RUN= has learnt from the image KEY= (a key, source or sha256), and at which steps
-	@$(FARSEER) seen "$(or $(KEY),$(error say which image: make seen KEY=000012-000345 RUN=name))" $(run_option) $(site_option) $(call flag,JSON,json)
+	@$(if $(KEY),,$(error say which image: make seen KEY=000012-000345 RUN=name))$(FARSEER) seen "$$KEY" $(run_option) $(site_option) $(call flag,JSON,json)
 
 .PHONY: plan
 plan: .venv/stamp ## what a run would do and cost, or why it cannot (CONF= SITE= SET= IMAGES_PER_S= JSON=1)
-	@$(FARSEER) plan "$(CONF)" $(site_option) --set "$(SET)" $(if $(RUN),--run "$(RUN)") $(if $(IMAGES_PER_S),--images-per-s "$(IMAGES_PER_S)") $(call flag,JSON,json)
+	@$(FARSEER) plan "$(CONF)" $(site_option) --set "$$SET" $(if $(RUN),--run "$(RUN)") $(if $(IMAGES_PER_S),--images-per-s "$(IMAGES_PER_S)") $(call flag,JSON,json)
 
 .PHONY: submit
 submit: .venv/stamp ## start a run, or go on with it (CONF= RUN= SITE= SET=, FORCE=1; FROM=run@step)
-	@$(FARSEER) submit "$(CONF)" $(run_option) $(site_option) --set "$(SET)" $(call flag,FORCE,force) $(if $(FROM),--from "$(FROM)")
+	@$(FARSEER) submit "$(CONF)" $(run_option) $(site_option) --set "$$SET" $(call flag,FORCE,force) $(if $(FROM),--from "$(FROM)")
 
 .PHONY: resume
 resume: .venv/stamp ## go on with a run that exists, under its own config (RUN=)
-	@$(FARSEER) resume $(run_option) $(site_option)
+	@$(if $(filter CONF SET FORCE FROM,$(given)),$(error a run goes on under its own config: make submit CONF= RUN= SET= FORCE=1 changes it))$(FARSEER) resume $(run_option) $(site_option)
 
 .PHONY: status
 status: .venv/stamp ## all runs: how far, how fast, what to look at (WATCH=1, JSON=1, STORE=s3://bucket/folder)
@@ -108,7 +118,7 @@ status: .venv/stamp ## all runs: how far, how fast, what to look at (WATCH=1, JS
 
 .PHONY: doctor
 doctor: .venv/stamp ## what SITE= can do of what CONF= asks: ok, or what to do (PROBE=1: from its nodes)
-	@$(FARSEER) doctor "$(CONF)" $(site_option) --set "$(SET)" $(call flag,PROBE,probe) $(call flag,JSON,json)
+	@$(FARSEER) doctor "$(CONF)" $(site_option) --set "$$SET" $(call flag,PROBE,probe) $(call flag,JSON,json)
 
 .PHONY: logs
 logs: .venv/stamp ## the logs of RUN=, what failed first, by time (FOLLOW=1, EVENTS=1, LINES=)
@@ -123,12 +133,12 @@ checkpoints: .venv/stamp ## the checkpoints of RUN= in the store (VERIFY=1: ever
 	@$(FARSEER) checkpoints $(run_option) $(site_option) $(call flag,VERIFY,verify) $(call flag,JSON,json)
 
 .PHONY: evaluate
-evaluate: .venv/stamp ## what the trunk of RUN= can do: BANK= and HELD_OUT= are labelled shard sets
-	@$(FARSEER) evaluate $(run_option) $(site_option) "$(or $(BANK),$(error say what to learn from: BANK=s3://...))" "$(or $(HELD_OUT),$(error say what to ask: HELD_OUT=s3://...))"
+evaluate: .venv/stamp ## what the trunk of RUN= can do: BANK= and HELD_OUT= are labelled shard sets (JSON=1)
+	@$(FARSEER) evaluate $(run_option) $(site_option) "$(or $(BANK),$(error say what to learn from: BANK=s3://...))" "$(or $(HELD_OUT),$(error say what to ask: HELD_OUT=s3://...))" $(call flag,JSON,json)
 
 .PHONY: report
-report: .venv/stamp ## evaluate RUN= and write its report, one page (BANK= HELD_OUT= as above)
-	@$(FARSEER) report $(run_option) $(site_option) "$(or $(BANK),$(error say what to learn from: BANK=s3://...))" "$(or $(HELD_OUT),$(error say what to ask: HELD_OUT=s3://...))"
+report: .venv/stamp ## evaluate RUN= and write its report, one page (BANK= HELD_OUT= as above, TO=file.html)
+	@$(FARSEER) report $(run_option) $(site_option) "$(or $(BANK),$(error say what to learn from: BANK=s3://...))" "$(or $(HELD_OUT),$(error say what to ask: HELD_OUT=s3://...))" $(if $(TO),--to "$(TO)")
 
 .PHONY: export
 export: .venv/stamp ## the trunk of RUN= as a folder that timm reads (STEP= TO=folder or s3://.. JSON=1)

@@ -1,21 +1,22 @@
 """What a failed start says about machines: which hosts are suspect, and which stay out of the next starts.
 
-A host that was to blame twice within some hours is excluded for as long. What is known lies in one file of the shared
-disk, for all runs of the site: <shared_dir>/hosts.jsonl, a line for each blame.
+A host that was to blame twice within some hours is excluded for as long. What is known lies on the shared disk, for all
+runs of the site: <shared_dir>/hosts-<uid>.jsonl, a line for each blame, in a file of each user.
 """
 
-import json
+import os
 import re
 import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from jobs.start import Failure, Start, read_lines
+from jobs.start import Failure, Start, append_lines, read_lines
 
-BLAMED = "hosts.jsonl"
 TWICE = 2
 START_LINE = "farseer: start"  # the batch script begins each start with it; its log is that of all starts
+_BEGUN = re.compile(rf"{START_LINE} \d+ of job \S+ on (\S+)")
 _LEFT = re.compile(r"srun: error: (\S+): tasks? [\d,-]+: (.+)")
 _LOST = re.compile(r"srun: error: .*(?:io error.*|Cannot communicate with) node (\d+)")  # by its place in the step
 
@@ -31,7 +32,8 @@ def lost(start: Start) -> str | None:
     found = _LOST.search(_log(start))
     if found is None:
         return None
-    hosts = list(dict.fromkeys(record.host for record in sorted(start.ranks(), key=lambda record: record.rank)))
+    begun = _BEGUN.search(_log(start))
+    hosts = begun[1].split(",") if begun else []
     return hosts[int(found[1])] if int(found[1]) < len(hosts) else None
 
 
@@ -60,21 +62,27 @@ def suspects(start: Start, failures: Sequence[Failure]) -> dict[str, str]:
         broken, how = left[0], f"a rank on {left[0]} left first, without a word ({left[1]})"
     else:
         return {}
-    return {} if broken in {failure.host for failure in failures} else {broken: how}
+    told = broken in {failure.host for failure in failures}
+    return {} if told or "Out Of Memory" in how else {broken: how}  # too little was asked for, or too much is used
 
 
 def blame(shared_dir: Path, run: str, hosts: dict[str, str]) -> None:
     """Note the hosts for all runs of the site."""
     lines = [{"time": time.time(), "host": host, "run": run, "reason": reason} for host, reason in hosts.items()]
     if lines:
-        with (shared_dir / BLAMED).open("a") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
+        append_lines(shared_dir / f"hosts-{os.getuid()}.jsonl", lines)
+
+
+def blamed(shared_dir: Path) -> list[dict[str, Any]]:
+    """All blames of the site's runs, the oldest first."""
+    lines = [line for path in shared_dir.glob("hosts-*.jsonl") for line in read_lines(path)]
+    return sorted(lines, key=lambda line: float(line["time"]))
 
 
 def excluded(shared_dir: Path, hours: float) -> list[str]:
     """Hosts that were to blame twice within the last `hours`, the worst first."""
     since = time.time() - hours * 3600
-    recent = Counter(line["host"] for line in read_lines(shared_dir / BLAMED) if line["time"] > since)
+    recent = Counter(line["host"] for line in blamed(shared_dir) if line["time"] > since)
     return [host for host, count in recent.most_common() if count >= TWICE]
 
 
@@ -84,7 +92,7 @@ def kind(message: str) -> str:
 
 
 _KINDS = (
-    ("out of memory", r"out ?of ?memory|oom|MemoryError|cannot allocate|ended by signal 9|\(Killed\)"),
+    ("out of memory", r"out ?of ?memory|\boom|MemoryError|cannot allocate|ended by signal 9|\(Killed\)"),
     ("hang", r"stood still"),
     ("time", r"time limit|asked to stop"),
     ("disk", r"No space left|Errno 28|Read-only file system|Errno 30"),

@@ -106,7 +106,12 @@ def supervise(options: argparse.Namespace) -> int:
     decision = supervise.after(start, options.exit, store, options.max_cycles)
     sys.stderr.write(f"farseer: {decision.action}: {decision.reason}\n")
     if decision.action == "requeue":
-        slurm.requeue_without(start.job, blame.excluded(start.run_dir.parent, options.exclude_hours))
+        hosts = blame.excluded(start.run_dir.parent, options.exclude_hours)
+        try:
+            slurm.requeue_without(start.job, hosts, list(filter(None, [options.exclude])), options.constraint)
+        except UserError as error:
+            start.note("failed", reason=f"{decision.reason}; it is not started again: {error}")
+            raise
     return 2 if decision.action == "stop" else 0
 
 
@@ -117,6 +122,8 @@ def _supervise_options(options: argparse.ArgumentParser) -> None:
         options.add_argument(f"--{name}", type=int, default=default)
     options.add_argument("--max-cycles", type=int, default=3)
     options.add_argument("--exclude-hours", type=float, default=12.0)
+    options.add_argument("--exclude", help="hosts that the site keeps its jobs off")
+    options.add_argument("--constraint", help="what the job's nodes must have")
 
 
 if __name__ == "__main__":

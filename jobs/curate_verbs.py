@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from jobs.run_verbs import newest_job, run_option
+from jobs.run_verbs import run_folder, run_option
 from jobs.shard_verbs import add_set_verb, use_keys
 from jobs.verbs import add_verb, json_option, progress, say_found, site_option
 
@@ -52,9 +52,8 @@ def compact(options: argparse.Namespace) -> int:
 
 
 def seen(options: argparse.Namespace) -> int:
-    from data_shards.store import Store
     from pipeline.seen import seen as look
 
-    found = look(Store(newest_job(options).store), options.image, progress())
+    found = look(run_folder(options), options.image, progress())
     say_found(options, found, found.lines())
     return 0

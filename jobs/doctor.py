@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_shards.errors import UserError
-from jobs.blame import BLAMED, excluded
+from jobs.blame import blamed, excluded
 from jobs.site import Site
-from jobs.start import read_lines
 
 FREE_BYTES = 10e9  # of the shared disk: code snapshots, logs, rows, and checkpoints on their way
 FREE_INODES = 10_000
@@ -126,7 +125,7 @@ def _wandb(site: Site) -> Iterator[Finding]:
 
 def _hosts(site: Site) -> Iterator[Finding]:
     """Those that failed lately."""
-    lines, out = read_lines(Path(site.shared_dir) / BLAMED), excluded(Path(site.shared_dir), site.exclude_hours)
+    lines, out = blamed(Path(site.shared_dir)), excluded(Path(site.shared_dir), site.exclude_hours)
     by_host = defaultdict(list)
     for line in lines:
         if line["time"] > time.time() - 3600 * site.exclude_hours:

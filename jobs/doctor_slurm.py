@@ -92,7 +92,7 @@ def look_at_nodes(site: Site, url: str) -> Iterator[Finding]:
         yield from _probed(site, folder, job)
     finally:
         slurm.cancel(job)
-        wait_until(lambda: all(entry.job != job for entry in slurm.queue()), ANSWER_S, 0.5)
+        wait_until(lambda: slurm.job_state(job) is None, ANSWER_S, 0.5)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -102,8 +102,9 @@ def _probed(site: Site, folder: Path, job: str) -> Iterator[Finding]:
 
     if not told("seen", START_S):
         missing = site.nodes - len(read_all(folder, "seen", Seen))
-        state = next((f"{e.state.lower()}, {e.reason}" for e in slurm.queue() if e.job == job), "gone")
-        yield Finding("nodes", False, f"{missing} of {site.nodes} nodes have not answered in {START_S:.0f} s ({state})")
+        state, reason = slurm.job_state(job) or ("GONE", "it ended")
+        says = f"{missing} of {site.nodes} nodes have not answered in {START_S:.0f} s ({state.lower()}, {reason})"
+        yield Finding("nodes", None if state == "PENDING" else False, says)  # other jobs may have them
         return
     seen = read_all(folder, "seen", Seen)
     told("reduced", REDUCE_S + ANSWER_S)

@@ -21,7 +21,7 @@ from data_shards.errors import UserError
 from jobs import daemons, rank, slurm
 from jobs.blame import START_LINE, excluded
 from jobs.runs import Job
-from jobs.site import CARRIED, INHERITED, ROOT, Site, export_lines
+from jobs.site import CARRIED, INHERITED, ROOT, SECRETS, Site, export_lines
 from jobs.start import cancel_marker, note
 
 PACKAGES = ("data_shards", "pipeline", "jobs")
@@ -36,6 +36,8 @@ def launch(
     supervisor counts progress. code: the folder whose three packages the job will run.
     """
     run_dir = site.run_dir(run)
+    if not (run_dir / "job.json").exists() and run_dir.is_dir() and any(run_dir.iterdir()):
+        raise UserError(f"RUN={run}: {run_dir} is there and no run of ours; choose another name, or another shared_dir")
     with _undone_on_error(run_dir):
         try:
             _write(run_dir, config, code)
@@ -51,7 +53,7 @@ def launch(
 
 def batch_script(site: Site, run_dir: Path, store: str) -> tuple[list[str], list[str]]:
     """The shell lines before and after the ranks. They hold paths and names, never a secret: others can read them."""
-    python = shlex.quote(site.python or sys.executable)
+    python = site.python or shlex.quote(sys.executable)
     head = exports(site, run_dir)
     supervise = f"{python} -m jobs.cli supervise"
     if site.executor == "local":
@@ -59,14 +61,17 @@ def batch_script(site: Site, run_dir: Path, store: str) -> tuple[list[str], list
         told += f" --signal-delay-s {site.signal_delay_s} --max-cycles {site.max_cycles} --store {shlex.quote(store)}"
         return [*head, "export FARSEER_JOB=local-$$", f"exec {supervise} serve {told}"], []
     slurm_head = [
+        f"unset {' '.join(SECRETS)}",  # a login profile may have set them; the job's come from files
         *head,
         "export FARSEER_JOB=$SLURM_JOB_ID FARSEER_START=${SLURM_RESTART_COUNT:-0}",
         "export MASTER_ADDR=${MASTER_ADDR:-$SLURMD_NODENAME}",  # this script runs on the first node, as rank 0 does
-        f'echo "{START_LINE} $FARSEER_START of job $FARSEER_JOB on $SLURM_JOB_NODELIST"',
+        f'echo "{START_LINE} $FARSEER_START of job $FARSEER_JOB on $(scontrol show hostnames | paste -sd,)"',
         f"MASTER_PORT=$({supervise} before) || exit 2",
         "export MASTER_PORT",
     ]
     told = f"--max-cycles {site.max_cycles} --exclude-hours {site.exclude_hours:g} --store {shlex.quote(store)}"
+    told += f" --exclude {shlex.quote(kept_out)}" if (kept_out := _exclude_of(site)) else ""
+    told += f" --constraint {shlex.quote(site.constraint)}" if site.constraint else ""
     return slurm_head, [f"{supervise} after --exit $? {told}"]
 
 
@@ -95,11 +100,11 @@ def slurm_executor(site: Site, run: str, store: str) -> submitit.SlurmExecutor:
     before, after = batch_script(site, run_dir, store)
     optional = {
         "gpus_per_node": site.gpus_per_node or None,
-        "exclude": ",".join(_excluded(site)) or None,
+        "exclude": ",".join(filter(None, (_exclude_of(site), *_excluded(site)))) or None,
         "mem": None if site.memory_gb is None else f"{round(site.memory_gb * 1024)}MB",
     }
     executor.update_parameters(
-        job_name=f"farseer-{run}",
+        job_name=slurm.job_name(run),
         comment=store,
         nodes=site.nodes,
         ntasks_per_node=site.ranks_per_node,
@@ -115,7 +120,7 @@ def slurm_executor(site: Site, run: str, store: str) -> submitit.SlurmExecutor:
             "requeue": True,
             "chdir": str(run_dir / "snapshot"),  # python -m looks there first
             "export": ",".join(INHERITED),
-            **site.extra,
+            **{name: value for name, value in site.extra.items() if value is not False and name != "exclude"},
         },
         **{name: value for name, value in optional.items() if value is not None},
         **sbatch_options(site),
@@ -129,10 +134,15 @@ def sbatch_options(site: Site) -> dict[str, str]:
     return {name: value for name, value in named.items() if value is not None}
 
 
+def _exclude_of(site: Site) -> str:
+    """Hosts that the site keeps its jobs off, as SLURM reads them."""
+    return str(site.extra.get("exclude", ""))
+
+
 def _excluded(site: Site) -> list[str]:
-    """Hosts to keep off, as long as enough others are left."""
+    """Hosts that were to blame, as long as enough others are left."""
     hosts = excluded(Path(site.shared_dir), site.exclude_hours)
-    return hosts[: slurm.spare_nodes(site.partition, site.nodes)] if hosts else []
+    return hosts[: slurm.spare_nodes(site.partition, site.nodes, site.constraint)] if hosts else []
 
 
 def script_text(site: Site, run: str, store: str) -> str:
@@ -166,13 +176,18 @@ def _on_this_machine(site: Site, run: str, store: str, config: dict[str, Any]) -
 
 @contextlib.contextmanager
 def _undone_on_error(run_dir: Path) -> Iterator[None]:
-    """Leave no folder behind when the submission of a new run fails."""
-    existed = (run_dir / "job.json").exists()
+    """When the submission fails, leave no folder of a new run, and an old one its config and its cancel marker."""
+    config, marker = run_dir / "config.yaml", cancel_marker(run_dir)
+    before, cancelled = config.read_bytes() if config.exists() else None, marker.exists()
     try:
         yield
     except BaseException:
-        if not existed:
+        if before is None:
             shutil.rmtree(run_dir, ignore_errors=True)
+        else:
+            config.write_bytes(before)
+            if cancelled:
+                marker.touch()
         raise
 
 

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from jobs.runs import Job, state
+from jobs.slurm import SlurmError
 from jobs.stamps import parse
 
 FOLLOW_S = 0.5
+ASK_S = 5.0  # between two questions to SLURM whether the job is over
 TAIL_BYTES = 256 * 1024  # of each rank, at first
 OTHERS_SHOWN = 5
 
@@ -32,9 +34,10 @@ def logs(job: Job) -> list[Path]:
 def show(job: Job, lines: int, follow: bool, out: TextIO) -> None:
     """Write the last lines of all ranks in the order of their time; `follow`: also what comes, until it is over."""
     tails: dict[Path, Tail] = {}
-    begun = False
+    begun, over, asked = False, not follow, -ASK_S
     while True:
-        over = not follow or state(job) is None  # asked first: what was written before the end is still shown
+        if follow and (job.local or time.monotonic() - asked > ASK_S):
+            over, asked = _over(job), time.monotonic()  # before the logs: what came before the end is still shown
         new = [line for path in logs(job) for line in tails.setdefault(path, Tail(path)).new()]
         new.sort(key=lambda line: line.time)
         for line in new if begun else new[-lines:]:
@@ -45,6 +48,13 @@ def show(job: Job, lines: int, follow: bool, out: TextIO) -> None:
         if over:
             return
         time.sleep(FOLLOW_S)
+
+
+def _over(job: Job) -> bool:
+    try:
+        return state(job) is None
+    except SlurmError:  # busy: it will be asked again
+        return False
 
 
 class Tail:

@@ -109,11 +109,7 @@ def _at_work(folder: Path) -> str | None:
         number = str(json.loads((folder / "array.json").read_text())["job"])
     except FileNotFoundError:
         return None
-    return number if _queued(number) else None
-
-
-def _queued(number: str) -> bool:
-    return any(one.job.partition("_")[0] == number for one in slurm.queue())
+    return number if slurm.job_state(number) is not None else None
 
 
 def _follow(number: str, folder: Path, dst: Store, plan: Plan, progress: Progress) -> None:
@@ -121,7 +117,7 @@ def _follow(number: str, folder: Path, dst: Store, plan: Plan, progress: Progres
     while (left := len(unfinished(dst, plan))) and not over:
         progress("groups of shards", plan.groups - left, plan.groups)
         time.sleep(POLL_S)
-        over = not _queued(number)
+        over = slurm.job_state(number) is None
     if left:
         said = [path.read_text() for path in sorted((folder / "errors").iterdir())]
         why = said[0] if said else f"{folder / 'logs'} says why"

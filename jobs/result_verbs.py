@@ -3,13 +3,10 @@
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from jobs.run_verbs import newest_job, run_option
+from jobs.run_verbs import run_folder, run_option
 from jobs.verbs import add_verb, json_option, say, say_found, site_option
-
-if TYPE_CHECKING:
-    from data_shards.store import Store
 
 
 def result_verbs(verbs: Any) -> None:
@@ -58,17 +55,6 @@ def export(options: argparse.Namespace) -> int:
     found = export_run(run_folder(options), target, options.step)
     say_found(options, found, found.lines())
     return 0
-
-
-def run_folder(options: argparse.Namespace) -> "Store":
-    """The folder of the run in the store. The run is a name that the site knows, or that folder's url."""
-    from data_shards.store import Store
-    from jobs.site import load_site
-
-    if "://" not in options.name:
-        return Store(newest_job(options).store)
-    load_site(options.site).activate()
-    return Store(options.name)
 
 
 def _name(options: argparse.Namespace) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.verbs import add_verb, duration, json_option, say, site_option, table
 
 if TYPE_CHECKING:
+    from data_shards.store import Store
     from jobs.checkpoints import Stored
     from jobs.runs import Job, Status
     from jobs.site import Site
@@ -177,6 +178,17 @@ def newest_job(options: argparse.Namespace) -> "Job":
     site = load_site(options.site)
     site.activate()
     return Job.of(site, options.name)
+
+
+def run_folder(options: argparse.Namespace) -> "Store":
+    """The folder of the run in the store. The run is a name that the site knows, or that folder's url."""
+    from data_shards.store import Store
+    from jobs.site import load_site
+
+    if "://" not in options.name:
+        return Store(newest_job(options).store)
+    load_site(options.site).activate()
+    return Store(options.name)
 
 
 def _config_and_site(options: argparse.Namespace, more: str = "") -> "tuple[Config, Site]":

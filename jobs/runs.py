@@ -80,7 +80,8 @@ def state(job: Job, queue: Sequence[slurm.Queued] | None = None) -> str | None:
     """
     if job.process is not None:
         return "RUNNING" if not daemons.gone(job.process) else None
-    return next((entry.state for entry in (slurm.queue() if queue is None else queue) if entry.job == job.id), None)
+    queue = slurm.queue([job.run]) if queue is None else queue
+    return next((entry.state for entry in queue if entry.job == job.id), None)
 
 
 def preempt(job: Job) -> None:
@@ -139,14 +140,24 @@ def statuses(site: Site) -> list[Status]:
     """All runs of a site, by one call of squeue, their folders read in parallel."""
     with ThreadPoolExecutor(READERS) as pool:
         jobs = list(pool.map(lambda folder: Job.of(site, folder.name), folders(site)))
-        queue = slurm.queue() if any(not job.local for job in jobs) else []
+        try:
+            queue = slurm.queue([job.run for job in jobs if not job.local])
+        except slurm.SlurmError as error:
+            told = str(error)
+            return list(pool.map(lambda job: _unasked(status(job, []), job, told), jobs))
         return list(pool.map(lambda job: status(job, queue), jobs))
+
+
+def _unasked(one: Status, job: Job, error: str) -> Status:
+    """What the disk says of a run while SLURM, which knows whether its job waits or runs, does not answer."""
+    sure = job.local or one.state in ("finished", "cancelled")
+    return one if sure else replace(one, state="unknown", look=error)
 
 
 def status(job: Job, queue: Sequence[slurm.Queued] | None = None) -> Status:
     """How a run is, from its folder on the shared disk."""
     if queue is None:
-        queue = [] if job.local else slurm.queue()
+        queue = [] if job.local else slurm.queue([job.run])
     entry = next((entry for entry in queue if entry.job == job.id), None)
     told, rows, ends = history(job.run_dir), *_rows(job.run_dir)
     word = state(job, queue)
@@ -261,11 +272,12 @@ def _latest(told: Sequence[dict[str, Any]], key: str) -> Any:
 def _in_words(job: Job, word: str | None) -> str:
     if word is not None:
         return "waiting" if word == "PENDING" else word.lower()
-    outcome, last = job.start.outcome(), _latest(events(job.run_dir), "event")
+    outcome = job.start.outcome()
+    ends = [event for event in events(job.run_dir) if event["event"] in ("submitted", "requeued", "failed")]
     if outcome is not None and outcome.outcome in ("finished", "cancelled"):
         return outcome.outcome
     if cancel_marker(job.run_dir).exists():
         return "cancelled"
-    if last == "failed":
-        return f"failed ({_latest(events(job.run_dir), 'reason')})"
+    if ends and ends[-1]["event"] == "failed":
+        return f"failed ({ends[-1]['reason']})"
     return f"ended without a word (make resume RUN={job.run} goes on)"

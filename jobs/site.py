@@ -40,7 +40,10 @@ CARRIED = (
     "AWS_REGION",
     "AWS_DEFAULT_REGION",
 )
-_SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|API_?KEY|ACCESS_KEY", re.IGNORECASE)
+# What no job has in its environment, wherever it would come from.
+SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "WANDB_API_KEY")
+_SECRET = re.compile(r"SECRET|(^|_)TOKEN(_|$)|PASSWORD|API_?KEY|ACCESS_KEY", re.IGNORECASE)
+_FILE = re.compile(r"_(FILE|PATH|DIR)$", re.IGNORECASE)  # of a secret, which may be named
 
 
 class Site(Section):
@@ -64,7 +67,7 @@ class Site(Section):
     max_cycles: PositiveInt = 3  # failed starts without a new committed checkpoint, after which the job stops
     exclude_hours: PositiveFloat = 12.0  # a host to blame for two failed starts is kept out for so long
     interface: str | None = None  # network interface of the collectives
-    python: str | None = None  # by default the one that submits
+    python: str | None = None  # a command, by default the Python that submits; `apptainer exec img python` is one too
     setup: tuple[str, ...] = ()  # shell lines before the ranks start, such as `module load cuda`
     environment: dict[str, str] = Field(default_factory=dict)  # here and in the job: AWS_PROFILE, SLURM_CONF, ...
     extra: dict[str, str | int | bool] = Field(default_factory=dict)  # more sbatch options, without the dashes
@@ -76,7 +79,7 @@ class Site(Section):
     @field_validator("environment")
     @classmethod
     def _holds_no_secret(cls, variables: dict[str, str]) -> dict[str, str]:
-        secret = [name for name in variables if _SECRET.search(name)]
+        secret = [name for name in variables if _SECRET.search(name) and not _FILE.search(name)]
         if secret:
             raise ValueError(
                 f"paths and names only, {', '.join(secret)} holds a secret; put it in a file and name that file, "

@@ -1,10 +1,12 @@
 """SLURM's own commands, asked with a time limit; what they refuse becomes one line. Needs no accounting (no sacct)."""
 
-import getpass
 import os
+import re
 import shutil
 import signal
 import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,9 @@ from pathlib import Path
 from data_shards.errors import UserError
 
 TIMEOUT_S = 30.0
+PATIENCE_S = 1800.0  # for a requeue while the controller is busy or starts again
+AGAIN_S = 5.0
+USABLE = "idle,alloc,mix,comp,resv,plnd"  # states of nodes that run jobs, or soon will
 
 
 class SlurmError(UserError):
@@ -29,10 +34,30 @@ class Queued:
     run: str
 
 
-def queue() -> list[Queued]:
-    """All jobs of this user that wait or run, in one call."""
-    lines = _call(["squeue", "--noheader", "--user", getpass.getuser(), "--format", "%i|%T|%N|%r|%k"]).splitlines()
+def job_name(run: str) -> str:
+    """By which SLURM lists a run's jobs."""
+    return f"farseer-{run}"
+
+
+def queue(runs: Sequence[str]) -> list[Queued]:
+    """The jobs of these runs that wait or run, whoever submitted them, in one call."""
+    if not runs:
+        return []
+    names = ",".join(map(job_name, runs))
+    lines = _call(["squeue", "--noheader", "--name", names, "--format", "%i|%T|%N|%r|%k"]).splitlines()
     return [Queued(*line.strip().split("|", 4)) for line in lines if line.count("|") >= 4]
+
+
+def job_state(job: str) -> tuple[str, str] | None:
+    """State and reason of a job, or of one task of an array; None when it neither waits nor runs."""
+    try:
+        lines = _call(["squeue", "--noheader", "--job", job, "--format", "%T|%r"]).split("\n")
+    except SlurmError as error:
+        if "Invalid job id" in str(error):
+            return None
+        raise
+    state, _, reason = lines[0].strip().partition("|")
+    return (state, reason) if state else None
 
 
 def check_partition(name: str | None, nodes: int) -> None:
@@ -40,10 +65,11 @@ def check_partition(name: str | None, nodes: int) -> None:
     rows = [line.split("|") for line in _call(["sinfo", "--noheader", "--summarize", "--format", "%P|%D"]).splitlines()]
     sizes = {row[0].rstrip("*"): int(row[1]) for row in rows}
     wanted = name or next((row[0].rstrip("*") for row in rows if row[0].endswith("*")), None)
-    if wanted is None or wanted not in sizes:
+    named = wanted.split(",") if wanted else []
+    if not named or not sizes.keys() >= set(named):
         raise SlurmError(f"partition: found {wanted}; SLURM has {', '.join(sorted(sizes)) or 'none'}")
-    if nodes > sizes[wanted]:
-        raise SlurmError(f"nodes: found {nodes}; partition {wanted} has {sizes[wanted]}")
+    if nodes > max(sizes[one] for one in named):
+        raise SlurmError(f"nodes: found {nodes}; partition {wanted} has {max(sizes[one] for one in named)}")
 
 
 def version() -> str | None:
@@ -59,28 +85,60 @@ def ask(*command: str) -> str:
     return _call(command)
 
 
-def requeue(job: str) -> None:
-    """Put a running job back into the queue under its id. Called from inside the job, this ends it."""
-    _call(["scontrol", "requeue", job])
+def requeue(job: str, patience_s: float = 0.0) -> None:
+    """Put a running job back into the queue under its id. Called from inside the job, this ends it.
+
+    A controller that is busy or away is asked again for so long. Raises SlurmError, at once for what will not change.
+    """
+    end = time.monotonic() + patience_s
+    while True:
+        try:
+            _call(["scontrol", "requeue", job])
+        except SlurmError as error:
+            if time.monotonic() > end or re.search("disabled|Invalid job id|[Pp]ermission denied", str(error)):
+                raise
+        else:
+            return
+        time.sleep(AGAIN_S)
 
 
-def requeue_without(job: str, hosts: Sequence[str]) -> None:
+def requeue_without(job: str, hosts: Sequence[str], always: Sequence[str], constraint: str | None) -> None:
     """Requeue the job that this process is part of, off these hosts as far as its partition has others.
 
-    Only a job that waits can be told so, and a requeued one does at once; SLURM then ends this process, which must live
-    until it has said so.
+    always: hosts that the site keeps its jobs off; constraint: what its nodes must have. Only a job that waits can be
+    told so, and a requeued one does at once; SLURM then ends this process, which must live until it has said so.
+    Raises SlurmError when SLURM does not requeue the job; on which nodes it runs matters less.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    spare = spare_nodes(os.environ["SLURM_JOB_PARTITION"], int(os.environ["SLURM_JOB_NUM_NODES"]))
-    requeue(job)
-    _call(["scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(hosts[:spare])}"])
+    spared = hosts[: _spare_here(constraint)] if hosts else []
+    requeue(job, PATIENCE_S)
+    try:
+        _call(["scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join([*always, *spared])}"])
+    except SlurmError as error:
+        sys.stderr.write(f"farseer: requeued, but not kept off {', '.join(spared) or 'any host'}: {error}\n")
 
 
-def spare_nodes(partition: str | None, needed: int) -> int:
-    """How many nodes of a partition (of all, without one) a job that needs so many can do without."""
+def _spare_here(constraint: str | None) -> int:
+    try:
+        return spare_nodes(os.environ["SLURM_JOB_PARTITION"], int(os.environ["SLURM_JOB_NUM_NODES"]), constraint)
+    except SlurmError:
+        return 0  # SLURM is busy: better a suspect host than none
+
+
+def spare_nodes(partition: str | None, needed: int, constraint: str | None) -> int:
+    """How many usable nodes of a partition (of the default one, without) a job that needs so many can do without.
+
+    constraint: a feature that they must have; of an expression it is not known which nodes have it: none is spare.
+    """
     where = ["--partition", partition] if partition else []
-    rows = _call(["sinfo", "--noheader", "--summarize", *where, "--format", "%D"]).split()
-    return max(0, max(map(int, rows), default=0) - needed)
+    lines = _call(["sinfo", "--noheader", "--Node", f"--states={USABLE}", *where, "--format", "%N|%P|%f"]).splitlines()
+    rows = [line.split("|") for line in lines]
+    fit = {
+        node
+        for node, of, features in rows
+        if (partition or of.endswith("*")) and (constraint is None or constraint in features.split(","))
+    }
+    return max(0, len(fit) - needed)
 
 
 def signal_ranks(job: str, name: str = "USR2") -> None:

@@ -15,10 +15,11 @@ Everything here is small, local and without secrets; what a run learned is in th
 import contextlib
 import json
 import os
+import sys
 import textwrap
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from typing import Any
 from data_shards.errors import UserError
 from jobs.daemons import Process
 
+# A library that a host lacks is an ImportError too, and no fault of the code.
+CODE_ERROR = 1  # the exit code that stands for them
 CODE_ERRORS = (AttributeError, ImportError, NameError, NotImplementedError, SyntaxError, TypeError)
 
 
@@ -104,10 +107,11 @@ class Start:
     def fail(self, rank: int, error: BaseException) -> None:
         """Leave word why this rank leaves."""
         code = error.exit_code if isinstance(error, UserError) and not error.passing else None
-        code = 1 if isinstance(error, CODE_ERRORS) else code
+        lacking = isinstance(error, ImportError) and "shared object" in str(error)
+        code = CODE_ERROR if isinstance(error, CODE_ERRORS) and not lacking else code
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         trace = "" if isinstance(error, UserError) else "".join(traceback.format_exception(error))
-        suspects = tuple(getattr(error, "hosts", ()))
+        suspects = (this_host(),) if lacking else tuple(getattr(error, "hosts", ()))
         failure = Failure(rank, this_host(), time.time(), f"{kind}{error}", trace, code, suspects)
         write_json(self.folder / f"failure-{rank:04d}.json", asdict(failure))
 
@@ -145,10 +149,9 @@ def newest_start(run_dir: Path, job: str) -> Start:
 
 
 def note(run_dir: Path, event: str, **fields: Any) -> None:
-    """Append an event to the run's jobs.jsonl."""
+    """Append an event to the run's jobs.jsonl; on a full disk only the log hears of it, and the job goes its way."""
     line = {"time": time.time(), "attempt": newest_attempt(run_dir), "event": event, **fields}
-    with (run_dir / "jobs.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    append_lines(run_dir / "jobs.jsonl", [line])
 
 
 def events(run_dir: Path) -> list[dict[str, Any]]:
@@ -168,6 +171,16 @@ def newest_attempt(run_dir: Path) -> int:
 
 def cancel_marker(run_dir: Path) -> Path:
     return run_dir / "cancel"
+
+
+def append_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """As JSON, one each; what the disk does not take goes to stderr."""
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    try:
+        with path.open("a") as file:
+            file.write(text)
+    except OSError as error:
+        sys.stderr.write(f"farseer: not written, {error}: {text}")
 
 
 def read_lines(path: Path, tail_bytes: int | None = None) -> list[dict[str, Any]]:

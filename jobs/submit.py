@@ -10,6 +10,7 @@ from pathlib import Path
 from data_shards.errors import UserError
 from data_shards.store import Denied, Store, Unavailable
 from jobs import slurm
+from jobs.daemons import wait_until
 from jobs.doctor_store import put_and_get
 from jobs.launch import launch
 from jobs.plan import CHECK_SECONDS, make_plan
@@ -21,6 +22,8 @@ from jobs.supervise import committed_step, publish
 from pipeline.config import Config
 from pipeline.run import check_same, open_data, read_record
 from pipeline.weights import point
+
+COMPLETING_S = 60.0  # SLURM's KillWait, and what its epilogs take
 
 
 def submit(config: Config, site: Site, run: str, code: Path = ROOT, origin: str | None = None) -> Job:
@@ -83,10 +86,21 @@ def _check_free(site: Site, run: str, run_dir: Path, store: str) -> None:
     """Refuse when SLURM does not answer or has the run already; two jobs must not work on one run."""
     if site.executor == "slurm":
         slurm.check_partition(site.partition, site.nodes)
-        queued = [entry for entry in slurm.queue() if entry.run == store and entry.state != "COMPLETING"]
-        taken = next((f"job {entry.job}, {entry.state.lower()}" for entry in queued), None)
+        taken = next((f"job {entry.job}, {entry.state.lower()}" for entry in _queued(run, store)), None)
     else:
         job = Job.of(site, run) if (run_dir / "job.json").exists() else None
         taken = f"job {job.id}" if job is not None and state(job) is not None else None
     if taken is not None:
         raise UserError(f"RUN={run}: {taken}, is on it already; make logs RUN={run} follows it, make cancel ends it")
+
+
+def _queued(run: str, store: str) -> list[slurm.Queued]:
+    """The jobs that are on a run. One that completes may be on its way back into the queue: its end is waited for."""
+    found: list[slurm.Queued] = []
+
+    def settled() -> bool:
+        found[:] = [entry for entry in slurm.queue([run]) if entry.run == store]
+        return all(entry.state != "COMPLETING" for entry in found)
+
+    wait_until(settled, COMPLETING_S, 1.0)
+    return found

@@ -5,6 +5,7 @@ them (jobs.local). `decide` is pure; everything it needs was left on the shared 
 """
 
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, Literal
 from data_shards.errors import UserError
 from data_shards.store import Store
 from jobs import blame, daemons
-from jobs.start import Failure, Outcome, Start, events, note
+from jobs.start import CODE_ERROR, Failure, Outcome, Start, events, note
 
 STORE_S = 5.0  # a store that is away longer is not waited for
 
@@ -48,9 +49,8 @@ def decide(
         return Decision("end", "cancelled")
     if outcome is not None:  # preempted or terminated, and nobody has asked SLURM yet
         return Decision("requeue", outcome.outcome)
-    mendable = next((failure for failure in failures if failure.exit_code is not None), None)
-    if mendable is not None:
-        return Decision("stop", str(mendable))
+    if (final := _final(failures, alone=not suspects)) is not None:
+        return Decision("stop", str(final))
     words = [*(suspects or {}).values(), *map(str, failures)]  # whom the others wait for knows better than they do
     cause = words[0] if words else f"the ranks left without a word ({_in_words(exit_code)})"
     if stalled >= max_cycles:
@@ -58,6 +58,16 @@ def decide(
             "stop", f"{stalled} starts without a new checkpoint ({blame.kind(cause)}); the last one: {cause}"
         )
     return Decision("requeue", cause)
+
+
+def _final(failures: Sequence[Failure], alone: bool) -> Failure | None:
+    """The failure that another start would meet again, if one is.
+
+    What a user can mend is one, whichever rank says it. An error of the code (exit code 1) is one if it came first and
+    no host is suspect (`alone`): when others have left, code goes wrong that is right.
+    """
+    first = failures[0] if failures and alone and failures[0].exit_code is not None else None
+    return first or next((failure for failure in failures if (failure.exit_code or 0) > CODE_ERROR), None)
 
 
 def before(start: Start) -> int:
@@ -69,6 +79,7 @@ def before(start: Start) -> int:
     if start.cancelled:
         start.end("cancelled")
         raise UserError(f"{start.run_dir}: a cancel was asked for; not started (make resume goes on)")
+    shutil.rmtree(start.folder, ignore_errors=True)  # outside SLURM a job may bear the number of an older one
     for stale in (start.run_dir / "logs").glob(f"{start.job}_*_result.pkl"):
         stale.unlink(missing_ok=True)
     return daemons.free_ports(1)[0]

@@ -22,7 +22,6 @@ GIVEN = [
     "BANK=s3://b/1",
     "HELD_OUT=s3://b/2",
     "SITE=local",
-    "SET=a.b=1 c.d=2",
     "LIST=a list",
     "KEY=k",
 ]
@@ -92,6 +91,38 @@ def test_a_target_that_needs_a_run_says_so_before_it_does_anything(target: str) 
     done = make("-n", target)
     assert done.returncode == 2
     assert f"say which run: make {target} RUN=name" in done.stderr
+
+
+@needs_make
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["submit", "RUN=r", "CONFIG=conf/x.yaml"], "CONFIG= is read by no target; there are AFRESH "),
+        (["status", "SITES=mine"], "SITES= is read by no target"),
+        (["cancel", "RUN=r", "NOW=0"], "NOW=0: say NOW=1, or leave it out"),
+        (["submit", "RUN=r", "FORCE=false"], "FORCE=false: say FORCE=1, or leave it out"),
+        (["resume", "RUN=r", "SET=optim.lr=1"], "a run goes on under its own config: make submit CONF= RUN= SET="),
+    ],
+)
+def test_what_would_be_ignored_is_refused(arguments: list[str], said: str) -> None:
+    done = make("-n", *arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+@needs_make
+def test_quotes_in_overrides_and_keys_come_through(tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    program = checkout / ".venv" / "bin" / "farseer"
+    program.parent.mkdir(parents=True)
+    program.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    program.chmod(0o755)
+    for name in ("Makefile", "setup.cfg", "constraints.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, checkout)
+    (checkout / ".venv" / "stamp").touch()
+    sources = 'data.sources=[{"url":"s3://a b"}]'
+    assert sources in make("-C", str(checkout), "plan", f"SET={sources}").stdout.splitlines()
+    assert "a `key` $x" in make("-C", str(checkout), "seen", "RUN=r", "KEY=a `key` $$x").stdout.splitlines()
 
 
 @needs_make

@@ -92,10 +92,16 @@ def node_killed(trial: Trial) -> str:
 def controller_killed(trial: Trial) -> str:
     """slurmctld dies and comes back."""
     moment = _now(trial)
-    controller = _record(trial).running["slurmctld"]
-    os.kill(controller.pid, signal.SIGKILL)
-    wait_until(lambda: not controller.running(), 10)
-    cluster.start_slurm(trial.scene.slurm.directory, trial.scene.settings)
+    with _without_controller(trial):
+        return moment
+
+
+def rank_killed_without_controller(trial: Trial) -> str:
+    """A rank dies, and nobody takes the requeue: slurmctld is away for a while."""
+    with _without_controller(trial):
+        moment = rank_killed(trial)
+        trial.wait(lambda: _told(trial, "requeued"), "the end of the start")
+        time.sleep(AWAY_S)
     return moment
 
 
@@ -187,6 +193,7 @@ FAULTS: dict[str, Fault] = {
     "all ranks killed": ranks_killed,
     "a node killed": node_killed,
     "the controller killed": controller_killed,
+    "a rank killed while the controller is away": rank_killed_without_controller,
     "a rank hangs": hung,
     "killed during a save": killed_while("a save is written", _saving),
     "killed during an upload": killed_while("a save is uploaded", _uploading),
@@ -212,6 +219,17 @@ def _record(trial: Trial) -> Record:
     record = Record.load(trial.scene.slurm.directory)
     assert record is not None
     return record
+
+
+@contextmanager
+def _without_controller(trial: Trial) -> Iterator[None]:
+    controller = _record(trial).running["slurmctld"]
+    os.kill(controller.pid, signal.SIGKILL)
+    wait_until(lambda: not controller.running(), 10)
+    try:
+        yield
+    finally:
+        cluster.start_slurm(trial.scene.slurm.directory, trial.scene.settings)
 
 
 def on_node(node: str, job: str) -> list[Process]:

@@ -76,7 +76,9 @@ def test_hosts_that_failed_lately_are_listed_with_what_becomes_of_them(site, tmp
     now = time.time()
     blamed = [("node3", 60, "signal 9"), ("node3", 50, "Bus error"), ("node5", 40, "ECC"), ("node7", 999_999, "old")]
     lines = [{"host": host, "time": now - ago, "run": "first", "reason": why} for host, ago, why in blamed]
-    (tmp_path / "shared" / "hosts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for user, own in ((1, lines[:1]), (2, lines[1:])):
+        text = "".join(json.dumps(line) + "\n" for line in own)
+        (tmp_path / "shared" / f"hosts-{user}.jsonl").write_text(text)
     said = [one.says for one in examine(site, f"file://{tmp_path}/store") if one.what == "host"]
     assert len(said) == 2
     assert said[0].startswith("node3: to blame 2x, 0.0 h ago in first (Bus error); kept out of the next start")

@@ -21,6 +21,7 @@ SCRIPT = """\
 #SBATCH --comment=s3://runs/first
 #SBATCH --constraint=h200
 #SBATCH --cpus-per-task=12
+#SBATCH --exclude=node9
 #SBATCH --exclusive
 #SBATCH --export=HOME,LANG,LOGNAME,PATH,SHELL,TERM,USER
 #SBATCH --gpus-per-node=8
@@ -38,6 +39,7 @@ SCRIPT = """\
 #SBATCH --wckey=submitit
 
 # setup
+unset AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN WANDB_API_KEY
 export SLURM_EXPORT_ENV=ALL
 export PYTHONPATH=/shared/first/snapshot
 export FARSEER_RUN_DIR=/shared/first
@@ -48,7 +50,7 @@ export AWS_PROFILE=farseer
 module load cuda/13
 export FARSEER_JOB=$SLURM_JOB_ID FARSEER_START=${SLURM_RESTART_COUNT:-0}
 export MASTER_ADDR=${MASTER_ADDR:-$SLURMD_NODENAME}
-echo "farseer: start $FARSEER_START of job $FARSEER_JOB on $SLURM_JOB_NODELIST"
+echo "farseer: start $FARSEER_START of job $FARSEER_JOB on $(scontrol show hostnames | paste -sd,)"
 MASTER_PORT=$(/env/bin/python -m jobs.cli supervise before) || exit 2
 export MASTER_PORT
 
@@ -59,7 +61,8 @@ srun --unbuffered --output /shared/first/logs/%j_%t_log.out --kill-on-bad-exit=1
 
 
 # teardown
-/env/bin/python -m jobs.cli supervise after --exit $? --max-cycles 3 --exclude-hours 12 --store s3://runs/first"""
+/env/bin/python -m jobs.cli supervise after --exit $? --max-cycles 3 --exclude-hours 12 --store s3://runs/first \
+--exclude node9 --constraint h200"""
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +94,7 @@ def site(tmp_path: Path, monkeypatch) -> Site:
         python="/env/bin/python",
         setup=("module load cuda/13",),
         environment={"AWS_PROFILE": "farseer"},
-        extra={"exclusive": True},
+        extra={"exclusive": True, "exclude": "node9", "oversubscribe": False},
     )
 
 
@@ -211,6 +214,35 @@ def test_a_refused_submission_of_a_new_run_leaves_nothing_behind(tmp_path, monke
             Site(shared_dir=str(tmp_path / "shared")), "first", "s3://runs/first", {}, code=write(tmp_path / "c", CODE)
         )
     assert files(tmp_path / "shared") == []
+
+
+def test_a_refused_submission_leaves_an_old_run_its_config_and_a_cancel_that_was_asked_for(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise UserError("SLURM refused the job")
+
+    site, code = Site(shared_dir=str(tmp_path / "shared")), write(tmp_path / "c", CODE)
+    monkeypatch.setattr(launching, "_on_slurm", lambda site, run, store, config: FakeJob(site, run))
+    launch(site, "first", "s3://runs/first", {"lr": 1}, code=code)
+    (tmp_path / "shared/first/cancel").touch()
+    monkeypatch.setattr(launching, "_on_slurm", refuse)
+    with pytest.raises(UserError, match="refused"):
+        launch(site, "first", "s3://runs/first", {"lr": 30}, code=code)
+    assert (tmp_path / "shared/first/config.yaml").read_text() == "lr: 1\n"
+    assert (tmp_path / "shared/first/cancel").exists()
+
+
+def test_a_folder_that_is_no_run_is_never_taken_for_one(tmp_path):
+    write(tmp_path / "home/photos", ["a.jpg"])
+    site = Site(shared_dir=str(tmp_path / "home"))
+    with pytest.raises(UserError, match="photos is there and no run of ours; choose another name"):
+        launch(site, "photos", "s3://runs/photos", {}, code=write(tmp_path / "c", CODE))
+    assert files(tmp_path / "home") == ["photos/a.jpg"]
+
+
+def test_a_python_of_several_words_is_a_command(site):
+    lines, after = batch_script(site.model_copy(update={"python": "apptainer exec img python"}), Path("/s"), "s3://r")
+    assert "MASTER_PORT=$(apptainer exec img python -m jobs.cli supervise before) || exit 2" in lines
+    assert after[0].startswith("apptainer exec img python -m jobs.cli supervise after ")
 
 
 class FakeJob:

@@ -138,11 +138,35 @@ def test_all_runs_cost_one_question_to_slurm(tmp_path, site, monkeypatch):
         attempt(job, 1, 0, [(1, 1.0), (2, 2.0)])
         job.save()
     asked: list[int] = []
-    monkeypatch.setattr(runs.slurm, "queue", lambda: asked.append(1) or queued("RUNNING", "7"))
+    monkeypatch.setattr(runs.slurm, "queue", lambda names: asked.append(len(names)) or queued("RUNNING", "7"))
     found = runs.statuses(site)
     assert [one.run for one in found] == [f"run{number:02d}" for number in range(30)]
     assert [one.run for one in found if one.state == "running"] == ["run07"]
-    assert asked == [1]
+    assert asked == [30]
+
+
+def test_while_slurm_does_not_answer_the_disk_tells_what_it_knows(tmp_path, site, monkeypatch):
+    for name, outcome in (("done", "finished"), ("other", None)):
+        job = Job(name, tmp_path / name, "file:///x", name)
+        attempt(job, 1, 0, [(1, 1.0), (2, 2.0)])
+        job.save()
+        if outcome is not None:
+            job.start.end(outcome)
+
+    def busy(names):
+        raise runs.slurm.SlurmError("SLURM does not answer (Socket timed out)")
+
+    monkeypatch.setattr(runs.slurm, "queue", busy)
+    found = {one.run: one for one in runs.statuses(site)}
+    assert (found["done"].state, found["other"].state) == ("finished", "unknown")
+    assert (found["other"].step, found["other"].look) == (2, "SLURM does not answer (Socket timed out)")
+
+
+def test_why_a_run_failed_is_told_whatever_was_noted_after_it(job, monkeypatch):
+    monkeypatch.setattr(runs.slurm, "queue", lambda names: [])
+    for event, reason in (("submitted", "x"), ("failed", "too hot"), ("upload failed", "the store is away")):
+        note(job.run_dir, event, reason=reason)
+    assert runs.status(job).state == "failed (too hot)"
 
 
 def test_a_row_that_was_cut_while_it_was_written_is_left_out(job):
@@ -177,7 +201,7 @@ def test_the_history_of_a_run_is_one_line_of_time_over_all_attempts(job):
 
 
 def test_a_cancel_of_a_job_that_is_over_is_refused(job, monkeypatch):
-    monkeypatch.setattr(runs.slurm, "queue", list)
+    monkeypatch.setattr(runs.slurm, "queue", lambda names: [])
     with pytest.raises(UserError, match="over already"):
         runs.cancel(job)
     assert not (job.run_dir / "cancel").exists()

@@ -1,4 +1,7 @@
 import json
+import os
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -6,12 +9,14 @@ import pytest
 from data_shards.errors import UserError
 from data_shards.store import Store
 from jobs import supervise
-from jobs.start import Failure, Outcome, Start, cancel_marker, events, note
+from jobs.cli import main
+from jobs.start import Failure, Outcome, Start, cancel_marker, events, note, this_host
 from jobs.supervise import Decision, after, before, committed_step, decide, publish, stalled_starts
 from pipeline.journal import read_events
 
 CRASH = Failure(1, "node2", 2.0, "RuntimeError: gloo", "Traceback ...", None)
 MENDABLE = Failure(0, "node1", 1.0, "conf/x.yaml: data.lanes: 3", "", 2)
+CODE = Failure(2, "node3", 3.0, "AttributeError: 'NoneType' ...", "Traceback ...", 1)
 SUPERSEDED = Failure(0, "node1", 1.0, "attempt 4 owns the run now", "", 3)
 
 
@@ -35,6 +40,8 @@ SUPERSEDED = Failure(0, "node1", 1.0, "attempt 4 owns the run now", "", 3)
         (143, None, [MENDABLE, CRASH], False, 0, "stop"),
         (143, None, [CRASH, MENDABLE], False, 0, "stop"),
         (3, None, [SUPERSEDED], False, 0, "stop"),
+        (1, None, [CODE, CRASH], False, 0, "stop"),
+        (1, None, [CRASH, CODE], False, 0, "requeue"),  # on its way out of a start that was broken already
     ],
 )
 def test_each_end_of_a_start_means_one_thing(exit_code, outcome, failures, cancelled, stalled, action):
@@ -47,6 +54,7 @@ def test_the_reason_names_what_failed_first_or_how_the_ranks_ended():
     assert decide(137, None, []).reason == "the ranks left without a word (ended by signal 9)"
     assert decide(1, None, []).reason == "the ranks left without a word (exit code 1)"
     assert decide(137, None, [], suspects={"node2": "it left first"}).reason == "it left first"
+    assert decide(137, None, [CODE], suspects={"node2": "it left first"}) == Decision("requeue", "it left first")
     assert decide(1, None, [CRASH], stalled=3).reason.startswith(
         "3 starts without a new checkpoint (collective); the last one: rank 1"
     )
@@ -99,6 +107,48 @@ def start(tmp_path: Path) -> Start:
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(f"file://{tmp_path}/store")
+
+
+def test_a_library_that_a_host_lacks_is_no_error_of_the_code(start):
+    start.fail(1, ImportError("libcuda.so.1: cannot open shared object file: No such file or directory"))
+    (failure,) = start.failures()
+    assert (failure.exit_code, failure.suspects) == (None, [this_host()])
+    start.fail(1, ImportError("cannot import name 'Swav'"))
+    (failure,) = start.failures()
+    assert (failure.exit_code, failure.suspects) == (1, [])
+
+
+def test_a_full_disk_changes_no_decision(start, store, capsys):
+    start.fail(1, RuntimeError("gloo"))
+    noted = start.run_dir / "jobs.jsonl"
+    before_it, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (noted.stat().st_size, most))  # no file may grow beyond that
+    try:
+        assert after(start, 143, store, max_cycles=3).action == "requeue"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before_it, most))
+    assert "not written, [Errno 27] File too large" in capsys.readouterr().err
+
+
+def test_a_requeue_that_slurm_refuses_is_told_where_one_looks(start, store, tmp_path, monkeypatch):
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho 'Requested operation is presently disabled' >&2; exit 1\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("SLURM_CONF", raising=False)
+    monkeypatch.setenv("FARSEER_RUN_DIR", str(start.run_dir))
+    monkeypatch.setenv("FARSEER_JOB", start.job)
+    start.end("preempted")
+    terminated = signal.getsignal(signal.SIGTERM)
+    assert main(["supervise", "after", "--exit", "0", "--store", store.url]) == 2
+    signal.signal(signal.SIGTERM, terminated)
+    last = events(start.run_dir)[-1]
+    assert (last["event"], "it is not started again: SLURM refused" in last["reason"]) == ("failed", True)
+
+
+def test_nothing_of_an_older_job_of_the_same_number_passes_for_this_start(start):
+    start.end("finished")
+    before(start)
+    assert start.outcome() is None
 
 
 def test_a_crash_is_noted_with_its_cause_and_the_last_one_also_in_the_store(start, store):

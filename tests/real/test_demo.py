@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from jobs import cluster
+from jobs.cli import main
 from jobs.demo import demo
 from jobs.site import ROOT
 from tests.conftest import kept_environment
@@ -22,6 +23,9 @@ def test_the_demo_preempts_resumes_evaluates_and_reports(tmp_path: Path) -> None
     try:
         with kept_environment():
             figures = demo(overrides="train.steps=24 checkpoint.every_steps=6 monitor.wandb=disabled", var=tmp_path)
+            run = json.loads(next((tmp_path / "jobs").glob("*/job.json")).read_text())["store"]
+            site = str(tmp_path / "cluster" / "site.yaml")
+            assert main(["export", "--run", run, "--site", site, "--to", str(tmp_path / "export")]) == 0
     finally:
         cluster.down(tmp_path / "cluster")
     assert figures.preempted
@@ -33,3 +37,4 @@ def test_the_demo_preempts_resumes_evaluates_and_reports(tmp_path: Path) -> None
     page = (tmp_path / "report.html").read_text()
     assert page.startswith("<!doctype html>")
     assert "preempted" in page
+    assert json.loads((tmp_path / "export" / "config.json").read_text())["farseer"]["step"] == 24

@@ -1,0 +1,112 @@
+"""SLURM's answers when it is busy, away or refuses; its own programs cannot be made to, so others stand in for them."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from jobs import slurm
+from jobs.slurm import SlurmError
+
+Fake = Callable[[str, str], Path]
+SINFO = r"printf 'node1|gpu*|h200,ib\nnode2|gpu*|h200\nnode3|gpu*|(null)\nnode1|low|h200\n'"
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
+    """Puts a program in the place of one of SLURM's; returns the file of its calls, a line each."""
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("SLURM_CONF", raising=False)
+    monkeypatch.setattr(slurm, "AGAIN_S", 0.01)
+
+    def make(name: str, script: str) -> Path:
+        calls = tmp_path / f"{name}.calls"
+        (tmp_path / name).write_text(f'#!/bin/sh\necho "$@" >> {calls}\ncalls=$(wc -l < {calls})\n{script}\n')
+        (tmp_path / name).chmod(0o755)
+        return calls
+
+    terminated = signal.getsignal(signal.SIGTERM)
+    yield make
+    signal.signal(signal.SIGTERM, terminated)
+
+
+def lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_a_requeue_that_meets_a_busy_controller_is_asked_for_again(fake: Fake) -> None:
+    calls = fake("scontrol", "[ $calls -gt 2 ] || { echo 'slurm_load_jobs error: Socket timed out' >&2; exit 1; }")
+    slurm.requeue("7", patience_s=60)
+    assert lines(calls) == ["requeue 7"] * 3
+
+
+def test_patience_ends_and_what_will_not_change_is_asked_once(fake: Fake) -> None:
+    fake("scontrol", "echo 'Socket timed out' >&2; exit 1")
+    with pytest.raises(SlurmError, match="Socket timed out"):
+        slurm.requeue("7", patience_s=0.05)
+    calls = fake("scontrol", "echo 'Requested operation is presently disabled for job 7' >&2; exit 1")
+    before = len(lines(calls))
+    with pytest.raises(SlurmError, match="presently disabled"):
+        slurm.requeue("7", patience_s=60)
+    assert len(lines(calls)) == before + 1
+
+
+def test_which_nodes_are_spare_matters_less_than_the_requeue(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_PARTITION", "gpu")
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    fake("sinfo", "echo 'Socket timed out' >&2; exit 1")
+    calls = fake("scontrol", "")
+    slurm.requeue_without("7", ["node1"], ["node9"], None)
+    assert lines(calls) == ["requeue 7", "update JobId=7 ExcNodeList=node9"]
+    fake("sinfo", SINFO)
+    slurm.requeue_without("7", ["node1", "node2"], ["node9"], None)
+    assert lines(calls)[-1] == "update JobId=7 ExcNodeList=node9,node1"
+
+
+def test_a_job_that_was_requeued_but_may_come_to_a_bad_host_again_says_so(
+    fake: Fake, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake("scontrol", "[ $1 = requeue ] || { echo 'Socket timed out' >&2; exit 1; }")
+    slurm.requeue_without("7", [], [], None)
+    assert "requeued, but not kept off any host" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("partition", "constraint", "spare"),
+    [(None, None, 1), ("gpu", None, 1), (None, "h200", 0), ("gpu", "ib", 0), ("gpu", "h200&ib", 0)],
+)
+def test_only_usable_nodes_that_have_what_the_job_needs_are_spare(
+    fake: Fake, partition: str | None, constraint: str | None, spare: int
+) -> None:
+    calls = fake("sinfo", SINFO)
+    assert slurm.spare_nodes(partition, 2, constraint) == spare
+    assert "--states=idle,alloc," in lines(calls)[0]
+
+
+def test_a_job_may_name_several_partitions(fake: Fake) -> None:
+    fake("sinfo", r"printf 'gpu*|4\nlow|8\n'")
+    slurm.check_partition("gpu,low", 6)
+    with pytest.raises(SlurmError, match="partition: found gpu,nope; SLURM has gpu, low"):
+        slurm.check_partition("gpu,nope", 1)
+    with pytest.raises(SlurmError, match="nodes: found 9; partition gpu,low has 8"):
+        slurm.check_partition("gpu,low", 9)
+
+
+def test_jobs_are_found_by_the_runs_name_whoever_submitted_them(fake: Fake) -> None:
+    calls = fake("squeue", "echo '12|RUNNING|node[1-2]|None|s3://runs/big'")
+    (found,) = slurm.queue(["big", "small"])
+    assert (found.job, found.state, found.run) == ("12", "RUNNING", "s3://runs/big")
+    assert lines(calls) == ["--noheader --name farseer-big,farseer-small --format %i|%T|%N|%r|%k"]
+    assert slurm.queue([]) == []
+    assert len(lines(calls)) == 1
+
+
+def test_a_job_that_slurm_has_forgotten_is_over(fake: Fake) -> None:
+    fake("squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    assert slurm.job_state("7") is None
+    fake("squeue", "echo 'PENDING|Resources'")
+    assert slurm.job_state("7") == ("PENDING", "Resources")
+    fake("squeue", "")
+    assert slurm.job_state("7") is None
