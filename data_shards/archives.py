@@ -100,22 +100,27 @@ def _text(file: BinaryIO, member: Member) -> str:
 
 
 def _tar(file: BinaryIO, url: str, ignored: Counter[str]) -> Iterator[Member]:
-    tar = None
+    end = 0  # of what is understood
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
+                if member.size < 0 or tar.offset <= end:  # it leads back: some Pythons would go round for ever
+                    raise ValueError(member.size)
+                end = tar.offset
                 tar.members = []  # type: ignore[attr-defined]  # it would keep them all
                 if member.isreg() and member.sparse is None:
                     yield Member(member.name, member.offset_data, member.size, False)
                 elif not member.isdir():
                     ignored["not a plain file"] += 1
-    except tarfile.TarError:
-        pass  # named below, by the place
-    end = tar.offset if tar else 0
+    except (UserError, OSError):
+        raise
+    except Exception:  # noqa: BLE001, S110  # hostile headers raise anything; named below, by the place
+        pass
+    size = file.seek(0, 2)
+    if size < end + tarfile.BLOCKSIZE:
+        raise UserError(f"{url}: cut off at byte {size}: a tar ends with a block of zeros; fetch it again")
     file.seek(end)
     block = file.read(tarfile.BLOCKSIZE)
-    if len(block) < tarfile.BLOCKSIZE:
-        raise UserError(f"{url}: cut off at byte {file.seek(0, 2)}: a tar ends with a block of zeros; fetch it again")
     if block.strip(b"\0"):
         raise UserError(f"{url}: no tar header at byte {end}; fetch it again")
 
@@ -123,16 +128,20 @@ def _tar(file: BinaryIO, url: str, ignored: Counter[str]) -> Iterator[Member]:
 def _zip(file: BinaryIO, url: str) -> Iterator[Member]:
     try:
         archive = zipfile.ZipFile(file)
-    except (zipfile.BadZipFile, ValueError, OSError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001  # hostile headers raise anything
         raise UserError(f"{url}: cut off or damaged: {error}; fetch it again") from None
     for info in archive.infolist():
-        if info.is_dir():
+        if info.filename.endswith("/"):
             continue
         if info.flag_bits & 1 or info.compress_type not in _DEFLATED_OR_STORED:
             how = "encrypted" if info.flag_bits & 1 else f"compressed by method {info.compress_type}"
             raise UserError(f"{url}: {info.filename!r} is {how}; unzip it and pack the folder")
-        file.seek(info.header_offset)
-        header = file.read(30)
+        header = b""
+        if 0 <= info.header_offset < archive.start_dir:
+            file.seek(info.header_offset)
+            header = file.read(30)
         names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
         start = info.header_offset + 30 + names
         if header[:4] != b"PK\3\4" or start + info.compress_size > archive.start_dir:

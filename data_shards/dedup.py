@@ -131,6 +131,7 @@ def dedup(
 def _load(db: duckdb.DuckDBPyConnection, of: int, shards: ShardSet, progress: Progress) -> None:
     """The images of a set that are not removed, and the first id of each shard; of a sha256 the first 128 bits."""
     removed = read_removed(shards).ids
+    cuts = np.searchsorted(removed, shards.starts)  # all at once: numbers of another type copy `removed` each time
     for number, rows in enumerate(shards.tables(_COLUMNS)):
         if "phash" not in rows.column_names:
             url = shards.store.url
@@ -138,7 +139,7 @@ def _load(db: duckdb.DuckDBPyConnection, of: int, shards: ShardSet, progress: Pr
         first = int(shards.starts[number])
         if rows.num_rows:
             ids = np.arange(first, first + rows.num_rows)
-            gone = removed[slice(*np.searchsorted(removed, [first, first + rows.num_rows]))]
+            gone = removed[cuts[number] : cuts[number + 1]]
             db.register("rows", rows.append_column("id", pa.array(ids)).filter(pa.array(~np.isin(ids, gone))))
             db.execute("INSERT INTO shards VALUES (?, ?, ?, ?)", [of, shards.store.url, number, first])
             # a transaction each: a longer one would keep all rows in memory

@@ -20,7 +20,7 @@ import fsspec
 
 from data_shards.errors import UserError
 from data_shards.images import Refused
-from data_shards.store import Denied, NotFound, Store, StoreError, Truncated, Unavailable
+from data_shards.store import Denied, NotFound, Store, StoreError, Truncated, Unavailable, split
 
 T = TypeVar("T")
 
@@ -39,11 +39,10 @@ def is_remote(url: str) -> bool:
 
 def store_of(url: str) -> tuple[Store, str] | None:
     """The store that a url belongs to and the path in it; None when it is none of a store."""
-    scheme, _, rest = url.partition("://")
-    if scheme not in ("s3", "memory"):
+    if not url.startswith(("s3://", "memory://")):
         return None
-    root, _, path = rest.partition("/") if scheme == "s3" else ("", "", rest)
-    return _store(f"{scheme}://{root}"), path
+    root, path = split(url)
+    return _store(root), path
 
 
 @cache

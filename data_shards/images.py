@@ -160,9 +160,8 @@ def _check_size(width: int, height: int, rules: Rules) -> None:
 
 def _check_coding(image: Image.Image, data: bytes) -> None:
     kind = str(image.format)
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1 and kind != "MPO":
-        raise Refused("several frames", f"{frames} frames or pages")
+    if kind != "MPO" and getattr(image, "is_animated", False):  # to count a TIFF's pages takes their number squared
+        raise Refused("several frames", "more than one frame or page")
     if kind == "TIFF" and image.mode not in _TIFF_KEPT | _TIFF_CONVERTED:
         raise Refused("unusual coding", f"TIFF of mode {image.mode}")
     if kind == "PNG" and _PNG_END not in data[-65536:]:

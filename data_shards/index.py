@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from data_shards.errors import UserError
-from data_shards.store import NotFound, Store
+from data_shards.store import NotFound, Store, split
 
 FORMAT = 2
 MANIFEST = "MANIFEST.json"
@@ -183,10 +183,10 @@ class ShardSet:
         """The store of a shard's tar, on the event loop of the set's own, and the path in it."""
         if not self.manifest.tars:
             return self.store, shard_path(shard)
-        folder, _, name = self.manifest.tars[shard].rpartition("/")
-        if folder not in self._elsewhere:
-            self._elsewhere[folder] = self.store.beside(folder)
-        return self._elsewhere[folder], name
+        root, path = split(self.manifest.tars[shard])
+        if root not in self._elsewhere:
+            self._elsewhere[root] = self.store.beside(root)
+        return self._elsewhere[root], path
 
     def shard_name(self, shard: int) -> str:
         """What to call a shard in words: its path in the set, or its url when it lies elsewhere."""

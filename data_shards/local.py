@@ -98,7 +98,11 @@ class Folder:
                 Path("/", key).unlink(missing_ok=True)
 
     async def abandon(self, folder: str) -> int:
-        return 0  # nothing is put in parts
+        left = list(Path("/", folder).rglob(f"{_HIDDEN}*"))
+        for path in left:
+            with _named(path.as_posix()[1:]):
+                path.unlink(missing_ok=True)
+        return len(left)
 
     async def check(self) -> None:
         """Folders are made at the first put."""

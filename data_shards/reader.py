@@ -389,10 +389,13 @@ class Reader:
         )
 
     async def _payload(self, chunk: _Chunk | None, offset: int, sample: int, own: bool) -> Fetched:
-        """A sample of a chunk; by itself when the chunk is not wanted for more, or has given the sample away."""
+        """A sample of a chunk; by itself when the chunk is not wanted for more, or has given the sample away.
+
+        So too one that stands in for another, out of a chunk that waits for memory: only the next steps make room.
+        """
         if self._error is not None:
             raise self._error
-        if chunk is not None:
+        if chunk is not None and (own or chunk.fetched):
             samples = chunk.ready.result() if chunk.ready.done() else await asyncio.shield(chunk.ready)
             found = samples[offset]
             if own:

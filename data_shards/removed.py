@@ -130,8 +130,8 @@ def remove(
 def by_shard(shards: ShardSet, ids: Ids) -> Iterator[tuple[int, Ids]]:
     """The shards that have some of these samples, which are sorted, with their places there."""
     shard, place = shards.places(ids)
-    for number in np.unique(shard).tolist():
-        yield number, place[shard == number]
+    numbers, firsts = np.unique(shard, return_index=True)
+    yield from zip(numbers.tolist(), np.split(place, firsts[1:]), strict=False)  # nothing is split into one part
 
 
 def _write(shards: ShardSet, ids: Ids) -> str:

@@ -60,6 +60,7 @@ _DENIED = {
 }
 _EXPIRED = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
 _TRANSIENT_CODES = {"RequestTimeout", "SlowDown", "ConditionalRequestConflict", "OperationAborted", "BadDigest"}
+_TRANSIENT_CODES |= {"InternalError", "ServiceUnavailable"}  # of one object of a deletion, which itself is answered 200
 _TRANSIENT = (
     boto.HTTPClientError,
     boto.ConnectionError,
@@ -91,7 +92,7 @@ class S3:
         self._key_worked = False
 
     async def read(self, key: str, start: int | None, end: int | None) -> bytes:
-        size = PART_BYTES if end is None else end - (start or 0)
+        size = None if end is None else end - (start or 0)
         data = await self._tried(partial(self._read, key, start, end), key, size, patient=True)
         self.counters.bytes_read += len(data)
         return data
@@ -112,9 +113,12 @@ class S3:
         """By the ordinary client, which understands every answer."""
         whole = not start and end is None
         wanted = {} if whole else {"Range": f"bytes={start or 0}-{'' if end is None else end - 1}"}
-        answer = await self._call("get_object", Key=key, **wanted)
+        answer_s = self._answer_s(self.retry_seconds)
+        async with asyncio.timeout(answer_s):
+            answer = await self._call("get_object", Key=key, **wanted)
         try:
-            data: bytes = await answer["Body"].read()
+            async with asyncio.timeout(answer_s + answer["ContentLength"] / SLOWEST_BYTES_S):
+                data: bytes = await answer["Body"].read()
         finally:
             answer["Body"].close()
         if not whole:
@@ -172,7 +176,8 @@ class S3:
             await self.put(key, await asyncio.to_thread(local.read_bytes), False)
             return
         each = max(PART_BYTES, -(-size // 10_000))  # 10,000 parts is S3's limit
-        begun = await self._tried(partial(self._call, "create_multipart_upload", Key=key), key)
+        mark = {"writer": secrets.token_hex(8)}
+        begun = await self._tried(partial(self._call, "create_multipart_upload", Key=key, Metadata=mark), key)
         whole = {"Key": key, "UploadId": begun["UploadId"]}
         gate = asyncio.Semaphore(4)  # parts in memory
         try:
@@ -182,10 +187,20 @@ class S3:
                     group.create_task(self._part(local, n, at, each, whole, gate)) for n, at in enumerate(starts, 1)
                 ]
             parts = {"Parts": [task.result() for task in tasks]}
-            await self._tried(partial(self._call, "complete_multipart_upload", **whole, MultipartUpload=parts), key)
+            try:
+                await self._tried(partial(self._call, "complete_multipart_upload", **whole, MultipartUpload=parts), key)
+            except NotFound:  # no such upload: as after a first try of which only the answer was lost
+                if (await self._head(key)).get("Metadata", {}).get("writer") != mark["writer"]:
+                    raise
         except BaseException as error:
-            await asyncio.shield(self._call("abort_multipart_upload", **whole))
+            await asyncio.shield(self._give_back(whole))
             raise error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error from error
+
+    async def _give_back(self, whole: dict[str, str]) -> None:
+        """Free what an upload in parts has left, if that can be done soon; if not, `abandon` does."""
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(CHECK_S):
+                await self._call("abort_multipart_upload", **whole)
 
     async def abandon(self, folder: str) -> int:
         uploads: list[dict[str, Any]] = []
@@ -233,7 +248,17 @@ class S3:
         return int((await self._head(key))["ContentLength"])
 
     async def _head(self, key: str) -> dict[str, Any]:
-        return await self._tried(partial(self._call, "head_object", Key=key), key, patient=True)
+        return await self._tried(partial(self._asked_head, key), key, patient=True)
+
+    async def _asked_head(self, key: str) -> Any:
+        try:
+            return await self._call("head_object", Key=key)
+        except OSError as error:
+            if not isinstance(error.__cause__, boto.ClientError) or _code(error.__cause__) != "400":
+                raise
+            # No body tells the reason, such as that a token has expired. The answer to a GET has one.
+            (await self._call("get_object", Key=key))["Body"].close()
+            raise _Transient("400, though a GET is answered") from error
 
     async def find(self, folder: str, more: str | None) -> tuple[list[Entry], str | None]:
         """A page of a listing, the first or the one that `more` stands for, and what stands for the next."""
@@ -253,10 +278,15 @@ class S3:
 
     async def delete(self, keys: list[str]) -> None:
         for start in range(0, len(keys), 1000):  # S3's limit
-            names = {"Objects": [{"Key": key} for key in keys[start : start + 1000]], "Quiet": True}
-            answer = await self._tried(partial(self._call, "delete_objects", Delete=names), keys[start])
-            for error in answer.get("Errors", []):
-                raise StoreError(f"{self._url(error['Key'])}: not deleted: {error.get('Message') or error.get('Code')}")
+            await self._tried(partial(self._delete, keys[start : start + 1000]), keys[start])
+
+    async def _delete(self, keys: list[str]) -> None:
+        names = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
+        for error in (await self._call("delete_objects", Delete=names)).get("Errors", []):
+            code, said = error.get("Code", ""), error.get("Message")
+            if _is_passing(code):
+                raise _Transient(f"{code} of {error['Key']}")
+            raise StoreError(f"{self._url(error['Key'])}: not deleted: {said or code}")
 
     async def check(self) -> None:
         ask = partial(self._call, "list_objects_v2", MaxKeys=1)
@@ -280,27 +310,31 @@ class S3:
         self,
         call: Callable[[], Awaitable[T]],
         key: str,
-        size: int = 0,
+        size: int | None = 0,
         *,
         patient: bool = False,
         retry_seconds: float | None = None,
     ) -> T:
         """What `call` gives, asked for again until it is there. `size`: bytes that go over the wire, for the deadline.
 
+        None when only the answer tells how many: `call` has a deadline of its own.
         `patient`: a key that has worked before and is refused now may work again (rotated, or the store is unwell).
+        One that has expired is renewed in any case.
         """
         limit_s = self.retry_seconds if retry_seconds is None else retry_seconds
         start = time.monotonic()
         for attempt in range(1_000_000):
             try:
-                answer = await self._once(call, min(ATTEMPT_S, max(limit_s / 4, 1.0)) + size / SLOWEST_BYTES_S)
+                answer = await self._once(
+                    call, None if size is None else self._answer_s(limit_s) + size / SLOWEST_BYTES_S
+                )
                 self._key_worked = True
                 return answer
             except Exception as error:
                 named = await self._name(error, key)
                 waited = time.monotonic() - start
                 may_change = isinstance(named, _Transient) or (
-                    isinstance(named, Denied) and patient and self._key_worked
+                    isinstance(named, Denied) and self._key_worked and (patient or named.expired)
                 )
                 if not may_change:
                     raise named from error
@@ -313,7 +347,10 @@ class S3:
             await asyncio.sleep(pause)
         raise AssertionError  # a million pauses are over any limit
 
-    async def _once(self, call: Callable[[], Awaitable[T]], limit_s: float) -> T:
+    def _answer_s(self, limit_s: float) -> float:
+        return min(ATTEMPT_S, max(limit_s / 4, 1.0))
+
+    async def _once(self, call: Callable[[], Awaitable[T]], limit_s: float | None) -> T:
         async with self._free:  # waiting for a free connection, or making a client, is not the store's fault
             await self._connected()
             with self.counters.request():
@@ -379,11 +416,11 @@ class S3:
         return error
 
     async def _name_answer(self, error: Any, key: str) -> Exception:
-        code = str(error.response.get("Error", {}).get("Code", ""))
+        code = _code(error)
         status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
         if code == "NoSuchBucket":
             return StoreError(f"s3://{self.bucket}: no such bucket at {self._host}{await self._buckets()}")
-        if code in _TRANSIENT_CODES or status in (408, 429) or status >= 500:
+        if _is_passing(code) or status in (408, 429) or (status >= 500 and status != 501):
             return _Transient(f"{status} {code}")
         if code in ("PreconditionFailed", "412"):
             return AlreadyExists(f"{self._url(key)}: is there already")
@@ -391,9 +428,12 @@ class S3:
             return NotFound(f"{self._url(key)}: no such object at {self._host}")
         if code == "InvalidRange" or status == 416:
             return Truncated(f"{self._url(key)}: ends before the bytes that were asked for")
-        if code in _DENIED or status in (401, 403):
+        if code in _DENIED | _EXPIRED or status in (401, 403):
             hint = "; renew it where it comes from and start again" if code in _EXPIRED else ""
-            return Denied(f"{self._url(key)}: access denied at {self._host} for {await self._key_id()} ({code}){hint}")
+            whose = await self._key_id()
+            denied = Denied(f"{self._url(key)}: access denied at {self._host} for {whose} ({code}){hint}")
+            denied.expired = code in _EXPIRED
+            return denied
         return StoreError(f"{self._url(key)}: {self._host} answers {status} {code}: {_short(error)}")
 
     async def _buckets(self) -> str:
@@ -428,6 +468,14 @@ def _direct(client: "s3fs.S3FileSystem") -> Direct | None:
     if client.s3.meta.config.proxies or get_environ_proxies(client.s3.meta.endpoint_url):
         return None
     return Direct(get_cert_path(client.session.get_config_variable("ca_bundle") or True))
+
+
+def _code(error: Any) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def _is_passing(code: str) -> bool:
+    return code in _TRANSIENT_CODES or "Throttl" in code  # services behind S3 spell it in several ways, at 400
 
 
 def _short(error: BaseException) -> str:

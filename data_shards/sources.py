@@ -188,8 +188,10 @@ def _matches(pattern: str) -> list[str]:
 def _is_folder(url: str) -> bool:
     """In a store, what is no object is a folder. Raises UserError when there is neither."""
     if is_remote(url):
-        place = store_of(url)
-        return place is not None and (not place[1] or not place[0].exists(place[1]))
+        if (place := store_of(url)) is None:
+            return False
+        store, path = place
+        return not path or path.endswith("/") or not store.exists(path)
     try:
         return stat.S_ISDIR(Path(url).stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
@@ -204,7 +206,7 @@ def _files(folder: str) -> Iterator[tuple[str, str, int | None]]:
         yield from ((path, name, None) for path, name in _walk(folder, ""))
         return
     store, path = place
-    cut = len(path.strip("/")) + 1 if path.strip("/") else 0
+    cut = len(path.rstrip("/")) + 1 if path.rstrip("/") else 0
     for entry in store.walk(path):
         yield f"{store.url}/{entry.path}", entry.path[cut:], entry.size
 
@@ -257,7 +259,8 @@ def _kind(file: BinaryIO, url: str) -> str:
 def _rows(rows: Iterator[Row], url: str, options: SourceOptions) -> Iterator[Source]:
     folder = url.rpartition("/")[0]
     for row in rows:
-        place = row.path if "://" in row.path or row.path.startswith("/") else f"{folder}/{row.path}"
+        there = row.path.removeprefix("./")  # `find` writes it, and in S3 it would be part of a name
+        place = there if "://" in there or there.startswith("/") else f"{folder}/{there}"
         label = place.split("/")[-2] if options.label == "folder" else row.label
         yield Source(place, name=row.path, label=label, columns=row.columns)
 

@@ -40,7 +40,9 @@ class AlreadyExists(StoreError):
 
 
 class Denied(StoreError):
-    """The store refuses the key, or what it may do."""
+    """The store refuses the key, or what it may do. `expired`: a key that has been good; a newer one would do."""
+
+    expired = False
 
 
 class Truncated(StoreError):
@@ -134,8 +136,8 @@ class Store:
         """The folder `path` of this one, over the same connections."""
         deeper = object.__new__(Store)
         deeper._options, deeper._root, deeper._thread = self._options, self._root, self._thread
-        deeper._folder = self._key(path)
-        deeper.url = f"{self.url}/{_clean(path, self.url)}"
+        deeper._folder = "/".join(filter(None, (self._folder, folder := _clean(path, self.url))))
+        deeper.url = f"{self.url}/{folder}"
         return deeper
 
     def beside(self, url: str) -> "Store":
@@ -208,7 +210,7 @@ class Store:
         """The same one by one, as S3 gives them (by their paths' bytes): only a page of a listing is held."""
         cut, more = (len(self._folder) + 1 if self._folder else 0), None
         while True:
-            found, more = self._wait(self._backend.find(self._key(prefix), more))
+            found, more = self._wait(self._backend.find(self._prefix(prefix), more))
             yield from (Entry(entry.path[cut:], entry.size) for entry in found)
             if more is None:
                 return
@@ -218,7 +220,7 @@ class Store:
         names: set[str] = set()
         more = None
         while True:
-            found, more = self._wait(self._backend.folders(self._key(prefix), more))
+            found, more = self._wait(self._backend.folders(self._prefix(prefix), more))
             names.update(found)
             if more is None:
                 return tuple(sorted(names))
@@ -228,11 +230,11 @@ class Store:
         self._wait(self._backend.delete([self._key(path) for path in paths]))
 
     def abandon(self, prefix: str) -> int:
-        """Give up what uploads in parts have left below a folder: of writers that died, it takes room and is no object.
+        """Give up what unfinished uploads have left below a folder: their writers died, and they take room.
 
         Returns how many there were. Those that go on would fail: call it when nobody else may write there.
         """
-        return self._wait(self._backend.abandon(self._key(prefix)))
+        return self._wait(self._backend.abandon(self._prefix(prefix)))
 
     def check(self) -> None:
         """Raise the one line that says what is wrong with host, key or bucket; soon, whatever `retry_seconds` is."""
@@ -247,7 +249,12 @@ class Store:
         self._thread.close()
 
     def _key(self, path: str) -> str:
-        return "/".join(filter(None, (self._folder, _clean(path, self.url))))
+        """Of an object. In S3 it is a name and no path: "a//b" and "a/../b" are others than "a/b" and "b"."""
+        return "/".join(filter(None, (self._folder, path if self._root[0] == "s3" else _clean(path, self.url))))
+
+    def _prefix(self, path: str) -> str:
+        """Of a folder."""
+        return self._key(path.rstrip("/"))
 
     def _wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
         future = self.submit(coroutine)
@@ -256,6 +263,13 @@ class Store:
         except BaseException:
             future.cancel()  # Ctrl-C: nobody waits for it any longer
             raise
+
+
+def split(url: str) -> tuple[str, str]:
+    """The url of the whole store that an object lies in, of which one is enough for all its folders, and its path."""
+    scheme, _, rest = url.partition("://")
+    bucket, _, path = rest.partition("/") if scheme == "s3" else ("/", "", rest.lstrip("/"))
+    return f"{scheme}://{bucket}", path
 
 
 @cache

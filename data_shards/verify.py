@@ -70,8 +70,9 @@ class VerifyReport:
         """For a terminal: the first faults, and what came out."""
         how = "every image decoded" if self.full else "sizes and indexes; FULL=1 decodes every image"
         again = f"; {self.resumed:,} shards had been read before it was interrupted" if self.resumed else ""
-        verdict = f"{len(self.faults):,} faults" if self.faults else "as its manifest says"
-        more = len(self.faults) - most
+        count = len(self.faults)
+        verdict = f"{count:,} fault{'s'[: count != 1]}" if count else "as its manifest says"
+        more = count - most
         return [
             *map(str, self.faults[:most]),
             *([f"and {more:,} more; JSON=1 lists them all"] if more > 0 else []),
@@ -82,6 +83,7 @@ class VerifyReport:
 class Part(NamedTuple):
     """What the manifest says of a shard. elsewhere: its tar is not one of this set's, and may hold other members.
 
+    name: what to call its tar in words.
     removed: places whose images are not shown any more, so that it does not matter what they are.
     """
 
@@ -90,13 +92,9 @@ class Part(NamedTuple):
     bytes: int
     home: Store
     tar: tuple[Store, str]
+    name: str
     elsewhere: bool
     removed: frozenset[int]
-
-    @property
-    def name(self) -> str:
-        """What to call its tar in words."""
-        return f"{self.tar[0].url}/{self.tar[1]}" if self.elsewhere else self.tar[1]
 
 
 class Checked(NamedTuple):
@@ -125,9 +123,10 @@ def verify(
     shards = ShardSet.open(store)
     manifest = shards.manifest
     gone = {number: frozenset(places.tolist()) for number, places in by_shard(shards, read_removed(shards).ids)}
+    elsewhere, none = bool(manifest.tars), frozenset[int]()
     parts = [
-        Part(number, samples, size, store, shards.tar(number), bool(manifest.tars), gone.get(number, frozenset()))
-        for number, (samples, size) in enumerate(zip(manifest.shard_samples, manifest.shard_bytes, strict=True))
+        Part(n, samples, size, store, shards.tar(n), shards.shard_name(n), elsewhere, gone.get(n, none))
+        for n, (samples, size) in enumerate(zip(manifest.shard_samples, manifest.shard_bytes, strict=True))
     ]
     faults = list(_versions(store, manifest))
     quick: dict[int, str] = {}

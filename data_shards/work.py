@@ -36,14 +36,18 @@ class Stopped(Exception):
 
 
 class Tally:
-    """What was done since the start, counted over processes: images, bytes of sources, refused."""
+    """What was done since the start, counted over processes: images, bytes of sources, refused.
+
+    Looking and stopping take no lock: a process that died while it counted would have it for ever.
+    """
 
     def __init__(self) -> None:
-        self._counts = multiprocessing.get_context("spawn").Array("q", 4)
+        context = multiprocessing.get_context("spawn")
+        self._counts, self._lock = context.RawArray("q", 4), context.Lock()
 
     def add(self, size: int, refused: bool) -> None:
         """Raises Stopped when `stop` was called anywhere."""
-        with self._counts:
+        with self._lock:
             if self._counts[3]:
                 raise Stopped
             for place, more in enumerate((1, size, int(refused))):
@@ -53,8 +57,7 @@ class Tally:
         self._counts[3] = 1
 
     def read(self) -> tuple[int, int, int]:
-        with self._counts:
-            images, size, refused = self._counts[:3]
+        images, size, refused = self._counts[:3]
         return images, size, refused
 
 

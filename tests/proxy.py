@@ -15,18 +15,34 @@ def _answer(status: str, body: str = "") -> bytes:
     return f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n{body}".encode()
 
 
+def _cause(code: str) -> str:
+    return f"<Error><Key>x</Key><Code>{code}</Code><Message>so says the proxy</Message></Error>"
+
+
+def _error(status: str, code: str) -> bytes:
+    return _answer(status, _cause(code))
+
+
 _ANSWERS = {
     "unwell": _answer("503 Slow Down"),
     "a page": _answer("502 Bad Gateway", "<html>"),
-    "expired": _answer("403 Forbidden", "<Error><Code>ExpiredToken</Code><Message>it has expired</Message></Error>"),
+    "expired": _error("403 Forbidden", "ExpiredToken"),
+    "expired, as of AWS": _error("400 Bad Request", "ExpiredToken"),
+    "bare 400": _answer("400 Bad Request"),
+    "throttled": _error("400 Bad Request", "ThrottlingException"),
+    "no upload": _error("404 Not Found", "NoSuchUpload"),
+    "no condition": _error("501 Not Implemented", "NotImplemented"),
+    "not deleted": _answer("200 OK", f"<DeleteResult>{_cause('InternalError')}</DeleteResult>"),
 }
 
 
 class Wire:
     """Passes requests on. `faults`: what happens to the next of them, one each, "" for nothing; then to no more.
 
+    Requests count when the pattern `struck` is found in them, as `requests` has them.
+
     reset      the connection is closed before an answer
-    unwell     503;  a page: a proxy's 502 with HTML;  expired: 403 ExpiredToken
+    unwell     503;  a page: a proxy's 502 with HTML;  expired: 403 ExpiredToken;  others: see _ANSWERS
     cut        the answer ends after 50 kB, and with it the connection;  torn: the same, by a reset
     wrong      a byte of the answer's body is another one
     late       the answer begins `delay_s` later
@@ -40,6 +56,7 @@ class Wire:
         self.server = (host, int(port))
         self.delay_s = delay_s
         self.faults: list[str] = []
+        self.struck = ""
         self.requests: list[str] = []  # "GET /bucket/key?..."
         self.gone = False
         self._sockets: list[socket.socket] = []
@@ -85,7 +102,7 @@ class _Connection:
         while data := self.client.recv(65536):
             if found := _REQUEST.match(data):
                 self.wire.requests.append(b" ".join(found.groups()).decode())
-                self.fault = self.next_fault(data)
+                self.fault = self.next_fault(data) if re.search(self.wire.struck, self.wire.requests[-1]) else ""
                 self.answered = 0
             if self.fault in _ANSWERS:
                 self.client.sendall(_ANSWERS[self.fault])
@@ -127,6 +144,8 @@ class _Connection:
         if self.fault == "wrong" and 0 <= at < len(data):
             data = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
         if (self.fault == "late" and not before) or (self.fault == "slow" and 0 <= at < len(data)):
+            self.client.sendall(data[:at])
+            data = data[at:]
             time.sleep(self.wire.delay_s)
         self.client.sendall(data)
         return True

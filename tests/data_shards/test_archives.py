@@ -1,8 +1,10 @@
 """Images in tars and zips: found by offsets, never unpacked; and WebDataset shards as a source."""
 
 import bz2
+import contextlib
 import gzip
 import io
+import itertools
 import lzma
 import random
 import tarfile
@@ -13,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from data_shards.archives import images
 from data_shards.errors import UserError
 from data_shards.images import Refused
 from data_shards.pack import PackSettings, pack
@@ -151,6 +154,65 @@ def test_a_zip_cut_off_encrypted_or_compressed_otherwise_is_refused(photos: dict
         listed(path)
     with pytest.raises(UserError, match="compressed by method 12; unzip it"):
         listed(zip_of(path, photos, zipfile.ZIP_BZIP2))
+
+
+def pax_of(record: bytes) -> bytes:
+    """A tar of two images; a pax header with this record stands before the second."""
+    header = tarfile.TarInfo("pax")
+    header.type, header.size = tarfile.XHDTYPE, len(record)
+    first, second = (tarfile.TarInfo(name).tobuf(tarfile.USTAR_FORMAT) for name in ("first.jpg", "a.jpg"))
+    return first + header.tobuf(tarfile.USTAR_FORMAT) + record.ljust(512, b"\0") + second + bytes(1024)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        b"14 size=-1536\n",  # back to the pax header
+        b"13 size=-600\n",
+        b"11 size=-1\n",
+        b"31 size=9999999999999999999999\n",
+        b"25 GNU.sparse.map=a,b,c\n",
+    ],
+)
+def test_a_tar_whose_headers_lead_nowhere_is_refused_in_one_line(record: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(pax_of(record))
+    found = itertools.islice(list_sources(str(tmp_path / "a.tar")), 100)
+    with pytest.raises(UserError, match=r"a\.tar: (no tar header|cut off) at byte \d+.*; fetch it again") as error:
+        assert len(list(found)) < 100
+    assert "\n" not in str(error.value)
+
+
+def test_a_zip_for_a_later_program_is_refused(photos: dict[str, bytes], tmp_path: Path) -> None:
+    path = zip_of(tmp_path / "a.zip", photos)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\1\2") + 6] = 99
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"a\.zip: cut off or damaged: .*version 9\.9"):
+        listed(path)
+
+
+def test_whatever_is_wrong_in_a_header_an_archive_is_listed_or_refused(tmp_path: Path) -> None:
+    members = {f"{n}.jpg": b"text " * 100 for n in range(3)}
+    wholes = [
+        tar_of(tmp_path / "0", members, format=tarfile.PAX_FORMAT, pax_headers={"size": "500"}).read_bytes(),
+        tar_of(tmp_path / "1", members, format=tarfile.GNU_FORMAT).read_bytes(),
+        zip_of(tmp_path / "2", members).read_bytes(),
+    ]
+    rng = random.Random(1)
+    for _ in range(300):
+        for kind, whole in zip(("tar", "tar", "zip"), wholes, strict=True):
+            data = bytearray(whole)
+            block = 512 * rng.randrange(5)
+            for at in rng.sample(range(block, block + 160) if kind == "tar" else range(len(data)), 3):
+                data[at] = rng.choice((0, 48, 128, 255))
+            if kind == "tar":
+                data[block + 124] = rng.choice((48, 128, 255))  # the size: octal, a large number, one below zero
+                data[block + 148 : block + 156] = b" " * 8
+                data[block + 148 : block + 156] = b"%06o\0 " % sum(data[block : block + 512])
+            with contextlib.suppress(UserError):
+                for member in itertools.islice(images(io.BytesIO(data), "a", kind, Counter()), 100):
+                    assert member.size >= 0
+                    assert 0 <= member.offset <= len(data)
 
 
 def test_a_deflated_bomb_is_refused_and_never_inflated_whole(tmp_path: Path) -> None:

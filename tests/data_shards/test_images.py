@@ -7,6 +7,7 @@ import pickle
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -99,6 +100,20 @@ def test_a_still_gif_becomes_a_png_with_the_same_pixels_each_time() -> None:
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
 def test_animations_and_several_pages_are_refused(kind: str) -> None:
     assert reason(several(kind)) == "several frames"
+
+
+def test_the_pages_of_a_tiff_are_not_counted_to_refuse_it() -> None:
+    whole = encoded("TIFF")
+    (directory,) = struct.unpack_from("<I", whole, 4)
+    (entries,) = struct.unpack_from("<H", whole, directory)
+    page = whole[directory : directory + 2 + 12 * entries]
+    assert len(whole) % 2 == 0
+    starts = range(len(whole), len(whole) + 6000 * (len(page) + 4), len(page) + 4)
+    chain = b"".join(page + struct.pack("<I", start) for start in [*starts[1:], 0])
+    linked = whole[: directory + len(page)] + struct.pack("<I", len(whole)) + whole[directory + len(page) + 4 :]
+    begun = time.process_time()
+    assert reason(linked + chain) == "several frames"
+    assert time.process_time() - begun < 0.5  # to go through them takes their number squared
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import json
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,6 +43,16 @@ def test_every_version_stays_under_its_layout(store: Store) -> None:
     assert Manifest.load(store, "layout").samples == 3
     with pytest.raises(UserError, match="no version of this set has the layout gone"):
         Manifest.load(store, "gone")
+
+
+def test_one_store_is_enough_for_tars_of_many_folders_also_for_a_worker(store: Store) -> None:
+    there = tuple(f"{root}/{n}/a.tar" for root in ("s3://b/x", "s3://c/x", "file:///x", "memory://x") for n in range(5))
+    shards = ShardSet(store, replace(manifest(*20 * [1]), tars=there))
+    found, paths = zip(*(shards.tar(number) for number in range(20)), strict=True)
+    for stores in (found, pickle.loads(pickle.dumps(found))):  # noqa: S301
+        assert [one.url for one in stores[::5]] == ["s3://b", "s3://c", "file:///", "memory://"]
+        assert [one is stores[n // 5 * 5] for n, one in enumerate(stores)] == 20 * [True]
+    assert list(paths) == 4 * [f"x/{n}/a.tar" for n in range(5)]
 
 
 def test_shards_may_lie_elsewhere(store: Store) -> None:

@@ -25,6 +25,7 @@ from data_shards.errors import UserError
 from data_shards.index import RECORD, Manifest, ShardSet, shard_path
 from data_shards.order import Order
 from data_shards.reader import Reader, ReaderSettings, Sample
+from data_shards.removed import Removed
 from data_shards.store import Consumer, Denied, Store, Unavailable
 from jobs.daemons import wait_until
 
@@ -572,6 +573,32 @@ def needed_bytes(photos: Photos, step: int) -> int:
         number, place, _ = (int(value) for value in ORDER.place(lane, index))
         firsts.add(ORDER.window(lane, number).chunks[int(ORDER.slots(lane, number, place)[0])])
     return sum(len(photos.samples[(first + i) % 160][0]) for first in firsts for i in range(ORDER.chunk_samples))
+
+
+def test_a_replacement_out_of_a_chunk_that_memory_has_no_room_for_yet_is_not_waited_for() -> None:
+    """Neighbours are alike in size, so windows are not; and one lane has no more memory than a mean window."""
+    rng = random.Random(5)
+    sizes = [int(rng.uniform(0.8, 1.2) * mean) for mean in rng.choices((3000, 6000, 24_000), k=40) for _ in range(40)]
+    photos = photos_in(Wire(f"memory://reader-{next(names)}"), sizes=sizes, shards=(400,) * 4)
+    for seed in (1, 11):
+        order = Order(1600, 8, 16, 8, 32, seed, "layout")
+        settings = SETTINGS.model_copy(
+            update={"prefetch_bytes": int(order.window_samples * photos.shards.mean_bytes) + 1}
+        )
+        removed = Removed.of(np.random.default_rng(seed).choice(1600, 80, replace=False))
+        with Reader(photos.shards, order, range(1), 0, settings, removed=removed) as reader:
+            replaced = sum(len(sample.replaced) for step in range(230) for sample in in_time(reader, step))
+        assert replaced > 20
+
+
+def in_time(reader: Reader, step: int) -> list[Sample]:
+    """The batch of a step, or a failure after ten seconds."""
+    closing = threading.Timer(10, reader.close)
+    closing.start()
+    try:
+        return reader.batch(step)
+    finally:
+        closing.cancel()
 
 
 def test_a_giant_sample_is_one_range_of_its_own_however_small_ranges_are() -> None:

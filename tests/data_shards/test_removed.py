@@ -1,6 +1,7 @@
 """Images that must leave a set: found by key, source or sha256, listed for good, and never shown again."""
 
 import random
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,14 @@ import numpy as np
 import pytest
 
 from data_shards.errors import UserError
-from data_shards.index import ShardSet, sample_key
+from data_shards.index import Manifest, ShardSet, sample_key
 from data_shards.lookup import find
 from data_shards.mixture import Mixture
 from data_shards.order import Order
 from data_shards.pack import pack
 from data_shards.plan import PackSettings
 from data_shards.reader import Reader, ReaderSettings
-from data_shards.removed import Removed, read_removed, remove
+from data_shards.removed import Removed, by_shard, read_removed, remove
 from data_shards.store import Store
 from tests.photos import write_tiles
 
@@ -140,6 +141,19 @@ def test_a_hundred_million_removed_take_four_bytes_each() -> None:
     assert [sample in removed for sample in some] == [sample % 2 == 0 for sample in some]
     assert 5 * 10**9 in Removed.of(np.array([5 * 10**9, 3]))
     assert -1 not in removed
+
+
+def test_what_is_removed_is_dealt_to_its_shards_in_time_that_does_not_grow_with_their_product() -> None:
+    counts = [0, 3, 0, *16_000 * [50], 0]
+    shards = ShardSet(Store("memory://"), Manifest("", "", sum(counts), tuple(counts), (0,) * len(counts), {}, {}))
+    ids = np.arange(0, sum(counts), 2)
+    begun = time.process_time()
+    dealt = list(by_shard(shards, ids))
+    assert time.process_time() - begun < 0.5
+    assert (dealt[0][0], dealt[0][1].tolist()) == (1, [0, 2])
+    assert [shard for shard, _ in dealt[1:]] == [*range(3, 16_003)]
+    assert {tuple(places) for _, places in dealt[1:]} == {tuple(range(1, 50, 2))}
+    assert list(by_shard(shards, np.empty(0, np.int64))) == []
 
 
 def shown(shards: ShardSet, removed: Removed, steps: Iterable[int] = range(24), order: Order = ORDER) -> list[Any]:

@@ -119,6 +119,13 @@ def test_a_text_list_has_paths_from_its_own_folder_and_urls(tiles: Path, tmp_pat
     assert [source.label for source in by_folder[:2]] == ["here", images[0].parent.name]
 
 
+def test_a_list_as_find_writes_it_names_objects_as_they_are_called(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_bytes(b"./here/a.jpg\n./b//c.jpg\n")
+    found = list(list_sources(str(tmp_path / "list.txt")))
+    assert [source.url for source in found] == [f"{tmp_path}/here/a.jpg", f"{tmp_path}/b//c.jpg"]
+    assert [source.name for source in found] == ["./here/a.jpg", "./b//c.jpg"]
+
+
 def parquet_list(folder: Path, tiles: Path, column: str = "path") -> tuple[Path, pa.Table]:
     images = sorted(map(str, tiles.rglob("*.jpg")))
     table = pa.table(

@@ -2,11 +2,13 @@
 
 import os
 import pickle
+import signal
 import threading
 from pathlib import Path
 
 import pytest
 
+from data_shards import local
 from data_shards.errors import UserError
 from data_shards.store import AlreadyExists, Entry, NotFound, Store, StoreError, Truncated
 
@@ -103,6 +105,24 @@ def test_files_go_up_and_down_unchanged_and_leave_nothing_beside_them(store: Sto
     assert [path.name for path in (tmp_path / "down").iterdir()] == ["file"]
 
 
+def test_an_upload_to_a_folder_whose_process_was_killed_is_given_up(tmp_path: Path) -> None:
+    store = Store(f"file://{tmp_path}/a")
+    (tmp_path / "file").write_bytes(b"1")
+    for path in ("dead/whole", "dead/deep/whole", "deadly/whole"):
+        store.put(path, b"1")
+    for folder in ("dead", "dead/deep", "deadly"):
+        child = os.fork()
+        if not child:
+            local._sync = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # written, and not yet in its place
+            store.upload(tmp_path / "file", f"{folder}/x")
+            os._exit(1)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert store.abandon("dead") == 2
+    assert store.abandon("dead") == store.abandon("nowhere") == 0
+    assert sorted(path.name[:6] for path in (tmp_path / "a").rglob("*") if path.is_file()) == [".part-", *3 * ["whole"]]
+    assert len(store.list()) == 3
+
+
 def test_deleted_objects_are_gone(store: Store) -> None:
     for path in "abc":
         store.put(path, b"")
@@ -141,3 +161,9 @@ def test_a_path_cannot_lead_out_of_the_store(store: Store) -> None:
         for look in (store.get, store.size, store.at, store.list, lambda path: store.delete([path])):
             with pytest.raises(StoreError, match="leads out of the store"):
                 look(path)
+
+
+def test_the_name_of_a_folder_cannot_lead_out_of_another_in_a_bucket() -> None:
+    for path in ("../x", "a/../../x"):
+        with pytest.raises(StoreError, match="leads out of the store"):
+            Store("s3://runs/mine").at(path)

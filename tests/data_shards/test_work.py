@@ -1,12 +1,14 @@
 """Packing goes on where it was, whatever ended it, and its memory does not grow with what there is to pack."""
 
 import io
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import tarfile
 import textwrap
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,7 @@ from data_shards.errors import UserError
 from data_shards.index import Manifest, ShardSet, shard_path
 from data_shards.pack import PackSettings, Source, pack
 from data_shards.store import Store
+from data_shards.work import Stopped, Tally
 from tests.photos import write_tiles
 
 SMALL = PackSettings(shard_bytes=30_000)
@@ -133,6 +136,42 @@ def test_of_two_calls_that_pack_the_same_place_at_once_neither_harms_the_other(
     assert pack(tiles, store, SMALL, workers=1, progress=another).samples == 180
     assert begun
     assert contents(store) == straight
+
+
+class Deadly:
+    """Ends the process that asks for its number."""
+
+    def __int__(self) -> int:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return 0
+
+
+def test_the_count_of_a_process_that_died_while_it_counted_holds_up_nobody() -> None:
+    tally = Tally()
+    tally.add(5, False)
+    child = multiprocessing.get_context("fork").Process(target=tally.add, args=(7, Deadly()))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    counted: list[tuple[int, int, int]] = []
+
+    def look_and_stop() -> None:
+        counted.append(tally.read())
+        tally.stop()
+        counted.append(tally.read())
+
+    looking = threading.Thread(target=look_and_stop, daemon=True)
+    looking.start()
+    looking.join(10)
+    assert counted == [(1, 5, 0)] * 2
+
+
+def test_nothing_is_counted_any_more_after_a_stop() -> None:
+    tally = Tally()
+    tally.stop()
+    with pytest.raises(Stopped):
+        tally.add(1, True)
+    assert tally.read() == (0, 0, 0)
 
 
 def test_a_process_that_dies_is_one_line_that_says_what_to_do(tiles: Path, tmp_path: Path) -> None:

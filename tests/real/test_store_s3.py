@@ -1,6 +1,7 @@
 """The store against a real S3 server: what it answers, and what a user is told when it does not."""
 
 import asyncio
+import contextlib
 import multiprocessing
 import os
 import re
@@ -12,10 +13,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
+from data_shards import s3 as s3_store
 from data_shards.store import AlreadyExists, Denied, NotFound, Store, StoreError, Truncated, Unavailable
+from jobs.daemons import wait_until
 from tests.proxy import Wire
 
 TWO_FAULTS_S = 16.0  # time for two attempts that each wait for their deadline, a quarter of it and a second
@@ -357,3 +361,144 @@ def test_a_key_that_is_replaced_in_its_file_is_taken_while_reading(
     assert not answer.done()
     keys(*key)
     assert answer.result(30) == b"1"
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """A file that goes up in three parts."""
+    local = tmp_path / "large"
+    local.write_bytes(os.urandom(40 * 2**20))
+    return local
+
+
+@pytest.mark.slow
+def test_a_large_object_that_is_read_whole_may_take_as_long_as_its_bytes_do(
+    store: Store, wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = os.urandom(64 * 2**20)
+    store.put("x", data)
+    monkeypatch.setattr(s3_store, "SLOWEST_BYTES_S", 2**24)  # four seconds for these bytes; one for what is short
+    reading = Store(store.url, retry_seconds=4)
+    reading.check()
+    wire.delay_s, wire.faults = 3.0, ["slow"]
+    assert reading.get("x") == data
+    assert wire.faults == []
+    assert reading.counters.retries == 0
+    store.put("y", data[:100_000])
+    wire.delay_s, wire.faults = 60.0, ["slow", "late"]
+    assert Store(store.url, retry_seconds=4).get("y") == data[:100_000]
+    assert wire.faults == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["a//1.jpg", "/1.jpg", "a/./1.jpg", "http:/x/../1.jpg", "a/"])
+def test_an_object_is_asked_for_by_its_own_name_though_another_would_be_the_same_path(
+    store: Store, wire: Wire, path: str
+) -> None:
+    asking = Store(store.url, retry_seconds=1)
+    asked = f"/{store.url.removeprefix('s3://')}/{quote(path)}"
+    calls: list[Callable[[], object]] = [
+        lambda: asking.get(path),
+        lambda: asking.put(path, b"12"),
+        lambda: asking.size(path),
+        lambda: fed(asking, path, 0, 2),
+    ]
+    for call in calls:
+        wire.requests.clear()
+        with contextlib.suppress(StoreError):  # this server takes names for paths
+            call()
+        assert {request.split()[1].partition("?")[0] for request in wire.requests} - {"/shards"} == {asked}
+
+
+@pytest.mark.slow
+def test_an_upload_in_parts_to_a_server_that_goes_away_ends_within_its_time_in_one_line(
+    store: Store, wire: Wire, large: Path
+) -> None:
+    def close() -> None:
+        wait_until(lambda: any("partNumber=" in request for request in wire.requests), 20)
+        wire.close()
+
+    closing = threading.Thread(target=close)
+    closing.start()
+    begun = time.monotonic()
+    with pytest.raises(Unavailable, match=r"large: .* has not answered for") as error:
+        Store(store.url, retry_seconds=2).upload(large, "large")
+    assert time.monotonic() - begun < 15
+    one_line(error)
+    closing.join()
+
+
+@pytest.mark.slow
+def test_an_upload_in_parts_whose_last_answer_is_lost_knows_its_own_object(
+    store: Store, wire: Wire, large: Path
+) -> None:
+    wire.struck, wire.faults = "POST .*uploadId=", ["lost", "no upload"]
+    Store(store.url, retry_seconds=20).upload(large, "large")
+    assert wire.faults == []
+    assert store.size("large") == 40 * 2**20
+    wire.faults = ["no upload"]  # given up by another, and what is there is older
+    with pytest.raises(NotFound, match="large"):
+        Store(store.url, retry_seconds=20).upload(large, "large")
+    assert store.abandon("") == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("struck", "faults"),
+    [("(HEAD|GET).*/x", ["bare 400"]), ("PUT", []), ("partNumber=", [])],
+    ids=["HEAD", "PUT", "part"],
+)
+def test_a_token_that_expires_between_two_requests_is_renewed(
+    store: Store, wire: Wire, large: Path, struck: str, faults: list[str]
+) -> None:
+    lasting = Store(store.url, retry_seconds=20)
+    lasting.put("x", b"1")
+    wire.struck, wire.faults = struck, [*faults, "expired, as of AWS"]
+    if struck == "partNumber=":
+        lasting.upload(large, "large")
+    else:
+        lasting.put("x", b"12")
+    assert lasting.size("x") >= 1
+    assert wire.faults == []
+    assert lasting.counters.retries == 1
+
+
+@pytest.mark.slow
+def test_a_token_that_was_never_good_is_refused_at_once_with_what_to_do(store: Store, wire: Wire) -> None:
+    new = Store(store.url, retry_seconds=20)
+    calls: list[Callable[[], object]] = [lambda: new.size("x"), lambda: new.put("x", b"")]
+    wire.struck = "/x"
+    for call, faults in zip(calls, (["bare 400"], []), strict=True):
+        wire.faults = [*faults, "expired, as of AWS"]
+        with pytest.raises(Denied, match=r"access denied at .*; renew it where it comes from and start again") as error:
+            call()
+        one_line(error)
+    assert new.counters.retries == 0
+
+
+@pytest.mark.slow
+def test_throttling_is_waited_out_also_where_it_is_no_503(store: Store, wire: Wire) -> None:
+    store.put("x", b"1")
+    waiting = Store(store.url, retry_seconds=20)
+    wire.faults = ["throttled"] * 2
+    assert waiting.get("x") == b"1"
+    assert waiting.counters.retries == 2
+
+
+@pytest.mark.slow
+def test_a_deletion_in_which_one_object_failed_is_asked_for_again(store: Store, wire: Wire) -> None:
+    store.put("x", b"1")
+    wire.faults = ["not deleted"]
+    Store(store.url, retry_seconds=20).delete(["x"])
+    assert wire.faults == []
+    assert store.list() == []
+
+
+@pytest.mark.slow
+def test_a_server_without_conditional_puts_is_told_at_once(store: Store, wire: Wire) -> None:
+    new = Store(store.url, retry_seconds=20)
+    wire.faults = ["no condition"]
+    with pytest.raises(StoreError, match=r"answers 501 NotImplemented: .*PutObject") as error:
+        new.put("x", b"1", create_only=True)
+    one_line(error)
+    assert new.counters.retries == 0
