@@ -8,6 +8,7 @@ each rank keeps the running statistics of its own groups until `average_running_
 """
 
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -21,15 +22,18 @@ from torch.nn.modules._functions import SyncBatchNorm as AcrossGPUs
 from data_shards.errors import UserError
 
 
-def convert(module: nn.Module, lanes: int, rank: int, world_size: int, group_lanes: int) -> nn.Module:
+def convert(
+    module: nn.Module, lanes: int, rank: int, world_size: int, group_lanes: int, timeout: timedelta | None = None
+) -> nn.Module:
     """Put a GroupBatchNorm in the place of every BatchNorm1d and 2d; names, parameters and buffers stay.
 
     lanes: how many each rank has; group_lanes: how many share statistics. Where groups span ranks the default process
-    group must be there and every rank call this, since groups are made. Returns the module, changed in place (or its
-    replacement, if it is a batch norm itself). Raises UserError when ranks would cut groups apart.
+    group must be there and every rank call this, since groups are made, with that timeout (None: torch's own). Returns
+    the module, changed in place (or its replacement, if it is a batch norm itself). Raises UserError when ranks would
+    cut groups apart.
     """
     parts, span = _layout(lanes, world_size, group_lanes)
-    group = _neighbours(rank, world_size, span) if span > 1 else None
+    group = _neighbours(rank, world_size, span, timeout) if span > 1 else None
     return _replaced(module, parts, group)
 
 
@@ -134,11 +138,6 @@ class GroupBatchNorm(nn.Module):
         """Where batch statistics go, (C,) each; zeros, since a momentum of 1 multiplies what is there by 0."""
         return torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
 
-    def extra_repr(self) -> str:
-        """What print() shows of it."""
-        ranks = 1 if self.group is None else dist.get_world_size(self.group)
-        return f"{self.weight.numel()}, eps={self.eps}, momentum={self.momentum}, parts={self.parts}, ranks={ranks}"
-
 
 class _AcrossRanks(torch.autograd.Function):
     """The maths of torch's SyncBatchNorm for CPU tensors, which that class refuses.
@@ -201,12 +200,12 @@ def _layout(lanes: int, world_size: int, group_lanes: int) -> tuple[int, int]:
     return max(1, lanes // group_lanes), max(1, group_lanes // lanes)
 
 
-def _neighbours(rank: int, world_size: int, span: int) -> ProcessGroup:
+def _neighbours(rank: int, world_size: int, span: int, timeout: timedelta | None) -> ProcessGroup:
     """The process group of the `span` neighbouring ranks that this one belongs to; all ranks make all groups."""
     if not dist.is_initialized():
         raise RuntimeError("batch-norm groups span ranks: the process group must be there before the model")
     starts = range(0, world_size, span)
-    groups: list[ProcessGroup] = [dist.new_group(list(range(start, start + span))) for start in starts]
+    groups: list[ProcessGroup] = [dist.new_group(list(range(at, at + span)), timeout=timeout) for at in starts]
     return groups[rank // span]
 
 

@@ -3,15 +3,17 @@
 In: a dict of named tensors (replicated ones under the same names on all ranks, a rank's own under names of their own)
 and JSON values. A save stops training for the copy to host memory; disk and store follow in the background (`sender`).
 A checkpoint exists with its manifest (`commit`); the store is the only place that one is loaded from. All collectives
-run in the thread that trains, on a gloo group of the Checkpointer's own, so none can meet another out of order.
+run in the thread that trains, so none can meet another of their group out of order.
 """
 
 import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -65,10 +67,10 @@ class Checkpointer:
     """The checkpoints of one attempt of a run, on one rank. All methods are called on all ranks alike.
 
     store: the run's folder. local: on the node's own disk, best the same for all attempts: what a killed one left there
-    completes its checkpoint. group: gloo, used by nothing else; None at world size 1. fence raises when a newer attempt
-    owns the run, and is called before each write to the store; before_commit is called on rank 0 before its part is
-    sent. event(name, **fields) is called from threads too: saved, committed, save delayed | refused | failed | dropped,
-    checkpoint damaged | completed | not deleted, leftover damaged; each with its step and, in words, a reason.
+    completes its checkpoint. group: gloo, used by one thread only; None at world size 1. fence raises when a newer
+    attempt owns the run, and is called before each write to the store; before_commit is called on rank 0 before its
+    part is sent. event(name, **fields) is called from threads too: saved, committed, save delayed | refused | failed |
+    dropped, checkpoint damaged | completed | not deleted, leftover damaged; each with its step and, in words, a reason.
     """
 
     def __init__(
@@ -84,7 +86,6 @@ class Checkpointer:
         keep = Retention(settings.keep, settings.keep_every)
         self._sender = Sender(store, fence, event, before_commit, keep)
         self._host = snapshot.HostCopy()
-        self._dealt: tuple[str, list[str]] = ("", [])  # for a state of which form; the names that this rank writes
         self._last: Save | None = None
         self._known_step: int | None = None  # of a checkpoint that exists, as this rank was told
 
@@ -188,28 +189,29 @@ class Checkpointer:
             self._store.abandon(commit.ROOT)
 
     def _agree(self, step: int, state: dict[str, Tensor]) -> list[str]:
-        """The names that this rank writes; drops the saves that all ranks drop.
+        """The names that this rank writes; drops the saves that all ranks drop. Raises UserError on all alike.
 
         A save that one rank still sends is completed; those between it and this new one are not: with a store slower
         than the saves come, all ranks complete the same ones.
         """
-        form = _form(state)
         given_up = sorted(self._sender.given_up)
-        views = self._ranks.together(lambda: self._view(given_up, form))
-        oldest, lost, committed, changed = zip(*views, strict=True)
+        views = self._ranks.together(lambda: self._view(given_up, state))
+        oldest, lost, committed, forms, own = zip(*views, strict=True)
+        _fit_together(forms, own)
         first = min((s for s in oldest if s is not None), default=step)
         gone = {s for of_rank in lost for s in of_rank}
         self._known_step = max((s for s in committed if s is not None), default=None)
         self._sender.settle(self._known_step, lambda s: s > first or s in gone)
         self._sender.given_up.difference_update(given_up)
-        if any(changed):
-            self._dealt = (form, snapshot.deal(state, self._ranks))
-        return self._dealt[1]
+        return snapshot.deal(state, self._ranks.rank, self._ranks.world_size)
 
-    def _view(self, given_up: list[int], form: str) -> tuple[int | None, list[int], int | None, bool]:
+    def _view(
+        self, given_up: list[int], state: dict[str, Tensor]
+    ) -> tuple[int | None, list[int], int | None, str, list[str]]:
         if self._sender.failure is not None:
             raise self._sender.failure
-        return self._sender.oldest(), given_up, self.committed_step, form != self._dealt[0]
+        own = [name for name in state if snapshot.is_own(name)]
+        return self._sender.oldest(), given_up, self.committed_step, _form(state), own
 
     def _exists(self, place: Place, deadline: float) -> bool:
         """Whether the manifest is there by the deadline; rank 0 has put it itself."""
@@ -262,7 +264,19 @@ def _fits(mismatch: str | None, path: str) -> None:
 
 
 def _form(state: dict[str, Tensor]) -> str:
-    return hashlib.sha256(repr([(name, t.shape, t.dtype) for name, t in state.items()]).encode()).hexdigest()
+    """A hash of what all ranks must have alike: names, shapes and types."""
+    shared = [(name, t.shape, t.dtype) for name, t in sorted(state.items()) if not snapshot.is_own(name)]
+    return hashlib.sha256(repr(shared).encode()).hexdigest()
+
+
+def _fit_together(forms: Sequence[str], own: Sequence[list[str]]) -> None:
+    """Raise UserError unless all ranks have the same shared tensors, and each its own. Both are by rank."""
+    odd = [rank for rank, form in enumerate(forms) if form != forms[0]]
+    twice = [name for name, times in Counter(chain(*own)).items() if times > 1]
+    wrong = [f"rank {rank} has tensors of other names, shapes or types than rank 0" for rank in odd]
+    wrong += [f"{name} is there on two ranks" for name in twice]
+    if wrong:
+        raise UserError(f"the states of the ranks do not fit together: {wrong[0]}")
 
 
 def _folder_of(url: str) -> str:

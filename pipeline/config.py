@@ -4,6 +4,7 @@ Every mistake is reported at once, each on a line of its own with the file, the 
 Defaults live in the sections (in the modules that read them); a YAML file holds only what differs.
 """
 
+import datetime
 import difflib
 import hashlib
 import json
@@ -26,7 +27,7 @@ from pipeline.loader import LoaderSettings
 from pipeline.monitor import MonitorSettings
 from pipeline.optim import OptimSettings
 from pipeline.regnet import ModelSettings
-from pipeline.swav import SwAVSettings
+from pipeline.swav import ASSIGNING, SwAVSettings
 from pipeline.watchdog import WatchdogSettings
 
 
@@ -63,7 +64,12 @@ class EfficiencySettings(Section):
     affects_results: ClassVar[bool] = False
     torch_threads: PositiveInt = 1  # a rank's, on CPU
     deterministic: bool = False  # DDP keeps its buckets: sums are equal after a restart on any number of ranks
-    timeout_s: PositiveFloat = 600.0  # of a collective
+    timeout_s: PositiveFloat = 900.0  # of a collective; longer than reader.retry_seconds, for which one rank may wait
+
+    @property
+    def timeout(self) -> datetime.timedelta:
+        """The same, as process groups take it."""
+        return datetime.timedelta(seconds=self.timeout_s)
 
 
 class Config(Section):
@@ -94,6 +100,20 @@ class Config(Section):
         if wrong:
             raise ValueError("; ".join(wrong))
         return self
+
+    def refused(self) -> dict[str, str]:
+        """What no start is let through with, by key. Records of runs from before it was known are still read."""
+        wrong, (first, *others) = {}, self.augment.crops
+        if first.count < ASSIGNING or any(crop.size > first.size for crop in others):
+            sizes = ", ".join(f"{crop.count} of {crop.size}" for crop in self.augment.crops)
+            wrong["augment.crops"] = f"found {sizes}; codes come from the first two, so begin with two of the largest"
+        timeout_s, retry_s = self.efficiency.timeout_s, self.reader.retry_seconds
+        if timeout_s <= retry_s:
+            wrong["efficiency.timeout_s"] = (
+                f"{timeout_s:g} s is not longer than reader.retry_seconds ({retry_s:g} s): while one rank waits for "
+                f"the store, the others would give it up"
+            )
+        return wrong
 
     def dump(self) -> dict[str, Any]:
         """Plain values, as YAML or JSON takes them; `Config.model_validate` reads them back."""
@@ -140,6 +160,8 @@ def load(path: str | Path, overrides: str | Sequence[str] = ()) -> Config:
         config = Config.model_validate(source.values)
     except ValidationError as error:
         source.errors += _explained(error, source, str(path))
+    else:
+        source.errors += [f"{source.places.get(key, path)}: {key}: {text}" for key, text in config.refused().items()]
     if source.errors:
         raise ConfigError("\n".join(source.errors))
     return config

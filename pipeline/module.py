@@ -28,7 +28,7 @@ class StepResult:
     grad_norm: float
     finite: bool
     prototypes_used: float | None = None  # share of the prototypes, 0 to 1; None where it was not measured
-    usage_entropy: float | None = None  # of the mean code, as a share of ln K
+    code_entropy: float | None = None  # mean of the codes', as a share of ln K
 
 
 class Net(nn.Module):
@@ -51,7 +51,8 @@ class SwAV(pl.LightningModule):
         torch.manual_seed(config.train.seed)
         self.net = Net(config)
         group_lanes = config.model.batch_norm_lanes or config.data.lanes
-        convert(self.net, lanes=len(lanes), rank=rank, world_size=world_size, group_lanes=group_lanes)
+        timeout = config.efficiency.timeout
+        convert(self.net, lanes=len(lanes), rank=rank, world_size=world_size, group_lanes=group_lanes, timeout=timeout)
         self.net.trunk.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub leaves it out
         self.queue = Queue(config.swav, lanes, config.data.lanes, self.net.head.width)
         self.step = 0  # steps done
@@ -74,8 +75,8 @@ class SwAV(pl.LightningModule):
         embeddings: Tensor = self.net.head(views.flatten(0, 1)).unflatten(0, views.shape[:2])
         return embeddings
 
-    def loss(self, crops: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss (section 3.1), the assigning views' embeddings (B, 2, D) and their codes (2, B, K)."""
+    def loss(self, crops: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The loss (section 3.1), the assigning views' embeddings (B, 2, D), scores (B, 2, K) and codes (2, B, K)."""
         settings, prototypes = self.config.swav, self.net.prototypes
         embeddings = self.embed(crops)
         scores = prototypes(embeddings)
@@ -85,7 +86,8 @@ class SwAV(pl.LightningModule):
             earlier = [prototypes(self.queue.samples(view, self.step)) for view in views]
             joined = torch.stack([torch.cat([scores[:, view], earlier[view]]) for view in views])
             codes = sinkhorn(joined, settings.epsilon, settings.iterations)[:, : len(scores)]
-        return swav_loss(scores, list(codes), settings.temperature), assigning, codes
+        loss = swav_loss(scores, list(codes), settings.temperature)
+        return loss, assigning, scores[:, :ASSIGNING].detach(), codes
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One step; a step whose gradients are not finite leaves everything as it was before."""
@@ -95,7 +97,7 @@ class SwAV(pl.LightningModule):
         for parameters in optimizer.param_groups:
             parameters["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
-        loss, assigning, codes = self.loss(batch.crops)
+        loss, assigning, scores, codes = self.loss(batch.crops)
         with torch.autocast(loss.device.type, enabled=False):  # Lightning's would take the prototypes' backward to bf16
             self.manual_backward(loss)
         self.net.prototypes.freeze_(self.step)
@@ -110,7 +112,7 @@ class SwAV(pl.LightningModule):
         commit_statistics(self.net, keep=finite)
         self.step += 1
         measured = self.step % self.config.monitor.log_every == 0
-        used, entropy = prototype_usage(list(codes)) if measured else (None, None)
+        used, entropy = prototype_usage(scores, codes) if measured else (None, None)
         self.result = StepResult(self.step, loss_value, lr, norm_value, finite, used, entropy)
 
     def weights(self) -> dict[str, Tensor]:

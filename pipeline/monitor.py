@@ -42,7 +42,7 @@ class MonitorSettings(Section):
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online with a key, else offline
     project: str = "farseer"
     entity: str | None = None
-    collapse_band: PositiveFloat = 0.005  # a mean loss this near to ln K (relative) is a collapse
+    collapse_band: PositiveFloat = 0.005  # a mean loss no further below ln K (relative) is a collapse
     collapse_window: PositiveInt = 100  # steps
 
 
@@ -104,14 +104,14 @@ class Monitor:
             self._upload_fails = False
 
     def _watch(self, result: dict[str, Any]) -> None:
-        """Raise the alarm of a collapse, once until the loss has left ln K again."""
-        if result["loss"] is None or result["step"] <= self._quiet_until:
+        """Raise the alarm of a collapse, once until the loss is below ln K again; what is not finite counts as ln K."""
+        if result["step"] <= self._quiet_until:
             return
-        self._losses.append(result["loss"])
+        self._losses.append(self._ln_k if result["loss"] is None else result["loss"])
         if len(self._losses) < self.settings.collapse_window:
             return
         mean = sum(self._losses) / len(self._losses)
-        near = abs(mean / self._ln_k - 1) < self.settings.collapse_band
+        near = mean > (1 - self.settings.collapse_band) * self._ln_k
         if near and not self._alarmed:
             reason = f"collapse: mean loss {mean:.4f} of {len(self._losses)} steps, ln K is {self._ln_k:.4f}"
             self.run.event("alarm", step=result["step"], reason=reason)

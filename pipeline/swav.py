@@ -174,20 +174,19 @@ class Queue(nn.Module):
 
 
 @torch.no_grad()
-def prototype_usage(codes: Sequence[Tensor], group: ProcessGroup | None = None) -> tuple[float, float]:
-    """How evenly the global batch uses the prototypes; a collapse shows here first.
+def prototype_usage(scores: Tensor, codes: Tensor, group: ProcessGroup | None = None) -> tuple[float, float]:
+    """How the global batch uses the prototypes; a collapse shows here first.
 
-    codes: (B, K) of each assigning view. Returns the share of prototypes that are the first choice of some sample, and
-    the entropy of the mean code as a share of ln K, both 0 to 1. Communicates 2K numbers.
+    scores, codes: (..., K), of the assigning views. Returns the share of prototypes that are some view's first choice
+    by its scores, and the mean entropy of a code as a share of ln K (1: codes say nothing), both 0 to 1. The sum of all
+    codes would tell nothing: Sinkhorn makes it even, whatever the scores are. Communicates K + 2 numbers.
     """
-    together = torch.cat(list(codes))
-    prototypes = together.size(1)
-    chosen = torch.bincount(together.argmax(1), minlength=prototypes).float()
-    counts = torch.stack([chosen, together.sum(0)])
-    _all_reduce(counts, ReduceOp.SUM, group)
-    mean_code = counts[1] / counts[1].sum()
-    entropy = -torch.special.xlogy(mean_code, mean_code).sum() / math.log(prototypes)
-    used, share = torch.stack([(counts[0] > 0).float().mean(), entropy]).tolist()
+    prototypes = scores.size(-1)
+    chosen = torch.bincount(scores.argmax(-1).flatten(), minlength=prototypes).float()
+    entropy = -torch.special.xlogy(codes, codes).sum()
+    sums = torch.cat([chosen, torch.stack([chosen.sum(), entropy])])
+    _all_reduce(sums, ReduceOp.SUM, group)
+    used, share = torch.stack([(sums[:-2] > 0).float().mean(), sums[-1] / sums[-2] / math.log(prototypes)]).tolist()
     return used, share
 
 

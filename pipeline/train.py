@@ -3,7 +3,6 @@
 Nothing about where to resume comes from the launcher: it is found in the store.
 """
 
-import datetime
 import gc
 import logging
 import os
@@ -36,7 +35,7 @@ from pipeline.recovery import Recovery
 from pipeline.run import Record, Run, open_data, read_record
 from pipeline.signals import RankEnvironment, StopRequest, own_signals
 from pipeline.watchdog import Watchdog
-from pipeline.weights import fill, parse
+from pipeline.weights import fill_all, parse
 
 Outcome = Literal["finished", "preempted", "terminated", "cancelled"]
 # Counters of reader and loader, of a step, and what the reader is doing.
@@ -91,6 +90,8 @@ def _quieten() -> None:
 
 
 def _join(config: Config, launch: Launch) -> None:
+    """Raises UserError when this machine does not let a process hold as many connections as there are ranks."""
+    _allow_files(3 * launch.world_size + 512)  # gloo connects each rank with all others, for each group
     if torch.cuda.is_available():
         torch.cuda.set_device(launch.local_rank)
     dist.init_process_group(
@@ -98,8 +99,19 @@ def _join(config: Config, launch: Launch) -> None:
         init_method=f"tcp://{launch.master_addr}:{launch.master_port}",
         rank=launch.rank,
         world_size=launch.world_size,
-        timeout=datetime.timedelta(seconds=config.efficiency.timeout_s),
+        timeout=config.efficiency.timeout,
     )
+
+
+def _allow_files(needed: int) -> None:
+    """Take all the open files that this process may have: what it gets by default, 1,024, is for 500 ranks."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if 0 <= hard < needed:
+        raise UserError(
+            f"a rank of so many needs {needed:,} open files, this machine allows it {hard:,} (ulimit -Hn); let its "
+            f"administrator raise that (LimitNOFILE of slurmd), or train on fewer ranks"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class Session:
@@ -107,7 +119,7 @@ class Session:
 
     def __init__(self, config: Config, launch: Launch, request: StopRequest) -> None:
         self.launch, self.request = launch, request
-        self.control = dist.new_group(backend="gloo")
+        self.control = dist.new_group(backend="gloo", timeout=config.efficiency.timeout)
         self.ranks = Ranks(launch.rank, launch.world_size, self.control)
         self.store = Store(launch.store, retry_seconds=config.reader.retry_seconds)
         self.run = self._claim(config)
@@ -124,7 +136,7 @@ class Session:
             fingerprint=self.record.fingerprint,  # not the config's: FORCE=1 goes on under another one
             rank=launch.rank,
             world_size=launch.world_size,
-            group=dist.new_group(backend="gloo"),
+            group=self.control,
             settings=self.config.checkpoint,
             fence=self.run.fence,
             event=self._event,
@@ -231,9 +243,13 @@ class Session:
         own_signals(trainer, self.request)
         return trainer
 
-    def save(self, module: SwAV, bad: list[list[Any]]) -> None:
-        """Start a checkpoint of the present step; training goes on once the state is copied."""
-        quarantine = sorted({tuple(entry) for of_rank in self.ranks.exchange(bad) for entry in of_rank})
+    def save(self, module: SwAV, known: list[list[Any]], bad: list[list[Any]]) -> None:
+        """Start a checkpoint of the present step; training goes on once the state is copied.
+
+        known: the bad samples that this attempt began with, on all ranks; bad: those that this rank has found since.
+        """
+        found = [entry for of_rank in self.ranks.exchange(bad) for entry in of_rank]
+        quarantine = sorted({tuple(entry) for entry in (*known, *found)})
         extra = {"quarantine": [list(entry) for entry in quarantine], "removed": self.removed.hash}
         self.checkpoints.save(module.step, module.state(), extra)
 
@@ -287,7 +303,7 @@ class Watch(pl.Callback):
             self.module.step = self._found.step
         elif origin is not None:
             run, place = parse(origin)
-            self.session.ranks.together(lambda: fill(Store(run), place, self.module.weights()))
+            fill_all(Store(run), place, self.module.weights(), self.session.ranks, self.session.run.local)
             self.session._event("forked", step=0, origin=origin)
         gc.freeze()  # a full collection would look at 400,000 objects of libraries: 0.2 s, for which all ranks wait
 
@@ -325,7 +341,7 @@ class Watch(pl.Callback):
         """A checkpoint, with the rows up to its step written before."""
         self._finish_step()
         bad = [[b.id, b.step, b.reason] for b in self.loader.bad]
-        self.session.save(module, [*self._quarantine, *bad])
+        self.session.save(module, self._quarantine, bad)
 
     def close(self) -> None:
         """Send the last rows. May be called twice."""
@@ -382,7 +398,7 @@ class Watch(pl.Callback):
             "lr": result.lr,
             "grad_norm": result.grad_norm if result.finite else None,
             "prototypes_used": result.prototypes_used,
-            "usage_entropy": result.usage_entropy,
+            "code_entropy": result.code_entropy,
             "batch_hash": f"{sums.batch_hash % 2**64:016x}",
             "crop_hash": f"{sums.crop_hash % 2**64:016x}",
         }

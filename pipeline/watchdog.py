@@ -104,8 +104,12 @@ class Watchdog:
         self._step, self._at, self._moved = number, "step", now
 
     def now(self, at: str) -> None:
-        """From here on the rank is at something that takes its own time, until the next step ends."""
-        self._at, self._moved = at, time.monotonic()
+        """From here on the rank is at something that takes its own time, until the next step ends.
+
+        The first step is part of the start.
+        """
+        if (self._at, at) != ("start", "step"):
+            self._at, self._moved = at, time.monotonic()
 
     def close(self) -> None:
         self._closed.set()
@@ -134,9 +138,8 @@ class Watchdog:
         """Look at the others; leave if nobody among them is at something that takes its own time, or just was."""
         moved, stood = self._moved, time.monotonic() - self._moved
         before = self._beats()
-        if self._closed.wait(SILENT_BEATS * self._settings.beat_s):
+        if self._closed_within(SILENT_BEATS):
             return
-        self._beat()
         after = self._beats()
         silent = [rank for rank in range(self._world_size) if rank != self._rank and before[rank] == after[rank]]
         lively = [rank for rank in range(self._world_size) if rank not in silent]
@@ -148,8 +151,16 @@ class Watchdog:
             return
         stacks = self._save_stacks()
         # the first to leave takes all along: they have stacks to save too
-        if not self._closed.wait(2 * self._settings.beat_s) and self._moved == moved:
+        if not self._closed_within(2) and self._moved == moved:
             self._leave(_describe(self._step, stood, [(rank, after[rank]) for rank in silent], after, stacks))
+
+    def _closed_within(self, beats: int) -> bool:
+        """Wait so many beats, or until this is closed; goes on beating, since the others may look at this rank now."""
+        for _ in range(beats):
+            if self._closed.wait(self._settings.beat_s):
+                return True
+            self._beat()
+        return False
 
     def _beat(self) -> None:
         self._number += 1

@@ -3,6 +3,7 @@
 import tempfile
 from pathlib import Path
 
+import torch.distributed as dist
 from torch import Tensor
 
 from data_shards.errors import UserError
@@ -10,24 +11,38 @@ from data_shards.store import Store
 from pipeline import commit
 from pipeline.commit import Place
 from pipeline.config import Config
+from pipeline.ranks import Ranks
 from pipeline.regnet import RegNet
 from pipeline.snapshot import Saved
 
 TRUNK = "model.trunk."  # what the names of its tensors begin with in a checkpoint
 
 
-def fill(store: Store, place: Place, state: dict[str, Tensor]) -> None:
+def fill(store: Store, place: Place, state: dict[str, Tensor], beside: Path | None = None) -> None:
     """Fill the given tensors in place from a checkpoint of the run whose folder `store` is; what else it holds is left.
 
+    beside: the folder that has room for all of it meanwhile; by default the system's for temporary files.
     Raises commit.Damaged, and UserError when a tensor is missing or has another shape or type.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=beside) as folder:
         for file in commit.read_manifest(store, place).files:
             commit.fetch(store, place, file, Path(folder))
         saved = Saved(Path(folder))
         if (mismatch := saved.mismatch(state)) is not None:
             raise UserError(f"{store.url}/{place.path}: {mismatch}; use it with the program and config that trained it")
         saved.read_into(state)
+
+
+def fill_all(store: Store, place: Place, state: dict[str, Tensor], ranks: Ranks, beside: Path) -> None:
+    """Fill the tensors of all ranks alike: rank 0 reads the checkpoint, the others get it over the default group.
+
+    The tensors are on the devices that this group serves. Raises UserError on all ranks.
+    """
+    ranks.together(lambda: fill(store, place, state, beside) if ranks.rank == 0 else None)
+    for tensor in state.values():
+        sent = tensor.contiguous()  # groups send no other; weights may be channels_last
+        dist.broadcast(sent, 0)
+        tensor.copy_(sent)
 
 
 def parse(url: str) -> tuple[str, Place]:

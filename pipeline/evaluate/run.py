@@ -1,4 +1,4 @@
-"""Evaluating a run: its newest checkpoint's trunk, and the trunk it began with, on labelled sets in the store."""
+"""Evaluating a run: its newest checkpoint's trunk, and the same one untrained, on labelled sets in the store."""
 
 import json
 from dataclasses import replace
@@ -41,6 +41,6 @@ def open_tiles(url: str) -> Tiles:
 
 
 def untrained_trunk(config: Config) -> RegNet:
-    """The trunk with the weights that the run began with."""
+    """The trunk with the random weights of the run's seed, with which it began unless it is a fork."""
     torch.manual_seed(config.train.seed)
     return RegNet(config.model)

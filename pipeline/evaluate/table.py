@@ -1,6 +1,5 @@
-"""What an evaluation gives: rows of figures, and the neighbours of a few tiles. Plain values, to and from JSON."""
+"""What an evaluation gives: rows of figures, and the neighbours of a few tiles. Plain values, as JSON takes them."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -63,13 +62,3 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "Evaluation":
-        """What `to_json` gave, also after a way through a file."""
-        return cls(
-            columns=tuple(values["columns"]),
-            rows=[Row(**row) for row in values["rows"]],
-            neighbours=[Neighbours(**entry) for entry in values["neighbours"]],
-            facts=dict(values["facts"]),
-        )

@@ -5,7 +5,7 @@ asked about the same pixels.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from pipeline.loader import LoaderSettings, render
 
 SIZE = 96  # pixels; figures at another size are not comparable
 SEED = 20  # of the distortions
+PART = 256  # images decoded at once: a whole set of them, in full size, is more than memory holds
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,17 @@ def render_distorted(held_out: Tiles, augment: AugmentSettings, which: NDArray[n
 
 
 def _show(images: Sequence[bytes], sizes: NDArray[np.int64], draws: Draws, augment: AugmentSettings) -> Tensor:
-    (crops,) = render(images, sizes, augment, [draws], LoaderSettings(device="cpu"))
-    return crops[:, 0].contiguous(memory_format=torch.channels_last)
+    shown = [torch.empty(0, 3, SIZE, SIZE)]
+    for first in range(0, len(images), PART):
+        part = slice(first, first + PART)
+        (crops,) = render(images[part], sizes[part], augment, [_part(draws, part)], LoaderSettings(device="cpu"))
+        shown.append(crops[:, 0])
+    return torch.cat(shown).contiguous(memory_format=torch.channels_last)
+
+
+def _part(draws: Draws, part: slice) -> Draws:
+    rows = {f.name: getattr(draws, f.name)[part] for f in fields(draws) if f.name != "size"}
+    return Draws(size=draws.size, **rows)
 
 
 def distortion(augment: AugmentSettings) -> AugmentSettings:

@@ -80,7 +80,7 @@ def _protocol(evaluation: Evaluation) -> str:
         f"{facts['bank']:,} tiles to learn from and {facts['held_out']:,} held out, from other places of the same "
         f"{facts['photographs']:,} photographs. Distorted means cropped, flipped, coloured and blurred, much as in "
         "training: this measures invariance on unseen places, not whether objects are understood. The untrained trunk "
-        "is the same network before its first step; histogram and pixels need no network."
+        "is the same network with random weights; histogram and pixels need no network."
     )
 
 

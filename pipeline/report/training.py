@@ -80,12 +80,12 @@ def _wait_chart(data: ReportData) -> Markup:
 
 
 def _usage_chart(data: ReportData) -> Markup:
-    used, entropy = column(data, "prototypes_used"), column(data, "usage_entropy")
+    used, entropy = column(data, "prototypes_used"), column(data, "code_entropy")
     series = [
         Series("in use", used[0], [100 * value for value in used[1]]),
-        Series("entropy of use, of ln K", entropy[0], [100 * value for value in entropy[1]], "second"),
+        Series("entropy of a code, of ln K", entropy[0], [100 * value for value in entropy[1]], "second"),
     ]
-    about = "A collapse shows here first."
+    about = "In use: first choice of some image of a step. A collapse shows here first: few are, or codes are at 100 %."
     return line_chart("Prototypes", series, from_zero=True, unit=" %", about=about, **_common(data))
 
 

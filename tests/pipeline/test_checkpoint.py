@@ -21,6 +21,7 @@ from data_shards.store import Store, StoreError, Unavailable
 from pipeline import sender
 from pipeline.checkpoint import Checkpointer, CheckpointSettings
 from pipeline.commit import File, Manifest, Part
+from pipeline.snapshot import deal
 from pipeline.weights import point
 from tests.pipeline.distributed import run
 
@@ -581,6 +582,25 @@ def message_of(call: Callable[[], object]) -> str:
     return ""
 
 
+def test_each_tensor_is_dealt_to_one_rank_and_all_ranks_write_about_as_much() -> None:
+    state = with_lanes(range(0)) | {f"optim.{i}": torch.zeros(i % 7 * 50) for i in range(60)}
+    own = [{f"queue.lane-{lane:03d}": torch.zeros(5, 2)} for lane in range(LANES)]
+    dealt = [deal(state | own[rank], rank, LANES) for rank in range(LANES)]
+    for names, lane in zip(dealt, own, strict=True):
+        assert set(lane) <= set(names)
+    assert sorted(name for names in dealt for name in names) == sorted(name for part in (state, *own) for name in part)
+    sizes = [sum(state[name].nbytes for name in names if name in state) for names in dealt]
+    assert max(sizes) - min(sizes) <= max(tensor.nbytes for tensor in state.values())
+
+
+def test_a_rank_of_512_knows_in_no_time_what_it_writes() -> None:
+    state = {f"model.{i}": torch.empty(1000 + i, device="meta") for i in range(2000)}
+    begun = time.perf_counter()
+    names = deal(state, 511, 512)
+    assert time.perf_counter() - begun < 0.5
+    assert 1 <= len(names) <= 5
+
+
 def two_ranks(rank: int, folder: Path) -> dict[str, Any]:
     """What a rank of two sees; asserted by the test."""
     own = range(rank * 2, rank * 2 + 2)
@@ -604,6 +624,16 @@ def two_ranks(rank: int, folder: Path) -> dict[str, Any]:
     seen["missing"] = message_of(lambda: both.checkpoints.load(found, {**zeros(with_lanes(own)), **missing}))
     unwanted = zeros(with_lanes(range(2)))  # nobody takes the lanes 2 and 3
     seen["unwanted"] = message_of(lambda: both.checkpoints.load(found, unwanted))
+
+    apart = {
+        "shape": {"model.2": torch.zeros(3)},
+        "type": {"model.2": torch.zeros(300).double()},
+        "name": {"model.more": torch.zeros(300)},
+        "lane": {"queue.lane-001": torch.zeros(5, 2)},
+    }
+    for what, odd in apart.items():
+        other = with_lanes(own) | (odd if rank == 1 else {})
+        seen[f"another {what}"] = message_of(lambda other=other: both.checkpoints.save(25, other, {}))
 
     bad = with_lanes(own)
     if rank == 1:
@@ -636,6 +666,9 @@ def test_two_ranks_save_load_refuse_and_fall_back_as_one(tmp_path: Path) -> None
         assert seen["committed"] == 20
         assert "no tensor head.bias" in seen["missing"]
         assert "queue.lane-002" in seen["unwanted"]
+        for what in ("shape", "type", "name"):
+            assert "rank 1 has tensors of other names, shapes or types than rank 0" in seen[f"another {what}"], what
+        assert "queue.lane-001 is there on two ranks" in seen["another lane"]
         assert seen["after damage"][0] == 20
         assert seen["completed"] == 2
     assert "rank 1" in views[0]["refused"]

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import Config, ConfigError, differences, load
+from pipeline.config import Config, ConfigError, differences, load, parse
+from pipeline.optim import lr_at
 
 GOOD = """
 data: {url: memory://set, batch: 8, lanes: 4, chunk_samples: 4, window_chunks: 2}
@@ -132,6 +133,42 @@ def test_differences_name_the_keys_that_changed(good: Path) -> None:
 @pytest.mark.parametrize("path", sorted(Path("conf").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_config_that_is_shipped_loads(path: Path) -> None:
     assert load(path).data.batch > 0
+
+
+SMALL, BIG, ONE = (
+    f"{{size: {size}, count: {count}, scale: [0.1, 1.0]}}" for size, count in ((64, 4), (96, 2), (96, 1))
+)
+
+
+@pytest.mark.parametrize("crops", [f"[{SMALL}, {BIG}]", f"[{ONE}, {SMALL}]", f"[{ONE}]"])
+def test_codes_must_come_from_two_of_the_largest_crops(good: Path, crops: str) -> None:
+    with pytest.raises(ConfigError, match=r"^SET: augment\.crops: found .*; codes come from the first two") as caught:
+        load(good, f"augment.crops='{crops}'")
+    assert "\n" not in str(caught.value)
+
+
+def test_ranks_wait_for_each_other_longer_than_one_of_them_for_the_store(good: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^SET: efficiency\.timeout_s: 300 s .* reader\.retry_seconds \(300 s\)"):
+        load(good, "reader.retry_seconds=300 efficiency.timeout_s=300")
+    assert load(good, "reader.retry_seconds=300 efficiency.timeout_s=301").efficiency.timeout_s == 301
+
+
+def test_the_record_of_an_older_run_is_read_whatever_a_new_start_is_refused_for(good: Path) -> None:
+    old = load(good).dump() | {"efficiency": {"timeout_s": 600.0}, "reader": {"retry_seconds": 600.0}}
+    assert parse(old, "run.json").efficiency.timeout_s == 600
+
+
+# Learning rates at step 0, at the end of the warm-up and at the end of the run. SwAV: scripts of its repository, batch
+# 4096; SEER: arXiv 2103.01988, batch 8192.
+PUBLISHED = {"swav_regnety_160.yaml": (0.3, 4.8, 0.0048), "seer_regnety_256gf.yaml": (0.15, 9.6, 0.0096)}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_rates_of_a_recipe_are_the_published_ones(name: str) -> None:
+    config, steps = load(Path("conf") / name), 100_000
+    moments = (0, config.optim.warmup_steps - 1, steps)
+    rates = [lr_at(step, config.optim, config.data.batch, steps) for step in moments]
+    assert rates == pytest.approx(PUBLISHED[name])
 
 
 SOURCES = "data.url=null data.sources='[{url: s3://a, weight: 3}, {url: s3://b, weight: 1}]'"

@@ -231,7 +231,7 @@ def test_usage_is_measured_at_the_steps_that_the_config_says(straight: Record) -
     for step in measured:
         result = straight.results[step - 1]
         assert 0 < result.prototypes_used <= 1
-        assert 0 < result.usage_entropy <= 1
+        assert 0 < result.code_entropy <= 1
 
 
 def test_frozen_prototypes_do_not_move_and_then_they_do(straight: Record) -> None:
@@ -329,7 +329,7 @@ def test_the_loss_is_the_papers_over_the_modules_embeddings_with_the_queue_joine
     module.step = 6
     crops = batch(6).crops
     with torch.no_grad():
-        loss, assigning, codes = module.loss(crops)
+        loss, assigning, _, codes = module.loss(crops)
         embeddings = module.embed(crops).double().numpy()
     prototypes = module.net.prototypes.weight.detach().double().numpy()
     settings = module.config.swav

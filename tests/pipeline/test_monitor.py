@@ -53,7 +53,7 @@ def result(step: int, loss: float | None = None) -> dict[str, Any]:
         "lr": 0.1 + 0.2,
         "grad_norm": math.inf if step == 7 else 1 / 3,
         "prototypes_used": 0.25 if measured else None,
-        "usage_entropy": (math.nan if step == 10 else 0.75) if measured else None,
+        "code_entropy": (math.nan if step == 10 else 0.75) if measured else None,
         "batch_hash": f"{step:016x}",
     }
 
@@ -99,7 +99,7 @@ def test_rows_are_written_with_their_attempt_and_null_for_what_is_not_finite(sto
     assert [row["result"]["step"] for row in rows] == list(range(1, 12))
     assert {row["run"]["attempt"] for row in rows} == {3}
     assert (rows[6]["result"]["loss"], rows[6]["result"]["grad_norm"]) == (None, None)
-    assert (rows[9]["result"]["prototypes_used"], rows[9]["result"]["usage_entropy"]) == (0.25, None)
+    assert (rows[9]["result"]["prototypes_used"], rows[9]["result"]["code_entropy"]) == (0.25, None)
     assert rows[0]["result"]["lr"] == 0.1 + 0.2
     monitor.close()
     assert read_metrics(store) == rows
@@ -189,12 +189,20 @@ def test_a_mean_loss_at_ln_k_raises_the_alarm_once_until_it_recovers(tmp_path: P
     assert alarms(tmp_path, [at] * 6 + [4.0] * 4 + [at] * 6) == [4, 14]
 
 
-def test_no_alarm_counts_a_loss_of_the_quiet_period_or_one_that_is_not_finite(tmp_path: Path) -> None:
+def test_a_loss_above_ln_k_raises_the_alarm_too(tmp_path: Path) -> None:
+    assert alarms(tmp_path, [math.log(K) * 1.006] * 10) == [4]
+    assert alarms(tmp_path, [math.log(K) * 2] * 10) == [4]
+
+
+def test_losses_that_are_not_finite_raise_the_alarm_and_one_of_them_among_good_ones_does_not(tmp_path: Path) -> None:
+    assert alarms(tmp_path, [None, math.nan] * 5) == [4]
+    assert alarms(tmp_path, [4.0, 4.0, None, 4.0, 4.0] * 5) == []
+
+
+def test_no_alarm_counts_a_loss_of_the_quiet_period(tmp_path: Path) -> None:
     at = math.log(K)
     assert alarms(tmp_path, [at] * 9, quiet_until=6) == []
     assert alarms(tmp_path, [at] * 10, quiet_until=6) == [10]
-    assert alarms(tmp_path, [at, None, at, None, at, math.nan, at, None]) == [7]
-    assert alarms(tmp_path, [None] * 10) == []
 
 
 # ---- W&B: where to

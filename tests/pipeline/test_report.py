@@ -91,7 +91,7 @@ def rows(count: int, preempted_after: int) -> list[dict[str, Any]]:
                 "loss": 4.0 + 2.0 * math.exp(-step / 20),
                 "lr": 1e-3 * step / count,
                 "prototypes_used": 0.5 if step % 10 == 0 else None,
-                "usage_entropy": 0.9 if step % 10 == 0 else None,
+                "code_entropy": 0.9 if step % 10 == 0 else None,
             },
             "run": {
                 "step_s": 5.0 if step in (1, preempted_after + 1) else 0.5,
@@ -205,6 +205,14 @@ def test_the_curve_of_the_loss_goes_through_every_step_and_its_loss(shown: Any) 
     )
 
 
+def test_a_run_whose_rows_lack_a_figure_has_its_chart_without_that_line(shown: Any) -> None:
+    assert len(chart(shown(), "Prototypes").all("polyline")) == 2
+    older = rows(200, 100)
+    for row in older:
+        row["result"]["usage_entropy"] = row["result"].pop("code_entropy")
+    assert len(chart(shown(rows=older), "Prototypes").all("polyline")) == 1
+
+
 def test_every_chart_is_marked_where_the_run_was_preempted_and_where_it_resumed(shown: Any) -> None:
     figures = shown().all("figure")
     assert len(figures) == 5
@@ -263,6 +271,11 @@ def test_the_data_for_the_script_cannot_end_its_element_and_is_json(shown: Any) 
         told = json.loads(script.text)
         assert told["last"] == 200
         assert all(len(steps) == len(values) for steps, values in told["series"])
+
+
+def test_the_untrained_trunk_is_the_one_with_random_weights_also_where_a_run_began_with_others(shown: Any) -> None:
+    forked = {**CONFIG, "train": {"start_from": "s3://runs/old/checkpoints/step-000001000-a1"}}
+    assert "The untrained trunk is the same network with random weights;" in shown(config=forked).text
 
 
 def test_rows_in_which_the_trained_trunk_loses_are_told_in_words(shown: Any) -> None:

@@ -72,7 +72,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 def write_run(run: Store, config: Config) -> None:
     run.put("config.yaml", yaml.safe_dump(config.dump()).encode())
-    result = {"loss": 5.5, "lr": 0.1, "grad_norm": 1.0, "prototypes_used": 0.5, "usage_entropy": 0.7}
+    result = {"loss": 5.5, "lr": 0.1, "grad_norm": 1.0, "prototypes_used": 0.5, "code_entropy": 0.7}
     part = {"step_s": 0.5, "wait_s": 0.1, "images_s": 16.0}
     for attempt, steps in ((1, (1, 2)), (2, (2, 3))):  # the second one begins before the end of the first
         times = [1.8e9 + 4 * attempt + 0.5 * step for step in steps]

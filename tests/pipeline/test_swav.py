@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from data_shards.errors import UserError
+from pipeline.snapshot import is_own
 from pipeline.swav import Head, Prototypes, Queue, SwAVSettings, prototype_usage, sinkhorn, swav_loss
 from tests.pipeline import distributed
 
@@ -231,6 +232,10 @@ def test_two_ranks_go_on_with_the_queue_of_one() -> None:
         assert torch.equal(torch.cat([queue.samples(view, 5) for queue in two]), one.samples(view, 5))
 
 
+def test_a_lane_s_queue_is_known_by_its_name_as_its_rank_s_own() -> None:
+    assert all(map(is_own, Queue(SwAVSettings(queue=12), range(6), 6, 8).state()))
+
+
 def test_without_a_queue_nothing_is_kept_and_nothing_joins() -> None:
     queue = Queue(SwAVSettings(), range(2), 2, 8)
     queue.push(numbered(0, range(2)))
@@ -242,13 +247,37 @@ def test_a_queue_that_does_not_divide_among_the_lanes_is_refused_with_one_that_d
         Queue(SwAVSettings(queue=25), range(6), 6, 8)
 
 
-def test_usage_counts_first_choices_and_the_entropy_of_the_mean_code() -> None:
-    collapsed = torch.tensor([[1.0, 0, 0, 0]]).expand(6, 4)
-    even = torch.eye(4)
-    assert prototype_usage([collapsed]) == (0.25, 0.0)
-    assert prototype_usage([even, even]) == (1.0, pytest.approx(1.0))
-    used, entropy = prototype_usage([even[:2]])
-    assert (used, entropy) == (0.5, pytest.approx(0.5))
+def test_usage_counts_the_first_choices_of_scores_and_the_entropy_of_each_code() -> None:
+    one, sure, torn = torch.tensor([[0.9, 0.1, 0.2, 0.3]]).expand(2, 3, 4), torch.eye(4), torch.full((4, 4), 0.25)
+    assert prototype_usage(one, sure[:3].expand(2, 3, 4)) == (0.25, 0.0)
+    assert prototype_usage(sure, torn) == (1.0, pytest.approx(1.0))
+    assert prototype_usage(sure[:2], torch.stack([sure[0], torn[0]])) == (0.5, pytest.approx(0.5))
+
+
+def near(directions: Tensor, noise: float, rows: int, random: torch.Generator) -> Tensor:
+    """Unit rows at random directions out of those given, with noise."""
+    chosen = directions[torch.randint(len(directions), (rows,), generator=random)]
+    return functional.normalize(chosen + noise * torch.randn(chosen.shape, generator=random), dim=1)
+
+
+def test_usage_tells_a_collapse_of_embeddings_and_one_of_prototypes_from_what_is_healthy() -> None:
+    random = torch.Generator().manual_seed(4)
+    spread, one = (functional.normalize(torch.randn(n, 128, generator=random), dim=1) for n in (300, 1))
+    states = {
+        "healthy": near(spread[:200], 0.05, 512, random) @ spread.T,
+        "embeddings": near(one, 1e-3, 512, random) @ spread.T,
+        "prototypes": near(spread, 0.05, 512, random) @ near(one, 1e-4, 300, random).T,
+    }
+    told = {name: prototype_usage(scores, sinkhorn(scores, 0.02, 3)) for name, scores in states.items()}
+    used, entropy = told["healthy"]
+    assert used > 0.5
+    assert entropy < 0.4
+    used, entropy = told["embeddings"]
+    assert used < 0.05
+    assert entropy > 0.98
+    used, entropy = told["prototypes"]
+    assert used > 0.5
+    assert entropy > 0.98
 
 
 def on_a_rank(rank: int) -> dict[str, Any]:
@@ -258,7 +287,7 @@ def on_a_rank(rank: int) -> dict[str, Any]:
     if rank == 1:
         broken[3, 4] = math.nan
     codes = sinkhorn(scores, 0.02, 3)
-    return {"codes": codes, "broken": sinkhorn(broken, 0.02, 3), "usage": prototype_usage([codes])}
+    return {"codes": codes, "broken": sinkhorn(broken, 0.02, 3), "usage": prototype_usage(scores, codes)}
 
 
 @pytest.fixture(scope="module")
@@ -280,5 +309,5 @@ def test_a_score_that_is_not_finite_makes_the_codes_of_all_ranks_nan(two_ranks: 
 
 @pytest.mark.slow
 def test_usage_is_that_of_the_whole_batch_on_all_ranks(two_ranks: list[dict[str, Any]]) -> None:
-    whole = prototype_usage([sinkhorn(cosines(64, 30), 0.02, 3)])
+    whole = prototype_usage(cosines(64, 30), sinkhorn(cosines(64, 30), 0.02, 3))
     assert [results["usage"] for results in two_ranks] == [pytest.approx(whole), pytest.approx(whole)]

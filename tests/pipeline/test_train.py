@@ -1,20 +1,32 @@
 """A rank's life with a store that is a folder: on this machine's CPU, and on its GPU where there is one."""
 
+import resource
+import shutil
+import socket
 from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from pytorch_lightning.trainer.states import TrainerStatus
 
+from data_shards.errors import UserError
 from data_shards.pack import PackSettings, pack
 from data_shards.store import Store
+from pipeline import commit, snapshot
+from pipeline.batchnorm import GroupBatchNorm
+from pipeline.commit import Place
 from pipeline.config import Config
 from pipeline.journal import read_metrics
 from pipeline.module import SwAV
+from pipeline.ranks import Ranks
+from pipeline.run import open_data
 from pipeline.signals import StopRequest
-from pipeline.train import Launch, Session
+from pipeline.train import Launch, Session, _join
+from pipeline.weights import fill_all
 from tests.photos import write_tiles
 from tests.pipeline import distributed
 from tests.real import ranks
@@ -68,6 +80,160 @@ def test_every_save_is_made_while_lightning_holds_the_weights_on_their_device(ti
     (seen,) = distributed.run(1, statuses_at_saves, values, str(tmp_path / "first"))
     assert seen == [TrainerStatus.RUNNING.value] * 3  # steps 5, 10 and 12
     assert len(Store(f"{values['store']}/first").list("checkpoints/step-000000012-a1")) > 2
+
+
+@dataclass(frozen=True)
+class Recording(Ranks):
+    """Ranks that note what they tell each other."""
+
+    told: list[Any] = field(default_factory=list)
+
+    def exchange(self, value: Any) -> list[Any]:
+        self.told.append(value)
+        return super().exchange(value)
+
+
+def quarantines(rank: int, values: dict[str, Any], folder: str) -> list[Any]:
+    """The quarantine at the end of a start and at that of the next, and what was exchanged in this one."""
+    launch, preempted = Launch(folder, f"{values['store']}/bad", 0, 0, 1, 1, "127.0.0.1", 0), StopRequest()
+    preempted.preempted = True
+    first = Session(Config.model_validate(values), launch, preempted)
+    with closing(first.watchdog):
+        assert first.train() == "preempted"
+    second = Session(Config.model_validate(values), launch, StopRequest())
+    second.ranks = Recording(0, 1, None)
+    with closing(second.watchdog):
+        known = second.checkpoints.newest()
+        assert second.train() == "finished"
+    last = second.checkpoints.newest()
+    assert known is not None
+    assert last is not None
+    return [known.extra["quarantine"], second.ranks.told, last.extra["quarantine"]]
+
+
+def spoilt(tiles: str, folder: Path, values: dict[str, Any]) -> tuple[str, int]:
+    """A copy of the set in which an image of the first step is damaged, and its id."""
+    shutil.copytree(tiles.removeprefix("file://"), folder)
+    shards, order, _ = open_data(Config.model_validate(values))
+    sample = int(order.batch(0)[0, 0])
+    row, path = shards.table().slice(sample, 1).to_pylist()[0], folder / shards.tar(shards.locate(sample)[0])[1]
+    with path.open("rb+") as tar:
+        tar.seek(row["offset"])
+        tar.write(b"damaged")
+    return f"file://{folder}", sample
+
+
+@pytest.mark.slow
+def test_a_resumed_run_tells_of_no_bad_sample_twice_and_forgets_none(tiles: str, tmp_path: Path) -> None:
+    values = config(tiles, tmp_path)
+    values["data"]["url"], sample = spoilt(tiles, tmp_path / "spoilt", values)
+    ((known, told, last),) = distributed.run(1, quarantines, values, str(tmp_path / "bad"))
+    assert [entry[0] for entry in known] == [sample]
+    assert told == [[]] * 3  # the saves at steps 5, 10 and 12
+    assert last == known
+
+
+class CountingStore(Store):
+    """A store that counts the bytes that it gives."""
+
+    given = 0
+
+    def get(self, path: str) -> bytes:
+        data = super().get(path)
+        self.given += len(data)
+        return data
+
+    def download(self, path: str, local: Path) -> None:
+        super().download(path, local)
+        self.given += local.stat().st_size
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def as_two_ranks(rank: int, values: dict[str, Any], folder: str) -> dict[str, Any]:
+    """What the tests below need of two ranks whose shell allows them hardly a file more, in one go."""
+    port = Ranks(rank, 2, None).exchange(free_port())[0]
+    dist.destroy_process_group()
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 4, hard))
+    launch = Launch(f"{folder}/two", f"{values['store']}/two", rank, rank, 2, 2, "127.0.0.1", port)
+    parsed = Config.model_validate(values)
+    _join(parsed, launch)
+    session = Session(parsed, launch, StopRequest())
+    with closing(session.watchdog):
+        joined = session.ranks.exchange(rank)
+    module = SwAV(session.config, session.lanes, rank, 2, STEPS)
+    groups = [session.control, *{norm.group for norm in module.modules() if isinstance(norm, GroupBatchNorm)}]
+    timeouts = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+    return {"joined": joined, "timeouts": timeouts} | forked(session.ranks, Path(folder))
+
+
+def forked(ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """A rank's view of a fork: what it began with, what it read, the error when a tensor does not fit."""
+    store, place = CountingStore(f"file://{folder}/origin"), Place(7, 1)
+    state = {"weight": torch.zeros(4, 3, 2, 2).to(memory_format=torch.channels_last), "count": torch.tensor(0)}
+    fill_all(store, place, state, ranks, folder)
+    try:
+        fill_all(store, place, {"head": torch.zeros(1)}, ranks, folder)
+    except UserError as error:
+        return {"state": state, "given": store.given, "error": str(error)}
+    return {}
+
+
+def saved(folder: Path) -> dict[str, torch.Tensor]:
+    """A checkpoint of step 7 in `origin`, and its tensors."""
+    state = {"weight": torch.arange(48.0).reshape(4, 3, 2, 2), "count": torch.tensor(5), "more": torch.ones(10_000)}
+    file = folder / "rank-0.safetensors"
+    snapshot.write(state, file)
+    store, place = Store(f"file://{folder}/origin"), Place(7, 1)
+    store.upload(file, f"{place.path}/{file.name}")
+    commit.put_manifest(store, place, [commit.Part(0, 1, "f", (commit.File.of(file),))], lambda: None)
+    return state
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tiles: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Tensor], list[Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    state, values = saved(folder), config(tiles, folder, timeout_s=777.0)
+    return state, distributed.run(2, as_two_ranks, values, str(folder))
+
+
+@pytest.mark.slow
+def test_ranks_join_where_the_soft_limit_of_open_files_is_small(two_ranks: tuple[Any, list[Any]]) -> None:
+    assert [seen["joined"] for seen in two_ranks[1]] == [[0, 1]] * 2
+
+
+@pytest.mark.slow
+def test_every_group_has_the_timeout_of_the_config(two_ranks: tuple[Any, list[Any]]) -> None:
+    for seen in two_ranks[1]:
+        assert len(seen["timeouts"]) > 1
+        assert set(seen["timeouts"]) == {777.0}
+
+
+@pytest.mark.slow
+def test_a_fork_is_read_by_one_rank_for_all(two_ranks: tuple[dict[str, torch.Tensor], list[Any]]) -> None:
+    state, seen = two_ranks
+    for rank in seen:
+        assert all(torch.equal(tensor, state[name]) for name, tensor in rank["state"].items())
+        assert rank["state"]["weight"].is_contiguous(memory_format=torch.channels_last)
+    assert seen[0]["given"] > 40_000
+    assert seen[1]["given"] == 0
+
+
+@pytest.mark.slow
+def test_a_fork_that_does_not_fit_is_refused_on_all_ranks(two_ranks: tuple[Any, list[Any]]) -> None:
+    assert all("it has no tensor head" in seen["error"] for seen in two_ranks[1])
+    assert two_ranks[1][1]["error"].startswith("rank 0: ")
+
+
+def test_more_ranks_than_a_process_may_open_files_for_are_refused_in_words(tiles: str, tmp_path: Path) -> None:
+    launch = Launch("", "", 0, 0, 1, 10**9, "127.0.0.1", 0)
+    with pytest.raises(UserError, match=r"3,000,000,512 open files, .* \(ulimit -Hn\)"):
+        _join(Config.model_validate(config(tiles, tmp_path)), launch)
 
 
 def rows(values: dict[str, Any], name: str) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,14 +23,18 @@ class Watched:
         self.dogs: list[Watchdog] = []
 
     def start(self, world_size: int, settings: WatchdogSettings = QUICK, patience: float = 1000.0) -> list[Watchdog]:
-        def note(rank: int) -> Callable[[Hang], None]:
-            return lambda hang: self.hangs.setdefault(rank, hang) and None
+        return [self.start_one(rank, world_size, settings, patience) for rank in range(world_size)]
 
-        self.dogs = [
-            Watchdog(self.folder, rank, world_size, f"host{rank}", settings, {"data": patience}, note(rank))
-            for rank in range(world_size)
-        ]
-        return self.dogs
+    def start_one(
+        self, rank: int, world_size: int, settings: WatchdogSettings = QUICK, patience: float = 1000.0
+    ) -> Watchdog:
+        def note(hang: Exception) -> None:
+            assert isinstance(hang, Hang)
+            self.hangs.setdefault(rank, hang)
+
+        dog = Watchdog(self.folder, rank, world_size, f"host{rank}", settings, {"data": patience}, note)
+        self.dogs.append(dog)
+        return dog
 
     def beats(self) -> int:
         path = self.folder / "beat-0000.json"
@@ -101,6 +105,33 @@ def test_patience_ends(watched: Watched) -> None:
 def test_a_run_that_never_takes_its_first_step_hangs(watched: Watched) -> None:
     watched.start(1)
     assert "after step 0" in str(watched.wait(0))
+
+
+def test_the_first_step_has_the_time_of_a_start_to_its_end(watched: Watched) -> None:
+    (only,) = watched.start(1, WatchdogSettings(floor_s=0.1, start_s=20.0, beat_s=0.1))
+    only.now("step")  # as the trainer says before each step
+    assert wait_until(lambda: watched.beats() > 15, DEADLINE_S)  # ten times the floor
+    assert watched.hangs == {}
+
+
+def test_a_rank_that_looks_at_the_others_for_long_is_not_silent_to_them(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, pause, settings = watchdog._read, threading.Event(), QUICK.model_copy(update={"beat_s": 0.4})
+    first = watched.start_one(0, 4, settings)
+
+    def slow(path: Path) -> watchdog.Beat:  # what it reads of the shared disk comes late
+        if threading.current_thread() is first._thread:
+            pause.wait(settings.beat_s / 4)
+        return read(path)
+
+    monkeypatch.setattr(watchdog, "_read", slow)
+    first.step(7)
+    for rank in range(1, 4):
+        pause.wait(settings.beat_s / 5)  # they look after it has begun to
+        watched.start_one(rank, 4, settings).step(7)
+    for rank in range(1, 4):
+        assert watched.wait(rank).hosts == ()
 
 
 def test_steps_keep_it_quiet_and_slow_ones_set_the_measure(watched: Watched) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from pipeline.evaluate.probe import fit, solve
+from pipeline.evaluate.probe import _every_fifth_of_each_class, fit, solve
 
 
 def problem(seed: int, samples: int = 150, noise: float = 1.5) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,6 +46,19 @@ def test_the_probe_is_equal_to_scikit_learns() -> None:
 def test_noisy_features_get_a_strong_decay_and_clear_ones_a_weak_one() -> None:
     noisy, clear = fit(*problem(0, noise=6.0), classes=4), fit(*problem(0, noise=0.2), classes=4)
     assert noisy.decay > 10 * clear.decay
+
+
+def test_of_each_class_the_third_the_eighth_and_so_on_are_left_out() -> None:
+    labels = torch.tensor(np.random.default_rng(3).integers(0, 7, 200))
+    seen: dict[int, int] = {}
+    for label, left_out in zip(labels.tolist(), _every_fifth_of_each_class(labels).tolist(), strict=True):
+        assert left_out == (seen.get(label, 0) % 5 == 2)
+        seen[label] = seen.get(label, 0) + 1
+    assert not _every_fifth_of_each_class(labels[:0]).any()
+
+
+def test_a_bank_of_a_million_is_parted_without_a_square_of_its_size() -> None:
+    assert 0.19e6 < int(_every_fifth_of_each_class(torch.arange(10**6) % 1000).sum()) < 0.21e6
 
 
 def test_fitting_twice_gives_the_same_bits() -> None:

@@ -1,6 +1,8 @@
 """What is asked about: drawn once, by the training's own decoder, in pixels that a plain decoder confirms."""
 
 import io
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,9 +10,11 @@ import torch
 from PIL import Image
 
 from pipeline.augment import AugmentSettings
+from pipeline.evaluate import views as views_module
 from pipeline.evaluate.baselines import colours
 from pipeline.evaluate.tiles import Tiles
 from pipeline.evaluate.views import SIZE, Views, render_distorted, render_views
+from pipeline.loader import render
 from tests.photos import write_tiles
 
 pytestmark = pytest.mark.slow  # starts DALI
@@ -55,3 +59,26 @@ def test_distortions_are_the_same_each_time_and_change_every_tile(held_out: Tile
 
 def test_some_distorted_tiles_alone_are_those_of_the_whole_set(held_out: Tiles, views: Views) -> None:
     assert torch.equal(render_distorted(held_out, AUGMENT, np.array([5, 2])), views.distorted[[5, 2]])
+
+
+def test_parts_of_a_set_give_the_views_of_the_whole(
+    held_out: Tiles, views: Views, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(views_module, "PART", 5)
+    parted = render_views(held_out, held_out, AUGMENT)
+    for name in ("bank", "held_out", "distorted", "grey"):
+        assert torch.equal(getattr(parted, name), getattr(views, name)), name
+        assert getattr(parted, name).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_no_more_than_a_part_of_a_set_is_decoded_at_once(held_out: Tiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[int] = []
+
+    def watched(images: Sequence[bytes], *rest: Any) -> list[torch.Tensor]:
+        decoded.append(len(images))
+        return render(images, *rest)
+
+    monkeypatch.setattr(views_module, "render", watched)
+    monkeypatch.setattr(views_module, "PART", 5)
+    render_distorted(held_out, AUGMENT, np.arange(len(held_out.photographs())))
+    assert decoded == [5, 4]
