@@ -150,11 +150,11 @@ chaos: .venv/stamp slurm ## N= faults against short real runs on a cluster of th
 
 .PHONY: cluster-up
 cluster-up: .venv/stamp slurm ## a real S3 server and a real SLURM on this machine: SITE=local
-	@$(BIN)/python -m jobs.cluster up
+	@$(FARSEER) cluster up
 
 .PHONY: cluster-down
 cluster-down: ## stop them; what is stored stays
-	@if [ -x $(BIN)/python ] && [ -d var/cluster ]; then $(BIN)/python -m jobs.cluster down; fi
+	@if [ -x $(FARSEER) ] && [ -d var/cluster ]; then $(FARSEER) cluster down; fi
 
 .PHONY: clean
 clean: cluster-down ## remove .venv and var

@@ -66,11 +66,13 @@ def cluster(options: argparse.Namespace) -> int:
     from jobs import cluster
     from jobs.site import LOCAL
 
-    if options.action == "down":
+    if options.action == "up":
+        say(*cluster.up(LOCAL.parent), "up; make cluster-down ends it")
+    elif options.action == "down":
         cluster.down(LOCAL.parent)
         say("down; what is stored stays until make clean")
     else:
-        say(*(cluster.up if options.action == "up" else cluster.status)(LOCAL.parent))
+        say(*cluster.status(LOCAL.parent))
     return 0
 
 

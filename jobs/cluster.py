@@ -1,6 +1,6 @@
 """The local site: an S3 server and a SLURM of several nodes on this machine, for the demo, the tests and first tries.
 
-    python -m jobs.cluster up|down|status [--directory var/cluster] [--nodes 2]
+    farseer cluster up|down|status
 
     DIR/s3, DIR/slurm  the two servers, each with its logs (jobs/local_s3.py, jobs/local_slurm.py)
     DIR/site.yaml      how to submit here: what SITE=local means; there while it is up
@@ -9,9 +9,6 @@
 Where SLURM is not installed or does not start, the site is S3 and submitit's local executor.
 """
 
-import argparse
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +33,6 @@ __all__ = [
     "down",
     "environment",
     "missing_programs",
-    "running",
     "running_s3",
     "running_slurm",
     "start_s3",
@@ -105,13 +101,6 @@ def down(directory: Path = DIRECTORY) -> None:
         stop_s3(directory / "s3")
 
 
-def running(directory: Path = DIRECTORY) -> Local | None:
-    """What runs here, S3 at least; starts nothing."""
-    directory = directory.resolve()
-    s3, slurm = running_s3(directory / "s3"), running_slurm(directory / "slurm")
-    return Local(directory, s3, slurm, slurm.nodes if slurm else 1) if s3 else None
-
-
 def status(directory: Path = DIRECTORY) -> list[str]:
     """What runs, a line each; with SLURM also its nodes and its queue."""
     directory = directory.resolve()
@@ -121,27 +110,3 @@ def status(directory: Path = DIRECTORY) -> list[str]:
         return [*lines, "SLURM  does not run" + (" and is not installed" if missing_programs() else "")]
     lines.append(f"SLURM  {slurm.nodes} nodes; shell: . {directory / 'env.sh'}")
     return lines + [f"  {line}" for tool in ("sinfo", "squeue") for line in call(slurm.directory, tool).splitlines()]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m jobs.cluster", description="S3 and SLURM on this machine.")
-    parser.add_argument("action", choices=("up", "down", "status"))
-    parser.add_argument("--directory", type=Path, default=DIRECTORY)
-    parser.add_argument("--nodes", type=int, default=Settings.nodes)
-    given = parser.parse_args(arguments)
-    try:
-        if given.action == "up":
-            print("\n".join([*up(given.directory, Settings(nodes=given.nodes)), "up; make cluster-down ends it"]))
-        elif given.action == "down":
-            down(given.directory)
-            print("down; what is stored stays until make clean")
-        else:
-            print("\n".join(status(given.directory)))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -84,22 +84,26 @@ def _check_same(config: Config, store: Store) -> None:
 
 def _check_free(site: Site, run: str, run_dir: Path, store: str) -> None:
     """Refuse when SLURM does not answer or has the run already; two jobs must not work on one run."""
+    job = Job.of(site, run) if (run_dir / "job.json").exists() else None
     if site.executor == "slurm":
         slurm.check_partition(site.partition, site.nodes)
-        taken = next((f"job {entry.job}, {entry.state.lower()}" for entry in _queued(run, store)), None)
+        queued = _queued(run, store, None if job is None else job.id)
+        taken = next((f"job {entry.job}, {entry.state.lower()}" for entry in queued), None)
     else:
-        job = Job.of(site, run) if (run_dir / "job.json").exists() else None
         taken = f"job {job.id}" if job is not None and state(job) is not None else None
     if taken is not None:
         raise UserError(f"RUN={run}: {taken}, is on it already; make logs RUN={run} follows it, make cancel ends it")
 
 
-def _queued(run: str, store: str) -> list[slurm.Queued]:
-    """The jobs that are on a run. One that completes may be on its way back into the queue: its end is waited for."""
+def _queued(run: str, store: str, last: str | None) -> list[slurm.Queued]:
+    """The jobs that are on a run. One that completes may be on its way back into the queue: its end is waited for.
+
+    last: this site's last job of the run, also where SLURM has another comment put to it.
+    """
     found: list[slurm.Queued] = []
 
     def settled() -> bool:
-        found[:] = [entry for entry in slurm.queue([run]) if entry.run == store]
+        found[:] = [entry for entry in slurm.queue([run]) if entry.run == store or entry.job == last]
         return all(entry.state != "COMPLETING" for entry in found)
 
     wait_until(settled, COMPLETING_S, 1.0)

@@ -216,10 +216,9 @@ def test_what_runs_with_other_settings_is_told_by_the_difference() -> None:
     assert told == "SLURM runs with nodes 2, not 4, grace_s 30, not 5"
 
 
-def test_status_and_down_of_a_folder_in_which_nothing_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cluster.main(["status", "--directory", str(tmp_path / "none")]) == 0
-    assert "make cluster-up" in capsys.readouterr().out
-    assert cluster.main(["down", "--directory", str(tmp_path / "none")]) == 0
+def test_status_and_down_of_a_folder_in_which_nothing_runs(tmp_path: Path) -> None:
+    assert "make cluster-up" in cluster.status(tmp_path / "none")[0]
+    cluster.down(tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 

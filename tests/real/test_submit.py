@@ -269,6 +269,7 @@ def busy(setting: Setting, patch: pytest.MonkeyPatch) -> None:
         "sbatch",
         "--parsable",
         "--hold",
+        "--job-name=farseer-run",
         f"--comment={setting.store}/run",
         "--output=/dev/null",
         "--wrap",
