@@ -98,8 +98,9 @@ def controller_killed(trial: Trial) -> str:
 
 def rank_killed_without_controller(trial: Trial) -> str:
     """A rank dies, and nobody takes the requeue: slurmctld is away for a while."""
+    moment = _now(trial)
     with _without_controller(trial):
-        moment = rank_killed(trial)
+        trial.hit([trial.rng.choice(trial.ranks())], signal.SIGKILL)
         trial.wait(lambda: _told(trial, "requeued"), "the end of the start")
         time.sleep(AWAY_S)
     return moment
