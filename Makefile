@@ -144,6 +144,10 @@ report: .venv/stamp ## evaluate RUN= and write its report, one page (BANK= HELD_
 export: .venv/stamp ## the trunk of RUN= as a folder that timm reads (STEP= TO=folder or s3://.. JSON=1)
 	@$(FARSEER) export $(run_option) $(site_option) $(if $(STEP),--step "$(STEP)") $(if $(TO),--to "$(TO)") $(call flag,JSON,json)
 
+.PHONY: replay
+replay: .venv/stamp ## what RUN= saw at STEP=: images and crops, checked by the hashes of its row (TO=file.html)
+	@$(FARSEER) replay $(run_option) $(site_option) --step "$(or $(STEP),$(error say which step: make replay RUN=name STEP=1000))" $(if $(TO),--to "$(TO)")
+
 .PHONY: chaos
 chaos: .venv/stamp slurm ## N= faults against short real runs on a cluster of their own (SEED=, FAULT=)
 	@$(FARSEER) chaos --trials "$(or $(N),5)" --seed "$(or $(SEED),0)" $(if $(FAULT),--fault "$(FAULT)")

@@ -1,4 +1,4 @@
-"""The verbs for what came of a run: evaluate, report, export. Each imports what it needs when it is called."""
+"""The verbs for what came of a run: evaluate, report, export, replay. Each imports what it needs when it is called."""
 
 import argparse
 import json
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.run_verbs import run_folder, run_option
-from jobs.verbs import add_verb, json_option, say, say_found, site_option
+from jobs.verbs import add_verb, json_option, progress, say, say_found, site_option
 
 
 def result_verbs(verbs: Any) -> None:
@@ -23,6 +23,12 @@ def result_verbs(verbs: Any) -> None:
     options.add_argument("--to", help="s3://bucket/folder, or a folder here; by default var/export/<run>")
     site_option(options)
     json_option(options)
+
+    options = run_option(add_verb(verbs, "replay", replay, "what a run saw at a step: its images and crops, one page"))
+    options.add_argument("--step", type=int, required=True, help="as the rows of metrics count, from 1")
+    options.add_argument("--to", help="the page's file; by default var/replay-<run>-<step>.html")
+    options.add_argument("--device", choices=("cpu", "cuda", "auto"), default="auto", help="that makes the crops")
+    site_option(options)
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -55,6 +61,21 @@ def export(options: argparse.Namespace) -> int:
     found = export_run(run_folder(options), target, options.step)
     say_found(options, found, found.lines())
     return 0
+
+
+def replay(options: argparse.Namespace) -> int:
+    """Exit code 1 when the step's images or crops are not those of its row."""
+    from jobs.site import ROOT
+    from pipeline.replay import replay as again
+    from pipeline.report.replay_page import write_replay
+    from pipeline.run import read_config
+
+    store = run_folder(options)
+    page = Path(options.to) if options.to else ROOT / "var" / f"replay-{_name(options)}-{options.step}.html"
+    found = again(store, options.step, options.device, progress())
+    write_replay(page, found, read_config(store).augment)
+    say(*found.lines(), f"page: {page}")
+    return 1 if found.same_batch is False or found.same_crops is False else 0
 
 
 def _name(options: argparse.Namespace) -> str:

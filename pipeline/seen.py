@@ -132,14 +132,14 @@ class History:
 
 def _sighting(history: History, sample: int) -> Sighting:
     own = [step for step, _, _ in history.places(sample) if step < history.last]
-    url, key = _name(history.shards, sample)
+    url, key = name_of(history.shards, sample)
     others = sorted({stood for place in history.places(sample) for stood in _stood_in(history, sample, *place[1:])})
     return Sighting(
         url=url,
         key=key,
         id=sample,
         shown=tuple(step + 1 for step in own if not history.left_out(sample, step)),
-        in_place=tuple((step + 1, _name(history.shards, other)[1]) for step, other in others),
+        in_place=tuple((step + 1, name_of(history.shards, other)[1]) for step, other in others),
         left_out=tuple(step + 1 for step in own if history.left_out(sample, step)),
     )
 
@@ -186,7 +186,7 @@ def _ids(shards: ShardSet, asked: str, progress: Progress) -> list[int]:
     return found
 
 
-def _name(shards: ShardSet, sample: int) -> tuple[str, str]:
+def name_of(shards: ShardSet, sample: int) -> tuple[str, str]:
     """The url of a sample's set, and its key there."""
     for one in shards.sets:
         if sample < one.manifest.samples:

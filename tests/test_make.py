@@ -24,6 +24,7 @@ GIVEN = [
     "SITE=local",
     "LIST=a list",
     "KEY=k",
+    "STEP=7",
 ]
 needs_make = pytest.mark.skipif(not shutil.which("make"), reason="make is not installed: apt install make")
 

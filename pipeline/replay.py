@@ -1,0 +1,170 @@
+"""What a run saw at one of its steps, made again: which images, with which crops, and whether these are the very ones.
+
+The order and the crops are pure functions, so nothing of this was ever written down but two hashes in the step's row.
+Lane by lane, so that it takes no more memory than a lane of the run.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from data_shards.errors import UserError
+from data_shards.index import ShardSet
+from data_shards.order import Order
+from data_shards.progress import Progress, quiet
+from data_shards.reader import Reader, Sample
+from data_shards.removed import Removed, read_removed
+from data_shards.store import Store
+from pipeline import commit
+from pipeline.agreement import batch_hash
+from pipeline.augment import draw
+from pipeline.config import Config
+from pipeline.journal import read_events, read_metrics
+from pipeline.loader import Batch, LoaderSettings, render
+from pipeline.pixels import digests
+from pipeline.run import open_data, read_config, read_record
+from pipeline.seen import name_of
+
+SHOWN = 32  # images, from all lanes alike
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An image of the step: its key (with its set, where there are several), its encoded bytes, its crops as in Batch.
+
+    replaced: the samples that it stood in for.
+    """
+
+    name: str
+    lane: int
+    replaced: tuple[int, ...]
+    image: bytes
+    crops: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """same_batch, same_crops: whether the hashes are those of the step's row; None when the run has no such row.
+
+    The crops of a run on GPUs are not those of a CPU to the bit: `device` is that of the crops made here.
+    """
+
+    run: str
+    step: int
+    row: dict[str, Any]
+    images: int
+    replaced: int
+    same_batch: bool | None
+    same_crops: bool | None
+    device: str
+    shown: tuple[Shown, ...]
+
+    def lines(self) -> list[str]:
+        """For a terminal."""
+        words = {None: "not known, the run has no row of that step", True: "the same", False: "OTHERS"}
+        loss = f", loss {self.row['loss']:.4f}" if self.row.get("loss") is not None else ""
+        stood_in = f", {self.replaced:,} of them in the place of others" if self.replaced else ""
+        return [
+            f"{self.run}, step {self.step:,}{loss}: {self.images:,} images{stood_in}",
+            f"samples and places: {words[self.same_batch]}; crops, made on {self.device}: {words[self.same_crops]}",
+        ]
+
+
+def replay(store: Store, step: int, device: str = "auto", progress: Progress = quiet) -> Replayed:
+    """Make the global batch of a step again, as the rows of metrics count them (from 1).
+
+    store: the run's folder. device: cpu, cuda or auto. Raises UserError when the run has never started or would not get
+    to that step, or an image is there no more.
+    """
+    record, config = read_record(store), read_config(store)
+    if record is None:
+        raise UserError(f"{store.url}: no such run; make status lists those that there are")
+    shards, order, config = open_data(config, record=record)
+    last = config.train.length(order)
+    if not 1 <= step <= last:
+        raise UserError(f"STEP={step}: the steps of {store.url} are 1 to {last:,}")
+    row = next((row for row in read_metrics(store) if row["result"]["step"] == step), None)
+    known = _Known(shards, order, config, _bad(store, step), _removed(store, shards, row))
+    settings = LoaderSettings(device=device, threads=4)
+    per_lane = -(-SHOWN // order.lanes)
+    batches, shown = list[Batch](), list[Shown]()
+    for lane in range(order.lanes):
+        progress("lanes", lane, order.lanes)
+        batch, own = _lane(known, lane, step - 1, settings, per_lane)
+        batches.append(batch)
+        shown += own
+    return _compared(store.url, step, row, order, batches, shown[:SHOWN])
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What a reader of the run is told."""
+
+    shards: ShardSet
+    order: Order
+    config: Config
+    bad: set[int]
+    removed: Removed
+
+
+def _lane(known: _Known, lane: int, step: int, settings: LoaderSettings, show: int) -> tuple[Batch, list[Shown]]:
+    augment, lanes = known.config.augment, range(lane, lane + 1)
+    reader = Reader(known.shards, known.order, lanes, step, known.config.reader, known.bad, known.removed)
+    with reader:
+        samples = reader.batch(step)
+    place, index, height, width = np.array([(s.lane, s.index, s.height, s.width) for s in samples], np.int64).T
+    draws = draw(augment, known.config.data.seed, place, index, height, width)
+    images, sizes = [sample.data for sample in samples], np.stack([height, width], axis=1)
+    try:
+        crops = render(images, sizes, augment, draws, settings, settings.device)
+    except ValueError as error:
+        raise UserError(f"step {step + 1}, lane {lane}: an image does not decode any more: {error}") from None
+    ids = np.array([sample.id for sample in samples], np.int64)
+    replaced = sum(bool(sample.replaced) for sample in samples)
+    batch = Batch(step, crops, ids, place, index, digests(crops).cpu(), replaced)
+    return batch, list(_shown(known.shards, samples[:show], crops))
+
+
+def _shown(shards: ShardSet, samples: list[Sample], crops: list[Tensor]) -> Iterator[Shown]:
+    for n, sample in enumerate(samples):
+        own = [of_size[n : n + 1].cpu() for of_size in crops]
+        url, key = name_of(shards, sample.id)
+        name = key if len(shards.sets) == 1 else f"{url} {key}"
+        yield Shown(name, sample.lane, sample.replaced, sample.data, own)
+
+
+def _bad(store: Store, step: int) -> set[int]:
+    """The samples that the run had found bad by then, as far as a checkpoint tells."""
+    newest = next(iter(commit.committed(commit.survey(store))), None)
+    entries = commit.read_manifest(store, newest).extra["quarantine"] if newest is not None else []
+    return {int(sample) for sample, found, _ in entries if int(found) < step}
+
+
+def _removed(store: Store, shards: ShardSet, row: dict[str, Any] | None) -> Removed:
+    """What the attempt that did the step had been told to leave out; without its row, the last attempt."""
+    told = [event for event in read_events(store) if event["event"] == "removed"]
+    own = [event for event in told if row is None or event["attempt"] == row["run"]["attempt"]]
+    return read_removed(shards, own[-1]["lists"]) if own and any(own[-1]["lists"]) else Removed()
+
+
+def _compared(
+    url: str, step: int, row: dict[str, Any] | None, order: Order, batches: list[Batch], shown: list[Shown]
+) -> Replayed:
+    per_lane = [batch_hash(batch.ids, range(n, n + 1), step - 1) for n, batch in enumerate(batches)]
+    result = row["result"] if row is not None else {}
+    hashes = {"batch_hash": sum(per_lane), "crop_hash": sum(batch.crop_hash for batch in batches)}
+    same = {key: None if row is None else f"{value % 2**64:016x}" == result[key] for key, value in hashes.items()}
+    return Replayed(
+        run=url,
+        step=step,
+        row=result,
+        images=sum(len(batch.ids) for batch in batches),
+        replaced=sum(batch.replaced for batch in batches),
+        same_batch=same["batch_hash"],
+        same_crops=same["crop_hash"],
+        device=str(batches[0].crops[0].device) if batches else "",
+        shown=tuple(shown),
+    )
