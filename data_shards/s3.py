@@ -15,16 +15,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import aiohttp
 import s3fs
 from aiobotocore.credentials import AioCredentials
 from aiobotocore.session import AioSession
 from botocore import exceptions as boto
 from botocore.httpsession import get_cert_path
-from botocore.parsers import ResponseParserError
 from botocore.utils import get_environ_proxies
 
 from data_shards.direct import Direct, Take
+from data_shards.s3_errors import Transient, code_of, is_passing, named
 from data_shards.store import (
     AlreadyExists,
     Consumer,
@@ -46,33 +45,6 @@ CHECK_S = 5.0
 URL_S = 60.0  # a signed url is used for; it is good for an hour
 URLS = 1000  # are kept
 REFUSED_S = 10.0  # after an answer that only the ordinary client understands
-
-_DENIED = {
-    "AccessDenied",
-    "AllAccessDisabled",
-    "ExpiredToken",
-    "InvalidAccessKeyId",
-    "InvalidToken",
-    "RequestTimeTooSkewed",
-    "SignatureDoesNotMatch",
-    "401",
-    "403",
-}
-_EXPIRED = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
-_TRANSIENT_CODES = {"RequestTimeout", "SlowDown", "ConditionalRequestConflict", "OperationAborted", "BadDigest"}
-_TRANSIENT_CODES |= {"InternalError", "ServiceUnavailable"}  # of one object of a deletion, which itself is answered 200
-_TRANSIENT = (
-    boto.HTTPClientError,
-    boto.ConnectionError,
-    boto.CredentialRetrievalError,
-    ResponseParserError,  # a proxy's page in place of an answer
-    aiohttp.ClientError,
-    OSError,
-)
-
-
-class _Transient(Exception):
-    """An answer that may be another one next time; the text says what it was."""
 
 
 class S3:
@@ -124,7 +96,7 @@ class S3:
         if not whole:
             self._check_range(key, answer.get("ContentRange"), start or 0, end)
         if len(data) != answer["ContentLength"]:
-            raise _Transient(f"sent {len(data)} of {answer['ContentLength']} bytes")
+            raise Transient(f"sent {len(data)} of {answer['ContentLength']} bytes")
         return data
 
     async def _read_directly(self, key: str, start: int, end: int, take: Take) -> bool:
@@ -151,12 +123,12 @@ class S3:
     def _check_range(self, key: str, given: str | None, start: int, end: int | None) -> None:
         """`given`: the answer's Content-Range, "bytes 0-99/1000"."""
         if not given or not given.startswith(f"bytes {start}-"):
-            raise _Transient(f"sent {given or 'the whole object'} instead of the bytes from {start}")
+            raise Transient(f"sent {given or 'the whole object'} instead of the bytes from {start}")
         total = int(given.rpartition("/")[2])
         if end is not None and total < end:
-            raise Truncated(f"{self._url(key)}: ends at byte {total}, bytes {start} to {end} were asked for")
+            raise Truncated(f"{self.url(key)}: ends at byte {total}, bytes {start} to {end} were asked for")
         if f"{given} ".split("/")[0] != f"bytes {start}-{(end or total) - 1}":
-            raise _Transient(f"sent {given} instead of the bytes {start} to {end or total}")
+            raise Transient(f"sent {given} instead of the bytes {start} to {end or total}")
 
     async def put(self, key: str, data: bytes, create_only: bool) -> None:
         mark = secrets.token_hex(8)
@@ -254,11 +226,11 @@ class S3:
         try:
             return await self._call("head_object", Key=key)
         except OSError as error:
-            if not isinstance(error.__cause__, boto.ClientError) or _code(error.__cause__) != "400":
+            if not isinstance(error.__cause__, boto.ClientError) or code_of(error.__cause__) != "400":
                 raise
             # No body tells the reason, such as that a token has expired. The answer to a GET has one.
             (await self._call("get_object", Key=key))["Body"].close()
-            raise _Transient("400, though a GET is answered") from error
+            raise Transient("400, though a GET is answered") from error
 
     async def find(self, folder: str, more: str | None) -> tuple[list[Entry], str | None]:
         """A page of a listing, the first or the one that `more` stands for, and what stands for the next."""
@@ -284,9 +256,9 @@ class S3:
         names = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
         for error in (await self._call("delete_objects", Delete=names)).get("Errors", []):
             code, said = error.get("Code", ""), error.get("Message")
-            if _is_passing(code):
-                raise _Transient(f"{code} of {error['Key']}")
-            raise StoreError(f"{self._url(error['Key'])}: not deleted: {said or code}")
+            if is_passing(code):
+                raise Transient(f"{code} of {error['Key']}")
+            raise StoreError(f"{self.url(error['Key'])}: not deleted: {said or code}")
 
     async def check(self) -> None:
         ask = partial(self._call, "list_objects_v2", MaxKeys=1)
@@ -331,18 +303,18 @@ class S3:
                 self._key_worked = True
                 return answer
             except Exception as error:
-                named = await self._name(error, key)
+                known = await named(error, key, self)
                 waited = time.monotonic() - start
-                may_change = isinstance(named, _Transient) or (
-                    isinstance(named, Denied) and self._key_worked and (patient or named.expired)
+                may_change = isinstance(known, Transient) or (
+                    isinstance(known, Denied) and self._key_worked and (patient or known.expired)
                 )
                 if not may_change:
-                    raise named from error
+                    raise known from error
                 pause = random.uniform(0.5, 1.5) * min(0.1 * 2**attempt, 10.0)
                 if waited + pause > limit_s:
-                    raise self._give_up(named, key, waited) from error
+                    raise self._give_up(known, key, waited) from error
             self.counters.retries += 1
-            if isinstance(named, Denied):
+            if isinstance(known, Denied):
                 await self._renew_key()
             await asyncio.sleep(pause)
         raise AssertionError  # a million pauses are over any limit
@@ -383,60 +355,22 @@ class S3:
                 self._client, self._direct = client, _direct(client)
         return self._client
 
-    def _url(self, key: str) -> str:
+    def url(self, key: str) -> str:
         return f"s3://{self.bucket}/{key}" if key else f"s3://{self.bucket}"
 
     @property
-    def _host(self) -> str:
+    def host(self) -> str:
         return str(self._client.s3.meta.endpoint_url) if self._client is not None else "S3"
 
-    def _give_up(self, named: Exception, key: str, waited: float) -> StoreError:
-        if isinstance(named, Denied):
-            return named
+    def _give_up(self, known: Exception, key: str, waited: float) -> StoreError:
+        if isinstance(known, Denied):
+            return known
         return Unavailable(
-            f"{self._url(key)}: {self._host} has not answered for {waited:.0f} s ({named}); check that it runs, and "
+            f"{self.url(key)}: {self.host} has not answered for {waited:.0f} s ({known}); check that it runs, and "
             f"endpoint_url in the AWS profile or AWS_ENDPOINT_URL"
         )
 
-    async def _name(self, error: Exception, key: str) -> Exception:
-        """What went wrong: a StoreError, or _Transient when it may be otherwise next time. Anything else stays."""
-        if isinstance(error, StoreError | _Transient):
-            return error
-        if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError | boto.ProfileNotFound):
-            return Denied(f"{self._url(key)}: {error}; set AWS_PROFILE to a profile with keys (and its files' places)")
-        origin = error if isinstance(error, boto.ClientError) else error.__cause__
-        if isinstance(origin, boto.ClientError):
-            return await self._name_answer(origin, key)
-        if isinstance(error, TimeoutError):
-            return _Transient("time-out")
-        if isinstance(error, _TRANSIENT):
-            return _Transient(_short(error))
-        if isinstance(error, boto.BotoCoreError | ValueError):
-            return StoreError(f"{self._url(key)}: {_short(error)}")
-        return error
-
-    async def _name_answer(self, error: Any, key: str) -> Exception:
-        code = _code(error)
-        status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-        if code == "NoSuchBucket":
-            return StoreError(f"s3://{self.bucket}: no such bucket at {self._host}{await self._buckets()}")
-        if _is_passing(code) or status in (408, 429) or (status >= 500 and status != 501):
-            return _Transient(f"{status} {code}")
-        if code in ("PreconditionFailed", "412"):
-            return AlreadyExists(f"{self._url(key)}: is there already")
-        if status == 404:
-            return NotFound(f"{self._url(key)}: no such object at {self._host}")
-        if code == "InvalidRange" or status == 416:
-            return Truncated(f"{self._url(key)}: ends before the bytes that were asked for")
-        if code in _DENIED | _EXPIRED or status in (401, 403):
-            hint = "; renew it where it comes from and start again" if code in _EXPIRED else ""
-            whose = await self._key_id()
-            denied = Denied(f"{self._url(key)}: access denied at {self._host} for {whose} ({code}){hint}")
-            denied.expired = code in _EXPIRED
-            return denied
-        return StoreError(f"{self._url(key)}: {self._host} answers {status} {code}: {_short(error)}")
-
-    async def _buckets(self) -> str:
+    async def buckets(self) -> str:
         client = await self._connected()
         try:
             names = [bucket["Name"] for bucket in (await client.s3.list_buckets())["Buckets"]]
@@ -452,7 +386,7 @@ class S3:
             if type(held) is type(found) is AioCredentials:
                 held.access_key, held.secret_key, held.token = found.access_key, found.secret_key, found.token
 
-    async def _key_id(self) -> str:
+    async def key_id(self) -> str:
         """Which key, so that its owner knows it and nobody else learns it."""
         session = (await self._connected()).session
         found = await session.get_credentials()
@@ -468,19 +402,6 @@ def _direct(client: "s3fs.S3FileSystem") -> Direct | None:
     if client.s3.meta.config.proxies or get_environ_proxies(client.s3.meta.endpoint_url):
         return None
     return Direct(get_cert_path(client.session.get_config_variable("ca_bundle") or True))
-
-
-def _code(error: Any) -> str:
-    return str(error.response.get("Error", {}).get("Code", ""))
-
-
-def _is_passing(code: str) -> bool:
-    return code in _TRANSIENT_CODES or "Throttl" in code  # services behind S3 spell it in several ways, at 400
-
-
-def _short(error: BaseException) -> str:
-    error = getattr(error, "kwargs", {}).get("error", error)  # botocore's wrappers repeat the url, with its query
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _md5(data: bytes) -> str:
