@@ -9,7 +9,6 @@ import sys
 import tarfile
 import textwrap
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from data_shards.pack import PackSettings, Source, pack
 from data_shards.store import Store
 from data_shards.work import Stopped, Tally
 from tests.photos import write_tiles
+from tests.waiting import until
 
 SMALL = PackSettings(shard_bytes=30_000)
 DEADLINE_S = 60.0
@@ -93,10 +93,10 @@ def test_killed_with_all_its_processes_at_work_the_same_call_goes_on_to_the_same
     (tmp_path / "program.py").write_text(textwrap.dedent(program))
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "TMPDIR": str(tmp_path)}
     process = subprocess.Popen([sys.executable, tmp_path / "program.py"], env=environment, start_new_session=True)
-    wait_until(lambda: len(finished(tmp_path / "dst")) > 6 or process.poll() is not None)
+    until(lambda: len(finished(tmp_path / "dst")) > 6 or process.poll() is not None)
     process.kill()
     process.wait()
-    wait_until(lambda: not running(process.pid))  # its workers leave with it
+    until(lambda: not running(process.pid))  # its workers leave with it
     kept = finished(tmp_path / "dst")
     store = Store(f"file://{tmp_path}/dst")
     assert not store.exists("MANIFEST.json")
@@ -104,13 +104,6 @@ def test_killed_with_all_its_processes_at_work_the_same_call_goes_on_to_the_same
     assert (report.samples, report.already_there) == (180, False)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert contents(store) == straight
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def running(session: int) -> bool:

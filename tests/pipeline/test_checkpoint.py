@@ -24,6 +24,7 @@ from pipeline.commit import File, Manifest, Part
 from pipeline.snapshot import deal
 from pipeline.weights import point
 from tests.pipeline.distributed import run
+from tests.waiting import until
 
 
 class LoggedStore(Store):
@@ -106,13 +107,6 @@ class Attempt:
 def numbered(step: int) -> dict[str, Tensor]:
     """A state that shows which step it is of."""
     return {"model.weight": torch.arange(600.0).reshape(20, 30) + step, "optim.step": torch.tensor(step)}
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end, "not within 30 s"
-        time.sleep(0.01)
 
 
 def objects(folder: Path) -> dict[str, bytes]:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,6 +21,7 @@ from pipeline.journal import read_events, read_metrics
 from pipeline.monitor import CLOSE_S, Monitor, MonitorSettings, wandb_mode
 from pipeline.run import Run
 from tests.pipeline import wandb_file
+from tests.waiting import until
 
 NUMBERS = count()
 K = 300
@@ -67,13 +68,6 @@ def feed(monitor: Monitor, steps: range) -> None:
         monitor.row(result(step), run_part(step))
 
 
-def poll(condition: Callable[[], Any], deadline_s: float = 60) -> Any:
-    end = time.monotonic() + deadline_s
-    while not (found := condition()) and time.monotonic() < end:
-        time.sleep(0.02)
-    return found
-
-
 def refuse_constant(name: str) -> NoReturn:
     raise AssertionError(f"{name} is not JSON")
 
@@ -110,7 +104,7 @@ def test_rows_and_events_reach_the_store_without_a_checkpoint(store: Store, tmp_
     monitor = open_monitor(run, upload_seconds=0.05)
     monitor.row(result(1), run_part(1))
     run.event("saved", step=1)
-    assert poll(lambda: read_metrics(store) and read_events(store))
+    until(lambda: read_metrics(store) and read_events(store))
     monitor.close()
 
 
@@ -122,10 +116,10 @@ def test_a_store_that_refuses_rows_is_told_once_and_gets_them_when_it_takes_them
     run = Run(store, tmp_path / "disk", 1)
     monitor = open_monitor(run, upload_seconds=0.02)
     feed(monitor, range(1, 5))
-    assert poll(lambda: events(run))
+    until(lambda: events(run))
     feed(monitor, range(5, 9))
     tried = store.counters.requests
-    assert poll(lambda: store.counters.requests > tried + 10)  # several more uploads fail
+    until(lambda: store.counters.requests > tried + 10)  # several more uploads fail
     assert events(run) == ["upload failed"]
     in_the_way.unlink()
     monitor.close()
@@ -141,7 +135,7 @@ def test_a_store_that_does_not_answer_holds_up_neither_a_row_nor_the_end(
     run = Run(silent_store, tmp_path, 1)
     monitor = open_monitor(run, upload_seconds=0.01)
     monitor.row(result(1), run_part(1))
-    assert poll(lambda: silent_store.counters.requests)
+    until(lambda: silent_store.counters.requests)
     started = time.monotonic()
     monitor.row(result(2), run_part(2))
     monitor.close()
@@ -256,7 +250,7 @@ def test_without_netrc_variable_the_home_folder_is_looked_into_and_a_broken_file
 def offline(tmp_path: Path) -> Iterator[None]:
     """At the end nothing of W&B runs."""
     yield
-    assert poll(lambda: not services(), 20), "W&B's process outlived the monitor"
+    until(lambda: not services(), 20)
 
 
 def services() -> list[int]:
@@ -330,8 +324,8 @@ def test_rows_that_wandb_lost_with_a_killed_start_or_never_saw_are_sent_by_the_n
         ]
     )
     killed = Run(store, tmp_path, 2)
-    assert poll(lambda: any(wandb_file.rows(path) for path in files(tmp_path)))
-    assert poll(lambda: (tmp_path / "wandb" / "sent.json").exists())
+    until(lambda: any(wandb_file.rows(path) for path in files(tmp_path)))
+    until(lambda: (tmp_path / "wandb" / "sent.json").exists())
     child.send_signal(signal.SIGKILL)
     child.wait()
     local = local_lines(killed, "metrics")
@@ -363,7 +357,7 @@ def test_a_wandb_process_that_dies_stops_nothing_and_the_next_start_sends_the_re
     run = Run(store, tmp_path, 1)
     monitor = open_monitor(run, wandb="offline")
     feed(monitor, range(1, 6))
-    assert poll(lambda: services() and files(tmp_path))
+    until(lambda: services() and files(tmp_path))
     for pid in services():
         os.kill(pid, signal.SIGKILL)
     for step in count(6):
@@ -408,7 +402,7 @@ def test_a_disk_that_wandb_cannot_use_stops_nothing(store: Store, tmp_path: Path
     run = Run(store, tmp_path, 1)
     monitor = open_monitor(run, wandb="offline")
     feed(monitor, range(1, 4))
-    assert poll(lambda: events(run) == ["W&B failed"])
+    until(lambda: events(run) == ["W&B failed"])
     feed(monitor, range(4, 6))
     monitor.close()
     assert len(local_lines(run, "metrics")) == 5
