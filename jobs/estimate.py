@@ -5,14 +5,14 @@ What cannot be computed is taken from earlier runs of the same site, or assumed;
 
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from jobs.site import Site
 from jobs.start import attempt_files, read_lines
@@ -26,16 +26,29 @@ FEW_ROWS = 5  # say nothing of a run's speed
 RESTART_S = 300.0  # from the end of a start to the next one's first new step: queue, imports, checkpoint, first window
 
 
-def checkpoint_bytes(config: Config) -> int:
-    """Bytes of a checkpoint's tensors: weights, optimizer, queue. Nothing is allocated (torch's meta device)."""
+@dataclass(frozen=True)
+class Held:
+    """Bytes. checkpoint: weights, optimizer, queue. device: what each rank's holds before any image: the same, the
+    gradients, and the copy of them that a step of the optimizer makes."""
+
+    checkpoint: int
+    device: int
+
+
+def held(config: Config) -> Held:
+    """What the tensors of a run take. Nothing is allocated (torch's meta device)."""
     with torch.device("meta"):
         trunk = RegNet(config.model)
         head = Head(trunk.width, config.swav)
         net = nn.ModuleList([trunk, head, Prototypes(head.width, config.swav)])
         optimizer = optimizer_tensors(net, build_optimizer(net, config.optim))
-    tensors = [*net.state_dict().values(), *optimizer.values()]
     queue_bytes = 4 * ASSIGNING * config.swav.queue * head.width
-    return queue_bytes + sum(int(tensor.numel()) * int(tensor.element_size()) for tensor in tensors)
+    checkpoint = queue_bytes + _sum_bytes([*net.state_dict().values(), *optimizer.values()])
+    return Held(checkpoint, checkpoint + 2 * _sum_bytes(net.parameters()))
+
+
+def _sum_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(int(tensor.numel()) * int(tensor.element_size()) for tensor in tensors)
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,12 @@ def _wrong_without_data(config: Config, site: Site) -> Iterator[str]:
         )
     if 0 < site.gpus_per_node < site.ranks_per_node:
         yield f"{where}: ranks_per_node: {site.ranks_per_node} ranks for {site.gpus_per_node} GPUs; one each at most"
+    size = estimate.held(config).device
+    if site.gpu_memory_gb is not None and size > site.gpu_memory_gb * 2**30:
+        yield (
+            f"model.trunk: {config.model.trunk} takes {_bytes(size)} of each GPU before any image, {where}: "
+            f"gpu_memory_gb is {site.gpu_memory_gb:g}; a model is not split among GPUs: choose a smaller one"
+        )
     if site.signal_delay_s >= 60 * site.time_limit_min:
         yield f"{where}: signal_delay_s: {site.signal_delay_s} is not below the time limit, {site.time_limit_min} min"
 
@@ -156,7 +162,7 @@ def _spending(config: Config, site: Site, sample_bytes: float, order: Order, rat
     read = steps * order.batch_size * sample_bytes
     flow = f", {_bytes(rate.images_s * sample_bytes)}/s of all ranks" if rate else ""
     yield Figure(group, "bytes read", int(read), f"{_bytes(read)} from the store{flow}")
-    size, every = estimate.checkpoint_bytes(config), config.checkpoint.every_steps
+    size, every = estimate.held(config).checkpoint, config.checkpoint.every_steps
     kept = min(config.checkpoint.keep, -(-steps // every))
     how_often = f", {every * order.batch_size / rate.images_s / 60:,.0f} min" if rate else ""
     text = f"{_bytes(size)} every {every:,} steps{how_often}; the last {kept} are kept, {_bytes(kept * size)}"
@@ -189,7 +195,10 @@ def _time(site: Site, takes: Duration) -> Iterator[Figure]:
 
 
 def _memory(config: Config, site: Site, sample_bytes: float, order: Order) -> Iterator[Figure]:
-    """Of samples that wait for their step: two windows a lane, as far as prefetch_bytes allows."""
+    """Of the model; then of samples that wait for their step: two windows a lane, as far as prefetch_bytes allows."""
+    size = estimate.held(config).device
+    text = f"{_bytes(size)} a rank before any image: weights, optimizer, gradients and a copy of them"
+    yield Figure("HOLDS ON ITS DEVICE", "device bytes", size, text)
     shown = sorted(sorted(divisors(order.lanes), key=lambda n: abs(n - site.ranks))[:TABLE_ROWS])
     for ranks in shown:
         lanes, each = order.lanes // ranks, min(site.ranks_per_node, ranks)

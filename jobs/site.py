@@ -57,6 +57,7 @@ class Site(Section):
     ranks_per_node: PositiveInt = 1
     cpus_per_rank: PositiveInt = 1
     gpus_per_node: NonNegativeInt = 0
+    gpu_memory_gb: PositiveFloat | None = None  # a GPU's, for `plan` to hold the model against
     memory_gb: PositiveFloat | None = None  # a node's
     partition: str | None = None
     account: str | None = None

@@ -60,6 +60,18 @@ def test_seers_published_figures_give_its_published_steps_and_eight_days(tmp_pat
     assert "512 ranks" in text
 
 
+def test_a_model_that_no_gpu_of_the_site_holds_is_refused_before_one_is_spent(tmp_path):
+    url = put_set(tmp_path, 10**9, 120_000)
+    where = site(tmp_path, nodes=64, ranks_per_node=8, gpus_per_node=8, gpu_memory_gb=80)
+    config = load(SEER, [f"data.url={url}"])
+    said = values(config, where)
+    assert 16e9 < said["device_bytes"] < 30e9  # four numbers of 4 bytes for each of its 1.4 billion parameters
+    with pytest.raises(
+        UserError, match=r"regnety_10b takes 1\d\d GB of each GPU .* gpu_memory_gb is 80; a model is not"
+    ):
+        make_plan(load(SEER, [f"data.url={url}", "model.trunk=regnety_10b"]), where)
+
+
 def test_failures_cost_a_restart_and_half_of_what_lies_between_two_checkpoints():
     where = Site(shared_dir="/x", nodes=64, failures_per_node_day=1 / 64, time_limit_min=1440)
     takes = estimate.duration(steps=864_000, step_s=1.0, every_steps=1000, site=where)
@@ -75,7 +87,7 @@ def test_the_bytes_of_a_checkpoint_are_those_of_the_trainers_own_state(optimizer
     made = module.configure_optimizers()
     module.optimizers = lambda use_pl_optimizer=True: made  # type: ignore[method-assign,assignment]
     state = module.state()
-    assert estimate.checkpoint_bytes(config) == sum(t.numel() * t.element_size() for t in state.values())
+    assert estimate.held(config).checkpoint == sum(t.numel() * t.element_size() for t in state.values())
 
 
 def test_all_that_cannot_work_is_said_at_once_a_line_each(tmp_path):
