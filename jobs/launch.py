@@ -179,16 +179,17 @@ def _on_this_machine(site: Site, run: str, store: str, config: dict[str, Any]) -
 def _undone_on_error(run_dir: Path) -> Iterator[None]:
     """When the submission fails, leave no folder of a new run, and an old one its config and its cancel marker."""
     config, marker = run_dir / "config.yaml", cancel_marker(run_dir)
-    before, cancelled = config.read_bytes() if config.exists() else None, marker.exists()
+    existed, cancelled = (run_dir / "job.json").exists(), marker.exists()
+    before = config.read_bytes() if config.exists() else None
     try:
         yield
     except BaseException:
-        if before is None:
+        if not existed:
             shutil.rmtree(run_dir, ignore_errors=True)
-        else:
+        elif before is not None:
             config.write_bytes(before)
-            if cancelled:
-                marker.touch()
+        if existed and cancelled:
+            marker.touch()
         raise
 
 

@@ -229,6 +229,10 @@ def test_a_refused_submission_leaves_an_old_run_its_config_and_a_cancel_that_was
         launch(site, "first", "s3://runs/first", {"lr": 30}, code=code)
     assert (tmp_path / "shared/first/config.yaml").read_text() == "lr: 1\n"
     assert (tmp_path / "shared/first/cancel").exists()
+    (tmp_path / "shared/first/config.yaml").unlink()
+    with pytest.raises(UserError, match="refused"):
+        launch(site, "first", "s3://runs/first", {"lr": 30}, code=code)
+    assert (tmp_path / "shared/first/job.json").exists()
 
 
 def test_a_folder_that_is_no_run_is_never_taken_for_one(tmp_path):
