@@ -29,12 +29,10 @@ def last_words(start: Start) -> tuple[str, str] | None:
 
 def lost(start: Start) -> str | None:
     """The host on which srun has lost its step in this start; ranks elsewhere are then ended by srun itself."""
-    found = _LOST.search(_log(start))
-    if found is None:
-        return None
-    begun = _BEGUN.search(_log(start))
+    log = _log(start)
+    begun, found = _BEGUN.search(log), _LOST.search(log)
     hosts = begun[1].split(",") if begun else []
-    return hosts[int(found[1])] if int(found[1]) < len(hosts) else None
+    return hosts[int(found[1])] if found and int(found[1]) < len(hosts) else None
 
 
 def _log(start: Start) -> str:

@@ -161,8 +161,8 @@ def _on_slurm(site: Site, run: str, store: str, config: dict[str, Any]) -> Job:
         arguments = (config, store, site.signal_delay_s, site.gpus_per_node, site.time_limit_min)
         submitted = executor.submit(rank.run, *arguments)
     except submitit.core.utils.FailedJobError as error:
-        kept_out = f" (kept out for failures: {', '.join(hosts)})" if (hosts := _excluded(site)) else ""
-        raise UserError(f"SITE={site.name}: SLURM refused the job{kept_out}: {' '.join(str(error).split())}") from None
+        kept_off = f" (kept off {hosts})" if (hosts := executor.parameters.get("exclude")) else ""
+        raise UserError(f"SITE={site.name}: SLURM refused the job{kept_off}: {' '.join(str(error).split())}") from None
     return Job(run, site.run_dir(run), store, submitted.job_id)
 
 

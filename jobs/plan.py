@@ -13,7 +13,7 @@ from data_shards.order import Order
 from data_shards.order_limits import divisors
 from data_shards.store import Store
 from jobs import estimate
-from jobs.estimate import Duration, Speed
+from jobs.estimate import Duration, Held, Speed
 from jobs.launch import script_text
 from jobs.reasons import Reasons
 from jobs.site import Site
@@ -61,16 +61,16 @@ class Plan:
 
 def make_plan(config: Config, site: Site, run: str = "run", images_s: float | None = None) -> Plan:
     """Raises UserError with a line for each reason why it cannot work. images_s: speed to assume, of all ranks."""
-    reasons = Reasons()
-    reasons.lines += _wrong_without_data(config, site)
+    reasons, held = Reasons(), estimate.held(config)
+    reasons.lines += _wrong_without_data(config, site, held)
     found = reasons.ask(lambda: _open(config))
     if found is not None:
         sample_bytes, order, config = found
         reasons.lines += _wrong_with_data(config, site, sample_bytes, order)
     reasons.refuse()
     rate = estimate.speed(config, site, images_s)
-    figures = [*_learning(config, site, sample_bytes, order), *_spending(config, site, sample_bytes, order, rate)]
-    figures += _memory(config, site, sample_bytes, order)
+    figures = [*_learning(config, site, sample_bytes, order), *_spending(config, site, sample_bytes, order, rate, held)]
+    figures += _memory(config, site, sample_bytes, order, held)
     return Plan(config, tuple(figures), script_text(site, run, f"{config.store}/{run}"))
 
 
@@ -82,7 +82,7 @@ def _open(config: Config) -> tuple[float, Order, Config]:
     return shards.mean_bytes, order, filled
 
 
-def _wrong_without_data(config: Config, site: Site) -> Iterator[str]:
+def _wrong_without_data(config: Config, site: Site, held: Held) -> Iterator[str]:
     lanes, ranks, where = config.data.lanes, site.ranks, f"SITE={site.name}"
     if lanes % ranks:
         near = sorted(sorted(divisors(lanes), key=lambda n: abs(n - ranks))[:3])
@@ -94,10 +94,9 @@ def _wrong_without_data(config: Config, site: Site) -> Iterator[str]:
         )
     if 0 < site.gpus_per_node < site.ranks_per_node:
         yield f"{where}: ranks_per_node: {site.ranks_per_node} ranks for {site.gpus_per_node} GPUs; one each at most"
-    size = estimate.held(config).device
-    if site.gpu_memory_gb is not None and size > site.gpu_memory_gb * 2**30:
+    if site.gpu_memory_gb is not None and held.device > site.gpu_memory_gb * 2**30:
         yield (
-            f"model.trunk: {config.model.trunk} takes {_bytes(size)} of each GPU before any image, {where}: "
+            f"model.trunk: {config.model.trunk} takes {_bytes(held.device)} of each GPU before any image, {where}: "
             f"gpu_memory_gb is {site.gpu_memory_gb:g}; a model is not split among GPUs: choose a smaller one"
         )
     if site.signal_delay_s >= 60 * site.time_limit_min:
@@ -154,7 +153,9 @@ def _learning(config: Config, site: Site, sample_bytes: float, order: Order) -> 
     yield Figure(group, "learning rate", rates[1], f"{text}, to {rates[2]:g}")
 
 
-def _spending(config: Config, site: Site, sample_bytes: float, order: Order, rate: Speed | None) -> Iterator[Figure]:
+def _spending(
+    config: Config, site: Site, sample_bytes: float, order: Order, rate: Speed | None, held: Held
+) -> Iterator[Figure]:
     group, steps = "TAKES", config.train.length(order)
     yield Figure(
         group, "ranks", site.ranks, f"{site.nodes} nodes x {site.ranks_per_node} = {site.ranks}, SITE={site.name}"
@@ -162,7 +163,7 @@ def _spending(config: Config, site: Site, sample_bytes: float, order: Order, rat
     read = steps * order.batch_size * sample_bytes
     flow = f", {_bytes(rate.images_s * sample_bytes)}/s of all ranks" if rate else ""
     yield Figure(group, "bytes read", int(read), f"{_bytes(read)} from the store{flow}")
-    size, every = estimate.held(config).checkpoint, config.checkpoint.every_steps
+    size, every = held.checkpoint, config.checkpoint.every_steps
     kept = min(config.checkpoint.keep, -(-steps // every))
     how_often = f", {every * order.batch_size / rate.images_s / 60:,.0f} min" if rate else ""
     text = f"{_bytes(size)} every {every:,} steps{how_often}; the last {kept} are kept, {_bytes(kept * size)}"
@@ -194,11 +195,10 @@ def _time(site: Site, takes: Duration) -> Iterator[Figure]:
         yield Figure(group, "money", price, f"{price:,.0f} at {site.price_per_gpu_hour:g} a GPU-hour")
 
 
-def _memory(config: Config, site: Site, sample_bytes: float, order: Order) -> Iterator[Figure]:
+def _memory(config: Config, site: Site, sample_bytes: float, order: Order, held: Held) -> Iterator[Figure]:
     """Of the model; then of samples that wait for their step: two windows a lane, as far as prefetch_bytes allows."""
-    size = estimate.held(config).device
-    text = f"{_bytes(size)} a rank before any image: weights, optimizer, gradients and a copy of them"
-    yield Figure("HOLDS ON ITS DEVICE", "device bytes", size, text)
+    text = f"{_bytes(held.device)} a rank before any image: weights, optimizer, gradients and a copy of them"
+    yield Figure("HOLDS ON ITS DEVICE", "device bytes", held.device, text)
     shown = sorted(sorted(divisors(order.lanes), key=lambda n: abs(n - site.ranks))[:TABLE_ROWS])
     for ranks in shown:
         lanes, each = order.lanes // ranks, min(site.ranks_per_node, ranks)

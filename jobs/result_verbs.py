@@ -68,12 +68,10 @@ def replay(options: argparse.Namespace) -> int:
     from jobs.site import ROOT
     from pipeline.replay import replay as again
     from pipeline.report.replay_page import write_replay
-    from pipeline.run import read_config
 
-    store = run_folder(options)
     page = Path(options.to) if options.to else ROOT / "var" / f"replay-{_name(options)}-{options.step}.html"
-    found = again(store, options.step, options.device, progress())
-    write_replay(page, found, read_config(store).augment)
+    found = again(run_folder(options), options.step, options.device, progress())
+    write_replay(page, found)
     say(*found.lines(), f"page: {page}")
     return 1 if found.same_batch is False or found.same_crops is False else 0
 

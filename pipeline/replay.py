@@ -20,13 +20,13 @@ from data_shards.removed import Removed, read_removed
 from data_shards.store import Store
 from pipeline import commit
 from pipeline.agreement import batch_hash
-from pipeline.augment import draw
+from pipeline.augment import AugmentSettings, draw
 from pipeline.config import Config
 from pipeline.journal import read_events, read_metrics
 from pipeline.loader import Batch, LoaderSettings, render
 from pipeline.pixels import digests
 from pipeline.run import open_data, read_config, read_record
-from pipeline.seen import name_of
+from pipeline.seen import name_of, quarantine
 
 SHOWN = 32  # images, from all lanes alike
 
@@ -60,6 +60,7 @@ class Replayed:
     same_batch: bool | None
     same_crops: bool | None
     device: str
+    augment: AugmentSettings  # of the run
     shown: tuple[Shown, ...]
 
     def lines(self) -> list[str]:
@@ -96,7 +97,7 @@ def replay(store: Store, step: int, device: str = "auto", progress: Progress = q
         batch, own = _lane(known, lane, step - 1, settings, per_lane)
         batches.append(batch)
         shown += own
-    return _compared(store.url, step, row, order, batches, shown[:SHOWN])
+    return _compared(store.url, step, row, config.augment, batches, shown[:SHOWN])
 
 
 @dataclass(frozen=True)
@@ -139,19 +140,19 @@ def _shown(shards: ShardSet, samples: list[Sample], crops: list[Tensor]) -> Iter
 def _bad(store: Store, step: int) -> set[int]:
     """The samples that the run had found bad by then, as far as a checkpoint tells."""
     newest = next(iter(commit.committed(commit.survey(store))), None)
-    entries = commit.read_manifest(store, newest).extra["quarantine"] if newest is not None else []
-    return {int(sample) for sample, found, _ in entries if int(found) < step}
+    known = quarantine(store, newest) if newest is not None else {}
+    return {sample for sample, found in known.items() if found < step}
 
 
 def _removed(store: Store, shards: ShardSet, row: dict[str, Any] | None) -> Removed:
     """What the attempt that did the step had been told to leave out; without its row, the last attempt."""
     told = [event for event in read_events(store) if event["event"] == "removed"]
     own = [event for event in told if row is None or event["attempt"] == row["run"]["attempt"]]
-    return read_removed(shards, own[-1]["lists"]) if own and any(own[-1]["lists"]) else Removed()
+    return read_removed(shards, own[-1]["lists"]) if own else Removed()
 
 
 def _compared(
-    url: str, step: int, row: dict[str, Any] | None, order: Order, batches: list[Batch], shown: list[Shown]
+    url: str, step: int, row: dict[str, Any] | None, augment: AugmentSettings, batches: list[Batch], shown: list[Shown]
 ) -> Replayed:
     per_lane = [batch_hash(batch.ids, range(n, n + 1), step - 1) for n, batch in enumerate(batches)]
     result = row["result"] if row is not None else {}
@@ -165,6 +166,7 @@ def _compared(
         replaced=sum(batch.replaced for batch in batches),
         same_batch=same["batch_hash"],
         same_crops=same["crop_hash"],
-        device=str(batches[0].crops[0].device) if batches else "",
+        device=str(batches[0].crops[0].device),
+        augment=augment,
         shown=tuple(shown),
     )

@@ -80,11 +80,15 @@ def seen(store: Store, asked: str, progress: Progress = quiet) -> Seen:
     newest = next(iter(commit.committed(commit.survey(store))), None)
     if newest is None:
         raise UserError(f"{store.url}: no checkpoint yet, so there are no weights that have learnt from anything")
-    bad = {int(sample): int(step) for sample, step, _ in commit.read_manifest(store, newest).extra["quarantine"]}
-    history = History(shards, order, newest.step, bad, _attempts(store, newest))
+    history = History(shards, order, newest.step, quarantine(store, newest), _attempts(store, newest))
     ids = _ids(shards, asked, progress)
     images = tuple(_sighting(history, sample) for sample in ids)
     return Seen(store.url, asked, newest.step, images, tuple(_notes(history, record, config.results(), ids)))
+
+
+def quarantine(store: Store, place: commit.Place) -> dict[int, int]:
+    """The samples that a run had found bad by a checkpoint: of each, the order's first step that knew it."""
+    return {int(sample): int(step) for sample, step, _ in commit.read_manifest(store, place).extra["quarantine"]}
 
 
 @dataclass(frozen=True)

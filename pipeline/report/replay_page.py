@@ -10,7 +10,7 @@ from pipeline.report.markup import Markup, element
 from pipeline.report.pictures import crop_strips
 
 
-def write_replay(path: Path, replayed: Replayed, augment: AugmentSettings) -> None:
+def write_replay(path: Path, replayed: Replayed) -> None:
     """Write the page: one file, complete in itself."""
     path.parent.mkdir(parents=True, exist_ok=True)
     title = f"{replayed.run.rpartition('/')[2]}, step {replayed.step:,}"
@@ -22,7 +22,7 @@ def write_replay(path: Path, replayed: Replayed, augment: AugmentSettings) -> No
         figures(_figures(replayed)),
     )
     told = "Each image whole, then its crops as the trunk got them."
-    pictures = element("div", *(_picture(shown, augment) for shown in replayed.shown), class_="crops")
+    pictures = element("div", *(_picture(shown, replayed.augment) for shown in replayed.shown), class_="crops")
     images = element("section", element("h2", "Images"), element("p", told), pictures)
     write_document(path, title, (head, images), ("style.css",))
 

@@ -13,7 +13,6 @@ from data_shards.pack import PackSettings, pack
 from data_shards.removed import remove
 from data_shards.store import Store
 from jobs.cli import main
-from pipeline.config import Config
 from pipeline.journal import read_metrics
 from pipeline.replay import replay
 from pipeline.report.replay_page import write_replay
@@ -77,7 +76,7 @@ def test_what_is_not_the_same_is_told(trained: Trained, tmp_path: Path) -> None:
 def test_the_page_shows_images_of_all_lanes_and_needs_nothing_else(trained: Trained, tmp_path: Path) -> None:
     found = replay(trained.store, 3, "cpu")
     page = tmp_path / "new" / "page.html"
-    write_replay(page, found, Config.model_validate(trained.values).augment)
+    write_replay(page, found)
     text = page.read_text()
     assert text.count("<img ") == len(found.shown) == 16
     assert {shown.lane for shown in found.shown} == {0, 1}
