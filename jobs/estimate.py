@@ -1,54 +1,24 @@
-"""What a run will take, before it runs: bytes of a checkpoint, images a second, restarts, days.
+"""What a run will take, before it runs: images a second, restarts, days.
 
 What cannot be computed is taken from earlier runs of the same site, or assumed; each figure says which.
 """
 
 import json
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from torch import Tensor, nn
 
 from jobs.site import Site
 from jobs.start import attempt_files, read_lines
 from pipeline.config import Config
-from pipeline.optim import build_optimizer, optimizer_tensors
-from pipeline.regnet import RegNet
-from pipeline.swav import ASSIGNING, Head, Prototypes
 
 TAIL_BYTES = 256 * 1024  # of metrics: some hundred rows
 FEW_ROWS = 5  # say nothing of a run's speed
 RESTART_S = 300.0  # from the end of a start to the next one's first new step: queue, imports, checkpoint, first window
-
-
-@dataclass(frozen=True)
-class Held:
-    """Bytes. checkpoint: weights, optimizer, queue. device: what each rank's holds before any image: the same, the
-    gradients, and the copy of them that a step of the optimizer makes."""
-
-    checkpoint: int
-    device: int
-
-
-def held(config: Config) -> Held:
-    """What the tensors of a run take. Nothing is allocated (torch's meta device)."""
-    with torch.device("meta"):
-        trunk = RegNet(config.model)
-        head = Head(trunk.width, config.swav)
-        net = nn.ModuleList([trunk, head, Prototypes(head.width, config.swav)])
-        optimizer = optimizer_tensors(net, build_optimizer(net, config.optim))
-    queue_bytes = 4 * ASSIGNING * config.swav.queue * head.width
-    checkpoint = queue_bytes + _sum_bytes([*net.state_dict().values(), *optimizer.values()])
-    return Held(checkpoint, checkpoint + 2 * _sum_bytes(net.parameters()))
-
-
-def _sum_bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(int(tensor.numel()) * int(tensor.element_size()) for tensor in tensors)
 
 
 @dataclass(frozen=True)
@@ -95,6 +65,7 @@ def _measured(config: Config, site: Site) -> Iterator[Speed]:
 def _computed(config: dict[str, Any]) -> str:
     """What a step's time depends on."""
     parts = [config["model"], config["augment"]["crops"], config["train"]["precision"], config["data"]["batch"]]
+    parts.append(config["efficiency"].get("activation_checkpointing", False))  # runs of before had none
     return json.dumps(parts, sort_keys=True)
 
 

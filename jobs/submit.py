@@ -12,8 +12,8 @@ from data_shards.store import Denied, Store, Unavailable
 from jobs import slurm
 from jobs.daemons import wait_until
 from jobs.doctor_store import put_and_get
+from jobs.feasible import CHECK_SECONDS, feasible
 from jobs.launch import launch
-from jobs.plan import CHECK_SECONDS, make_plan
 from jobs.reasons import Reasons
 from jobs.runs import Job, state
 from jobs.site import ROOT, Site
@@ -59,7 +59,7 @@ def _keep_code(job: Job, store: Store) -> None:
 def check(config: Config, site: Site, run: str, runs: Store) -> None:
     """Raise UserError with all that can be known to fail before anything is spent. runs: the folder of all runs."""
     run_dir, store, reasons = site.run_dir(run), runs.at(run), Reasons()
-    if _answers(runs, reasons) and reasons.ask(lambda: make_plan(config, site, run)) is not None:
+    if _answers(runs, reasons) and reasons.ask(lambda: feasible(config, site)) is not None:
         reasons.ask(lambda: _check_same(config, store))
     reasons.ask(lambda: _check_free(site, run, run_dir, store.url))
     if not reasons.lines:

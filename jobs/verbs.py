@@ -88,6 +88,14 @@ def duration(seconds: float) -> str:
     return " ".join(parts[:2])
 
 
+def bytes_text(number: float) -> str:
+    """In words, to three figures: 17.2 GB."""
+    for unit, size in (("PB", 1e15), ("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f} bytes"
+
+
 def progress() -> ProgressLine:
     """How a verb that takes a while shows that it goes on."""
     return ProgressLine()

@@ -36,9 +36,16 @@ class Net(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.trunk = RegNet(config.model)
+        self.trunk = RegNet(config.model, config.efficiency.activation_checkpointing)
         self.head = Head(self.trunk.width, config.swav)
         self.prototypes = Prototypes(self.head.width, config.swav)
+
+    def forward(self, crops: list[Tensor]) -> Tensor:
+        """crops: one (B, n, 3, s, s) for each size -> (B, V, D), L2-normalised, views in the order of the crops."""
+        features = [self.trunk(c.flatten(0, 1)).unflatten(0, c.shape[:2]) for c in crops]
+        views = torch.cat(features, dim=1)
+        embeddings: Tensor = self.head(views.flatten(0, 1)).unflatten(0, views.shape[:2])
+        return embeddings
 
 
 class SwAV(pl.LightningModule):
@@ -68,17 +75,10 @@ class SwAV(pl.LightningModule):
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         return replace(batch, crops=[crops.to(device, non_blocking=True) for crops in batch.crops])
 
-    def embed(self, crops: list[Tensor]) -> Tensor:
-        """crops: one (B, n, 3, s, s) for each size -> (B, V, D), L2-normalised, views in the order of the crops."""
-        features = [self.net.trunk(c.flatten(0, 1)).unflatten(0, c.shape[:2]) for c in crops]
-        views = torch.cat(features, dim=1)
-        embeddings: Tensor = self.net.head(views.flatten(0, 1)).unflatten(0, views.shape[:2])
-        return embeddings
-
     def loss(self, crops: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The loss (section 3.1), the assigning views' embeddings (B, 2, D), scores (B, 2, K) and codes (2, B, K)."""
         settings, prototypes = self.config.swav, self.net.prototypes
-        embeddings = self.embed(crops)
+        embeddings = self.net(crops)
         scores = prototypes(embeddings)
         assigning = embeddings[:, :ASSIGNING].detach()
         with torch.no_grad():

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from data_shards.section import Section
 
@@ -119,10 +120,15 @@ class ModelSettings(Section):
 
 
 class RegNet(nn.Module):
-    """A trunk. Attributes: `width`, the channels of its features; `stages`, what it was built from."""
+    """A trunk. Attributes: `width`, the channels of its features; `stages`, what it was built from.
 
-    def __init__(self, settings: ModelSettings) -> None:
+    activation_checkpointing: backward computes each block again from what entered it, as SEER did: another forward's
+    time for less memory, and the same gradients to the bit.
+    """
+
+    def __init__(self, settings: ModelSettings, activation_checkpointing: bool = False) -> None:
         super().__init__()
+        self.activation_checkpointing = activation_checkpointing
         shape = settings.shape()
         self.stages = shape.stages()
         self.width = self.stages[-1].width
@@ -137,8 +143,17 @@ class RegNet(nn.Module):
         """images: (N, 3, H, W), any size; channels_last is faster. Returns (N, width), the mean over all places."""
         features = functional.relu(self.stem(images), inplace=True)
         for number in range(1, len(self.stages) + 1):
-            features = self.get_submodule(f"s{number}")(features)
+            for block in self.get_submodule(f"s{number}").children():
+                features = self._through(block, features)
         return features.mean((2, 3))
+
+    def _through(self, block: nn.Module, features: Tensor) -> Tensor:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            # it draws no random numbers whose state would have to be put back
+            left: Tensor = checkpoint(block, features, use_reentrant=False, preserve_rng_state=False)
+        else:
+            left = block(features)
+        return left
 
 
 class ConvNorm(nn.Module):

@@ -13,6 +13,7 @@ from data_shards.index import Manifest
 from data_shards.store import Store
 from jobs import estimate
 from jobs.cli import main
+from jobs.device_memory import held_bytes
 from jobs.plan import make_plan
 from jobs.site import ROOT, Site
 from pipeline.config import Config, load
@@ -65,11 +66,25 @@ def test_a_model_that_no_gpu_of_the_site_holds_is_refused_before_one_is_spent(tm
     where = site(tmp_path, nodes=64, ranks_per_node=8, gpus_per_node=8, gpu_memory_gb=80)
     config = load(SEER, [f"data.url={url}"])
     said = values(config, where)
-    assert 16e9 < said["device_bytes"] < 30e9  # four numbers of 4 bytes for each of its 1.4 billion parameters
+    assert 16e9 < said["model_bytes"] < 18e9  # three numbers of 4 bytes for each of its 1.4 billion parameters
+    assert said["device_bytes"] == said["model_bytes"] + said["step_bytes"]
     with pytest.raises(
-        UserError, match=r"regnety_10b takes 1\d\d GB of each GPU .* gpu_memory_gb is 80; a model is not"
+        UserError,
+        match=r"regnety_10b takes 1\d\d GB before any image of each GPU, .* is 80; a model is not",
     ):
         make_plan(load(SEER, [f"data.url={url}", "model.trunk=regnety_10b"]), where)
+
+
+def test_a_step_that_no_gpu_of_the_site_holds_is_refused_with_what_would_make_it_fit(tmp_path):
+    url = put_set(tmp_path, 10**9, 120_000)
+    v100 = site(tmp_path, nodes=64, ranks_per_node=8, gpus_per_node=8, gpu_memory_gb=32)
+    with pytest.raises(UserError, match=r"a step of 16 images with regnety_2560 takes .* GB of each GPU") as refused:
+        make_plan(load(SEER, [f"data.url={url}"]), v100)
+    (hint,) = re.findall(r'SET="(.*?)" takes', str(refused.value))
+    fits = values(load(SEER, [f"data.url={url}", hint]), v100)  # as it did in the paper
+    assert fits["device_bytes"] < 32e9
+    with pytest.raises(UserError, match=r"gpu_memory_gb is 20; more ranks have fewer images each$"):
+        make_plan(load(SEER, [f"data.url={url}", hint]), v100.model_copy(update={"gpu_memory_gb": 20}))
 
 
 def test_failures_cost_a_restart_and_half_of_what_lies_between_two_checkpoints():
@@ -87,7 +102,7 @@ def test_the_bytes_of_a_checkpoint_are_those_of_the_trainers_own_state(optimizer
     made = module.configure_optimizers()
     module.optimizers = lambda use_pl_optimizer=True: made  # type: ignore[method-assign,assignment]
     state = module.state()
-    assert estimate.held(config).checkpoint == sum(t.numel() * t.element_size() for t in state.values())
+    assert held_bytes(config, 1).checkpoint == sum(t.numel() * t.element_size() for t in state.values())
 
 
 def test_all_that_cannot_work_is_said_at_once_a_line_each(tmp_path):

@@ -261,6 +261,41 @@ def test_after_a_stop_no_further_batch_is_trained() -> None:
     assert different(record.states[-1], copy(module.state())) == []
 
 
+# ---- activation checkpointing
+
+CHECKPOINTED = {"efficiency": {"activation_checkpointing": True}}
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_activation_checkpointing_changes_no_bit(
+    optim: dict[str, Any], precision: Literal["32-true", "bf16-mixed"]
+) -> None:
+    batches = [batch(step) for step in range(STEPS)]
+    plain = train(swav(**optim), batches, precision=precision)
+    again = train(swav(**optim, **CHECKPOINTED), batches, precision=precision)
+    assert again.results == plain.results
+    assert different(again.states[-1], plain.states[-1]) == []
+
+
+def test_activation_checkpointing_keeps_what_enters_the_blocks_and_nothing_from_inside_them() -> None:
+    def kept(module: SwAV) -> set[tuple[int, ...]]:
+        shapes = set()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.add(tuple(t.shape)) or t, lambda t: t):
+            module.net(batch(0).crops)
+        return shapes
+
+    block = swav().net.trunk.get_submodule("s2").b1.conv1
+    inside = (2 * B, block.conv.out_channels, 8, 8)
+    assert inside in kept(swav())
+    assert inside not in kept(swav(**CHECKPOINTED))
+
+
+def test_where_nothing_is_learned_nothing_is_computed_again() -> None:
+    module = swav(**CHECKPOINTED)
+    with torch.no_grad():
+        assert not module.net(batch(0).crops).requires_grad
+
+
 # ---- a step that is not finite
 
 
@@ -330,7 +365,7 @@ def test_the_loss_is_the_papers_over_the_modules_embeddings_with_the_queue_joine
     crops = batch(6).crops
     with torch.no_grad():
         loss, assigning, _, codes = module.loss(crops)
-        embeddings = module.embed(crops).double().numpy()
+        embeddings = module.net(crops).double().numpy()
     prototypes = module.net.prototypes.weight.detach().double().numpy()
     settings = module.config.swav
     scores = embeddings @ prototypes.T

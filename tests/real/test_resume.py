@@ -112,6 +112,7 @@ def test_a_preempted_run_saves_at_the_step_where_it_stops_and_goes_on_from_there
     (saved,) = [e for e in events if e["event"] == "stopped"]
     assert saved["step"] == stopped["step"]
     assert 0 < saved["seconds"] < 60
+    config["efficiency"]["activation_checkpointing"] = True  # may change at any start, and changes nothing
     second = start(config, run_dir, 2)
     assert second.wait() == [0, 0], second.tails()
     (resumed,) = [e for e in read_events(Store(f"{runs}/preempted")) if e["event"] == "resumed"]

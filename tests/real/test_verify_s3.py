@@ -97,5 +97,5 @@ def dead(pid: int) -> bool:
     """Gone, or a zombie that nobody waits for."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return True

@@ -1,0 +1,94 @@
+"""What a rank's device has to hold, found by a step on tensors without memory (torch's fake ones)."""
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, UntypedStorage
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pipeline.config import Config
+from pipeline.module import Net
+from pipeline.optim import build_optimizer, optimizer_tensors
+from pipeline.swav import ASSIGNING
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes, as torch's allocator hands them out; what cuDNN and NCCL take comes on top.
+
+    checkpoint: weights, optimizer, queue. model: the same and the gradients. step: what a step adds to that at most:
+    activations, or the copy of the gradients that the optimizer makes.
+    """
+
+    checkpoint: int
+    model: int
+    step: int
+
+    @property
+    def device(self) -> int:
+        return self.model + self.step
+
+
+def held_bytes(config: Config, ranks: int) -> Held:
+    """Of each of so many ranks. Nothing is computed, and no memory taken."""
+    with FakeTensorMode():
+        net = Net(config)
+        optimizer = optimizer_tensors(net, build_optimizer(net, config.optim))
+        checkpoint = _bytes([*net.state_dict().values(), *optimizer.values()])
+        checkpoint += 4 * ASSIGNING * config.swav.queue * net.head.width
+        gradients = _bytes(net.parameters())
+        step = max(gradients, _working_bytes(net, config, max(1, config.data.batch // ranks)))
+    return Held(checkpoint, checkpoint + gradients, step)
+
+
+def _working_bytes(net: Net, config: Config, images: int) -> int:
+    """The most that is there at once of what a forward and a backward over so many images make."""
+    for parameter in net.parameters():
+        parameter.grad = torch.empty_like(parameter)  # DDP's, which are there all the time
+    gradients = [parameter.grad for parameter in net.parameters() if parameter.grad is not None]
+    half = config.train.precision == "bf16"
+    with _Living([*net.state_dict().values(), *gradients]) as living:
+        crops = [torch.empty(images, c.count, c.size, c.size, 3).movedim(-1, 2) for c in config.augment.crops]
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss = net.prototypes(net(crops)).float().log_softmax(-1).mean()
+        loss.backward()
+    return int(living.most)
+
+
+class _Living(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch's __init_subclass__
+    """Bytes of the tensors that are made under it, while they are there; `most`: the most of them at once.
+
+    there: tensors of before, whose memory is not counted when something is made that lies in it.
+    """
+
+    def __init__(self, there: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.most = 0
+        self._now = 0
+        self._known = {weakref.ref(tensor.untyped_storage()): 0 for tensor in there}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, Tensor):
+                self._add(leaf.untyped_storage())
+        self.most = max(self.most, self._now)
+        return made
+
+    def _add(self, storage: UntypedStorage) -> None:
+        known = weakref.ref(storage, self._drop)
+        if known not in self._known:
+            self._known[known] = storage.nbytes()
+            self._now += storage.nbytes()
+
+    def _drop(self, gone: weakref.ref[UntypedStorage]) -> None:
+        self._now -= self._known.pop(gone, 0)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

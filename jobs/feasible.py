@@ -1,0 +1,118 @@
+"""Whether a run can work at all, asked before anything is spent; what cannot is refused, all reasons at once.
+
+Needs the store, for the manifest of the shards, and no SLURM.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from data_shards.order import Order
+from data_shards.order_limits import divisors
+from data_shards.store import Store
+from jobs.device_memory import Held, held_bytes
+from jobs.reasons import Reasons
+from jobs.site import Site
+from jobs.verbs import bytes_text
+from pipeline.config import Config
+from pipeline.run import open_data
+
+CHECK_SECONDS = 20.0  # how long a store that does not answer is asked again before a run is refused
+
+
+class Feasible(NamedTuple):
+    """sample_bytes: on average; config: filled in; held: None where the site does not tell its GPUs' memory."""
+
+    sample_bytes: float
+    order: Order
+    config: Config
+    held: Held | None
+
+
+def feasible(config: Config, site: Site) -> Feasible:
+    """Raises UserError with a line for each reason why the run cannot work there."""
+    reasons = Reasons()
+    reasons.lines += _wrong_without_data(config, site)
+    held = held_bytes(config, site.ranks) if site.gpu_memory_gb is not None else None
+    if held is not None:
+        reasons.lines += _too_large(config, site, held)
+    found = reasons.ask(lambda: _open(config))
+    if found is not None:
+        sample_bytes, order, config = found
+        reasons.lines += _wrong_with_data(config, site, sample_bytes, order)
+    reasons.refuse()
+    return Feasible(sample_bytes, order, config, held)
+
+
+def _open(config: Config) -> tuple[float, Order, Config]:
+    """Bytes of a sample on average, the order, the config filled in."""
+    for source in config.data.sets:
+        Store(source.url).check()  # gives up sooner than a read would
+    shards, order, filled = open_data(config, CHECK_SECONDS)
+    return shards.mean_bytes, order, filled
+
+
+def _wrong_without_data(config: Config, site: Site) -> Iterator[str]:
+    lanes, ranks, where = config.data.lanes, site.ranks, f"SITE={site.name}"
+    if lanes % ranks:
+        near = sorted(sorted(divisors(lanes), key=lambda n: abs(n - ranks))[:3])
+        fitting = max(1, round(lanes / ranks)) * ranks
+        hint = f', or SET="data.lanes={fitting}" in a new run' if config.data.batch % fitting == 0 else ""
+        yield (
+            f"data.lanes: {lanes} does not divide among {ranks} ranks ({where}: {site.nodes} nodes x "
+            f"{site.ranks_per_node}); {', '.join(map(str, near))} ranks would{hint}"
+        )
+    if 0 < site.gpus_per_node < site.ranks_per_node:
+        yield f"{where}: ranks_per_node: {site.ranks_per_node} ranks for {site.gpus_per_node} GPUs; one each at most"
+    if site.signal_delay_s >= 60 * site.time_limit_min:
+        yield f"{where}: signal_delay_s: {site.signal_delay_s} is not below the time limit, {site.time_limit_min} min"
+
+
+def _too_large(config: Config, site: Site, held: Held) -> Iterator[str]:
+    """What a GPU of the site cannot hold, and what would make it fit."""
+    assert site.gpu_memory_gb is not None
+    if held.device <= site.gpu_memory_gb * 2**30:
+        return
+    there = f"of each GPU, SITE={site.name}: gpu_memory_gb is {site.gpu_memory_gb:g}"
+    if held.model > site.gpu_memory_gb * 2**30:
+        yield (
+            f"model.trunk: {config.model.trunk} takes {bytes_text(held.model)} before any image {there}; a model is "
+            f"not split among GPUs: choose a smaller one"
+        )
+        return
+    images, hint = config.data.batch // site.ranks, ""
+    if not config.efficiency.activation_checkpointing:
+        again = config.efficiency.model_copy(update={"activation_checkpointing": True})
+        other = held_bytes(config.model_copy(update={"efficiency": again}), site.ranks)
+        hint = (
+            f'SET="efficiency.activation_checkpointing=true" takes {bytes_text(other.device)} and a third more time; '
+        )
+    yield (
+        f"model.trunk: a step of {images} images with {config.model.trunk} takes {bytes_text(held.device)} {there}; "
+        f"{hint}more ranks have fewer images each"
+    )
+
+
+def _wrong_with_data(config: Config, site: Site, sample_bytes: float, order: Order) -> Iterator[str]:
+    if config.train.length(order) < 1:
+        yield f"train.epochs: {config.train.epochs:g} is less than one step of {order.batch_size} images"
+    if order.lanes % site.ranks:
+        return
+    window = int(order.lanes // site.ranks * order.window_samples * sample_bytes)
+    if window > config.reader.prefetch_bytes:
+        yield (
+            f"reader.prefetch_bytes: {config.reader.prefetch_bytes:,} bytes are too few for a window of each "
+            f"of a rank's {order.lanes // site.ranks} lanes; "
+            f'SET="reader.prefetch_bytes={window}" would do, or more ranks'
+        )
+    node = node_bytes(config, site.ranks_per_node, order.lanes / site.ranks, order, sample_bytes)
+    if site.memory_gb is not None and node > site.memory_gb * 2**30:
+        yield (
+            f"SITE={site.name}: memory_gb: {site.memory_gb:g} is too little for {site.ranks_per_node} ranks that hold "
+            f"{bytes_text(node)} of samples; fewer data.window_chunks, a smaller reader.prefetch_bytes, or more nodes"
+        )
+
+
+def node_bytes(config: Config, ranks: int, lanes: float, order: Order, sample_bytes: float) -> float:
+    """Bytes of samples that a node's ranks hold, with so many lanes each."""
+    windows = 2 * lanes * order.window_samples * sample_bytes
+    return float(ranks * min(windows, config.reader.prefetch_bytes))

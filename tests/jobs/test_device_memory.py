@@ -1,0 +1,57 @@
+"""What is said of a device's memory, against what torch's allocator hands out in a real step."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from jobs.device_memory import held_bytes
+from pipeline.config import Config, load
+from pipeline.module import Net
+
+IMAGES = 16
+
+
+def config(**changed: str) -> Config:
+    sets = {"data.batch": IMAGES, "data.lanes": 4, "swav.queue": 0, **changed}
+    return load("conf/demo.yaml", [f"{key}={value}" for key, value in sets.items()])
+
+
+def most_allocated(config: Config) -> int:
+    """Bytes at once, of what a step makes on this machine's CPU."""
+    torch.manual_seed(0)
+    net = Net(config)
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    crops = [torch.rand(IMAGES, c.count, c.size, c.size, 3) for c in config.augment.crops]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
+        taken = [each.clone().movedim(-1, 2) for each in crops]
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16"):
+            loss = net.prototypes(net(taken)).float().log_softmax(-1).mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+    now = most = 0
+    events: Any = measured.profiler.kineto_results.events()  # type: ignore[union-attr]
+    for event in events:
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+def test_a_step_takes_what_was_said(precision: str, checkpointing: str) -> None:
+    changed = config(**{"train.precision": precision, "efficiency.activation_checkpointing": checkpointing})
+    assert held_bytes(changed, 1).step == pytest.approx(most_allocated(changed), rel=0.03)
+
+
+def test_ranks_share_the_images_and_not_the_model() -> None:
+    alone, shared = held_bytes(config(), 1), held_bytes(config(), 4)
+    assert (shared.checkpoint, shared.model) == (alone.checkpoint, alone.model)
+    assert shared.step == pytest.approx(alone.step / 4, rel=0.1)
+
+
+def test_the_optimizer_copies_the_gradients_where_that_is_more_than_a_step_takes() -> None:
+    few = config(**{"swav.prototypes": "100000"})
+    assert held_bytes(few, IMAGES).step >= 4 * 100_000 * 128
