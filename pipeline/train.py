@@ -10,8 +10,8 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -61,6 +61,12 @@ class Launch:
     stop_budget_s: float = 60.0  # from the signal to the end: save, upload, commit
     requeue: Callable[[], None] | None = field(default=None, compare=False)
     hung: Callable[[Exception], None] | None = field(default=None, compare=False)  # must end the process; in a thread
+
+
+class OutOfMemory(UserError):
+    """The device is full, of this run or of what else is on it."""
+
+    passing = True
 
 
 def run_rank(config: Config, launch: Launch) -> Outcome:
@@ -163,7 +169,8 @@ class Session:
             opened.callback(loader.close)
             watch = Watch(self, module, loader, found)
             opened.callback(watch.close)
-            self._trainer(watch).fit(module, loader)
+            with _memory_explained(self.config):
+                self._trainer(watch).fit(module, loader)
             return self._leave(module.step, watch)
 
     def _claim(self, config: Config) -> Run:
@@ -432,6 +439,18 @@ class Watch(pl.Callback):
         quiet = max(config.swav.freeze_prototypes_steps, config.optim.warmup_steps)
         wandb_id, prototypes = session.record.wandb_id, config.swav.prototypes
         return Monitor(session.run, config.monitor, config.dump(), wandb_id, prototypes, quiet)
+
+
+@contextmanager
+def _memory_explained(config: Config) -> Iterator[None]:
+    """Where a GPU is full, say what would make the step fit."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        less = 'SET="efficiency.activation_checkpointing=true" takes less, for more time and the same results; '
+        hint = "" if config.efficiency.activation_checkpointing else less
+        said = " ".join(str(error).split())
+        raise OutOfMemory(f"the GPU is full; {hint}more ranks have fewer images each: {said}") from error
 
 
 def _leave_hung(why: Exception) -> None:

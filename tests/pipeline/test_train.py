@@ -236,6 +236,38 @@ def test_more_ranks_than_a_process_may_open_files_for_are_refused_in_words(tiles
         _join(Config.model_validate(config(tiles, tmp_path)), launch)
 
 
+FULL = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB\nof which 1 is free."
+
+
+def out_of_memory(rank: int, values: dict[str, Any], folder: str) -> list[str]:
+    """What is said of a GPU that is full at the second step, without and with activation checkpointing."""
+
+    def full(module: SwAV, crops: list[torch.Tensor]) -> Any:
+        if module.step == 1:
+            raise torch.OutOfMemoryError(FULL)  # as torch does; there need be no GPU here
+        return loss(module, crops)
+
+    loss, SwAV.loss = SwAV.loss, full  # type: ignore[method-assign]
+    said = []
+    for checkpointing in (False, True):
+        efficiency = {"activation_checkpointing": checkpointing}
+        launch = Launch(folder, f"{values['store']}/full", 0, 0, 1, 1, "127.0.0.1", 0)
+        session = Session(Config.model_validate({**values, "efficiency": efficiency}), launch, StopRequest())
+        with closing(session.watchdog), pytest.raises(UserError) as error:
+            session.train()
+        assert error.value.passing  # what else is on that GPU may have gone by the next start
+        said.append(str(error.value))
+    return said
+
+
+def test_a_gpu_that_is_full_is_told_in_one_line_with_what_needs_less(tiles: str, tmp_path: Path) -> None:
+    ((plain, checkpointing),) = distributed.run(1, out_of_memory, config(tiles, tmp_path), str(tmp_path / "full"))
+    end = "more ranks have fewer images each: " + FULL.replace("\n", " ")
+    assert checkpointing == f"the GPU is full; {end}"
+    assert plain.startswith('the GPU is full; SET="efficiency.activation_checkpointing=true" takes less')
+    assert plain.endswith(end)
+
+
 def rows(values: dict[str, Any], name: str) -> list[dict[str, Any]]:
     return [row["result"] for row in read_metrics(Store(f"{values['store']}/{name}"))]
 
