@@ -6,7 +6,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 FARSEER := $(BIN)/farseer
-PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal -q -rs
+PYTEST := $(BIN)/python -m pytest --dist worksteal -q -rs
 
 CONF ?= conf/demo.yaml
 RUN ?=
@@ -50,12 +50,12 @@ demo: .venv/stamp slurm ## the whole product on this machine, in about six minut
 
 .PHONY: test
 test: .venv/stamp slurm ## every test, with a real S3 server and a real SLURM
-	@$(PYTEST) -m "not slow"
-	@$(PYTEST) -m slow
+	@$(PYTEST) -n 2 -m "not slow"
+	@$(PYTEST) -n 3 -m slow # of which a third waits, most of the time, for SLURM
 
 .PHONY: test-fast
 test-fast: .venv/stamp ## what one runs while working: under three minutes
-	@$(PYTEST) -m "not slow"
+	@$(PYTEST) -n 2 -m "not slow"
 
 .PHONY: lint
 lint: .venv/stamp ## style, types, and the direction of imports

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -83,9 +83,7 @@ def ranks_killed(trial: Trial) -> str:
 def node_killed(trial: Trial) -> str:
     """A node's slurmd, its steps' daemons and its tasks, at once; SLURM notices by its silence."""
     moment, victim = _now(trial), trial.rng.choice(trial.ranks()).host
-    for process in [_record(trial).running[victim], *on_node(victim, trial.job.id)]:
-        with suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGKILL)
+    kill_at_once([_record(trial).running[victim], *on_node(victim, trial.job.id)])
     return f"{moment}, {victim}"
 
 
@@ -231,6 +229,14 @@ def _without_controller(trial: Trial) -> Iterator[None]:
         yield
     finally:
         cluster.start_slurm(trial.scene.slurm.directory, trial.scene.settings)
+
+
+def kill_at_once(victims: Sequence[Process]) -> None:
+    """As when a machine loses its power: none of them sees another one go, and tells."""
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for process in victims:
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, number)
 
 
 def on_node(node: str, job: str) -> list[Process]:

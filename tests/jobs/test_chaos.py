@@ -14,10 +14,10 @@ import pytest
 
 from data_shards.errors import UserError
 from jobs.chaos.campaign import Row, campaign, draw, line, table
-from jobs.chaos.faults import FAULTS, on_node
+from jobs.chaos.faults import FAULTS, kill_at_once, on_node
 from jobs.chaos.proxy import CUT_BYTES, Proxy
 from jobs.chaos.trial import Trial
-from jobs.daemons import wait_until
+from jobs.daemons import Process, wait_until
 
 BODY = bytes(5 * CUT_BYTES)
 
@@ -44,6 +44,27 @@ def proxy() -> Iterator[Proxy]:
     proxy.close()
     server.shutdown()
     server.server_close()
+
+
+def test_what_dies_with_a_node_does_not_live_to_tell_of_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step's daemon that saw its script die told SLURM that the job had ended."""
+    told, script = tmp_path / "told", tmp_path / "script"
+    daemon = subprocess.Popen(["sh", "-c", f"sleep 60 & echo $! > {script}; wait; echo it died > {told}"])
+    assert wait_until(lambda: script.exists() and script.read_text().endswith("\n"), 10)
+    victims = [Process.of(int(script.read_text())), Process.of(daemon.pid)]
+    kill = os.kill
+
+    def slowly(pid: int, number: int) -> None:
+        kill(pid, number)
+        wait_until(told.exists, 0.3)
+
+    monkeypatch.setattr(os, "kill", slowly)
+    kill_at_once([victim for victim in victims if victim])
+    daemon.wait()
+    assert not told.exists()
+    assert not any(victim and victim.running() for victim in victims)
 
 
 def ask(proxy: Proxy, timeout_s: float = 20.0) -> bytes:
