@@ -100,6 +100,10 @@ compact: .venv/stamp ## erase the bytes of what was removed from the shard set D
 seen: .venv/stamp ## whether RUN= has learnt from the image KEY= (a key, source or sha256), and at which steps
 	@$(if $(KEY),,$(error say which image: make seen KEY=000012-000345 RUN=name))$(FARSEER) seen "$$KEY" $(run_option) $(site_option) $(call flag,JSON,json)
 
+.PHONY: config
+config: .venv/stamp ## every key of a config, a site, a packing: its default, and what it means (KEY=optim JSON=1)
+	@$(FARSEER) config --key "$$KEY" $(call flag,JSON,json)
+
 .PHONY: plan
 plan: .venv/stamp ## what a run would do and cost, or why it cannot (CONF= SITE= SET= IMAGES_PER_S= JSON=1)
 	@$(FARSEER) plan "$(CONF)" $(site_option) --set "$$SET" $(if $(RUN),--run "$(RUN)") $(if $(IMAGES_PER_S),--images-per-s "$(IMAGES_PER_S)") $(call flag,JSON,json)

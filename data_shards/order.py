@@ -59,7 +59,7 @@ BLOCK_STEPS = 4  # batches computed at a time: a numpy call costs as much as tho
 class DataSource(Section):
     """One of several shard sets."""
 
-    url: str
+    url: str  # of the shard set
     weight: PositiveFloat = 1.0  # its share of the samples is weight / sum of the weights
 
 

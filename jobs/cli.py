@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from data_shards.errors import UserError
+from jobs.config_verb import config_verb
 from jobs.curate_verbs import curate_verbs
 from jobs.result_verbs import result_verbs
 from jobs.run_verbs import run_verbs
@@ -38,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     verbs = root.add_subparsers(title="verbs", required=True, metavar="VERB")
     shard_verbs(verbs)
     curate_verbs(verbs)
+    config_verb(verbs)
     run_verbs(verbs)
     result_verbs(verbs)
     options = add_verb(verbs, "demo", demo, "the whole product on this machine, in about six minutes")

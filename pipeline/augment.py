@@ -32,9 +32,9 @@ _YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.
 class CropSettings(Section):
     """A crop size of the multi-crop: `count` square crops of `size` pixels from `scale` of the image's area."""
 
-    size: PositiveInt
+    size: PositiveInt  # pixels of a side
     count: PositiveInt
-    scale: tuple[float, float]
+    scale: tuple[float, float]  # of the image's area
 
     @model_validator(mode="after")
     def _scale_is_a_range(self) -> Self:

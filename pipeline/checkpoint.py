@@ -33,7 +33,7 @@ from pipeline.sender import POLL_S, Save, Sender
 class CheckpointSettings(Section):
     """How often a run is saved and what is kept."""
 
-    every_steps: PositiveInt = 1000
+    every_steps: PositiveInt = 1000  # between two saves
     keep: Annotated[int, Field(ge=2)] = 3  # the last ones; the newest may turn out to be damaged
     keep_every: PositiveInt | None = None  # for ever: those whose step this divides; evaluated ones stay anyway
     local_dir: str | None = None  # on the node's own disk; by default in the run's folder

@@ -74,9 +74,9 @@ class EfficiencySettings(Section):
 
 
 class Config(Section):
-    """The root: one section a module. `store` is the folder of all runs."""
+    """The root: one section a module."""
 
-    store: str = "s3://runs"
+    store: str = "s3://runs"  # the folder of all runs
     data: DataSettings
     reader: ReaderSettings = ReaderSettings()
     loader: LoaderSettings = LoaderSettings()
@@ -288,15 +288,16 @@ def _explain(source: _Source, name: str, error: Any) -> str:
 
 
 def _valid_keys(loc: Sequence[str | int]) -> str:
-    model: type[BaseModel] = Config
+    model: type[Section] = Config
     for part in loc[:-1]:
         if isinstance(part, str) and part in model.model_fields:
-            model = _section_in(model.model_fields[part].annotation) or model
+            model = section_in(model.model_fields[part].annotation) or model
     near = difflib.get_close_matches(str(loc[-1]), model.model_fields, n=1)
     return f"valid: {', '.join(model.model_fields)}" + (f"; did you mean {near[0]}?" if near else "")
 
 
-def _section_in(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+def section_in(annotation: Any) -> type[Section] | None:
+    """The section that a field's annotation is or holds, as in `tuple[CropSettings, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
-    return next((found for inner in get_args(annotation) if (found := _section_in(inner))), None)
+    return next((found for inner in get_args(annotation) if (found := section_in(inner))), None)

@@ -40,7 +40,7 @@ class MonitorSettings(Section):
     log_every: PositiveInt = 10  # steps between measurements of prototype usage
     upload_seconds: PositiveFloat = 30.0  # between uploads of rows that no checkpoint took along
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online with a key, else offline
-    project: str = "farseer"
+    project: str = "farseer"  # W&B's, as is the entity
     entity: str | None = None
     collapse_band: PositiveFloat = 0.005  # a mean loss no further below ln K (relative) is a collapse
     collapse_window: PositiveInt = 100  # steps

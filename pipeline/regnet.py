@@ -79,7 +79,7 @@ class ModelSettings(Section):
 
     affects_results: ClassVar[bool] = True
 
-    trunk: str = "regnety_016"  # a name of TRUNKS, or "custom" with the numbers below
+    trunk: str = "regnety_016"  # regnety_002 to regnety_2560, or custom, which the five numbers make
     w_0: PositiveInt | None = Field(None, multiple_of=8)
     w_a: NonNegativeFloat | None = None
     w_m: float | None = Field(None, gt=1)

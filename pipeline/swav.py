@@ -27,15 +27,15 @@ class SwAVSettings(Section):
 
     affects_results: ClassVar[bool] = True
 
-    prototypes: Annotated[int, Field(ge=2)] = 3000
+    prototypes: Annotated[int, Field(ge=2)] = 3000  # K
     head: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (2048, 128)  # widths of its layers, the last is D
     head_norm: bool = True  # batch norm after each hidden layer
     epsilon: PositiveFloat = 0.05  # of the entropy that spreads samples over prototypes; smaller is sharper
     iterations: PositiveInt = 3  # Sinkhorn's
     temperature: PositiveFloat = 0.1  # of the predictions
     queue: NonNegativeInt = 0  # earlier samples that join Sinkhorn, of all ranks, for each assigning view
-    queue_from_step: NonNegativeInt = 0
-    freeze_prototypes_steps: NonNegativeInt = 313
+    queue_from_step: NonNegativeInt = 0  # and when it is full
+    freeze_prototypes_steps: NonNegativeInt = 313  # of the start, in which they stay as they are
 
 
 @torch.no_grad()
