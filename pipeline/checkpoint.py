@@ -132,6 +132,10 @@ class Checkpointer:
         self._known_step = place.step
         self._sender.settle(place.step, lambda step: False)
 
+    def tidy(self, timeout_s: float) -> None:
+        """Return when what the last save has made superfluous is deleted, or when the time is over."""
+        self._sender.tidy(time.monotonic() + timeout_s)
+
     def newest(self) -> Found | None:
         """The checkpoint to go on from: highest step, then highest attempt, with this fingerprint and its bytes whole.
 

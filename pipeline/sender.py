@@ -61,6 +61,7 @@ class Sender:
         self._saves: list[Save] = []  # not known to be committed
         self._writer: threading.Thread | None = None
         self._sender: threading.Thread | None = None
+        self._retaining = False
         self.damaged: set[Place] = set()
         self.committed_step: int | None = None
         self.failure: Exception | None = None  # what training must not go on with
@@ -119,6 +120,11 @@ class Sender:
         if save.failed and save.error is not None:
             raise save.error
         return save.sent
+
+    def tidy(self, deadline: float) -> None:
+        """Return when nothing is being deleted after a commit, or at the deadline (monotonic)."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._retaining, deadline - time.monotonic())
 
     def _write(self, save: Save, tensors: dict[str, Tensor]) -> None:
         try:
@@ -181,13 +187,18 @@ class Sender:
             return
         manifest = self._commit(save) if save.part.rank == 0 else None
         with self._changed:
-            save.sent = not save.dropped
+            save.sent, self._retaining = not save.dropped, manifest is not None
             self.committed_step = save.place.step if manifest else self.committed_step
             self._changed.notify_all()
         if manifest:
             size = sum(file.size for file in manifest.files)
             self._tell("committed", step=save.place.step, seconds=time.monotonic() - save.started, bytes=size)
-            self._retain(save)
+            try:
+                self._retain(save)
+            finally:
+                with self._changed:
+                    self._retaining = False
+                    self._changed.notify_all()
 
     def _commit(self, save: Save) -> commit.Manifest | None:
         """Wait for the parts of the other ranks, then put the manifest; None when the save was dropped meanwhile."""

@@ -275,6 +275,7 @@ class Session:
         if self.request.asked_s is not None:
             self._event("stopped", step=step, seconds=round(self.request.asked_s, 1))
         if outcome == "finished":
+            self.checkpoints.tidy(deadline - time.monotonic())
             self._event("finished", step=step)
         requeue = self.launch.requeue if outcome == "preempted" else None
         if requeue is not None:

@@ -340,6 +340,22 @@ def test_the_last_ones_are_kept_and_an_older_one_goes_only_after_a_newer_is_comm
     assert log.index(deletions[0]) > log.index(f"put checkpoints/{cause}/MANIFEST.json")
 
 
+def test_a_run_that_ends_leaves_no_more_than_it_keeps(tmp_path: Path) -> None:
+    attempt, allowed = Attempt(tmp_path, keep=2).commit(1).commit(2), threading.Event()
+
+    def slowly(line: str) -> None:
+        if line.startswith("delete"):
+            allowed.wait(20)
+
+    attempt.store.fail = slowly
+    attempt.commit(3)
+    attempt.checkpoints.tidy(0.1)  # no longer than it may
+    assert len(folders(tmp_path)) == 3
+    threading.Timer(0.2, allowed.set).start()
+    attempt.checkpoints.tidy(20)
+    assert folders(tmp_path) == ["step-000000002-a1", "step-000000003-a1"]
+
+
 def test_every_mth_and_those_that_were_evaluated_stay_for_ever(tmp_path: Path) -> None:
     attempt = Attempt(tmp_path, keep=2, keep_every=4)
     attempt.store.put("eval/step-000000002.json", b"{}")
