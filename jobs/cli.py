@@ -106,6 +106,8 @@ def supervise(options: argparse.Namespace) -> int:
             options.signal_delay_s,
             options.max_cycles,
         )
+    if options.setup:
+        start.fail(0, supervise.SetupFailed(options.setup, options.exit))
     store = Store(options.store, retry_seconds=supervise.STORE_S)
     decision = supervise.after(start, options.exit, store, options.max_cycles)
     sys.stderr.write(f"farseer: {decision.action}: {decision.reason}\n")
@@ -124,6 +126,7 @@ def _supervise_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--store", default="")
     for name, default in (("exit", 0), ("ranks", 1), ("gpus", 0), ("time-limit-min", 60), ("signal-delay-s", 60)):
         options.add_argument(f"--{name}", type=int, default=default)
+    options.add_argument("--setup", help="the command of the site's setup that has failed, so that no rank was started")
     options.add_argument("--max-cycles", type=int, default=3)
     options.add_argument("--exclude-hours", type=float, default=12.0)
     options.add_argument("--exclude", help="hosts that the site keeps its jobs off")

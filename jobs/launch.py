@@ -10,7 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from jobs.runs import Job
 from jobs.site import CARRIED, INHERITED, ROOT, SECRETS, Site, export_lines
 from jobs.start import cancel_marker, note
 
+BASH = "/bin/bash"  # as submitit's scripts have it
 PACKAGES = ("data_shards", "pipeline", "jobs")
 
 
@@ -59,24 +60,27 @@ def batch_script(site: Site, run_dir: Path, store: str) -> tuple[list[str], list
     if site.executor == "local":
         told = f"--ranks {site.ranks} --gpus {site.gpus_per_node} --time-limit-min {site.time_limit_min}"
         told += f" --signal-delay-s {site.signal_delay_s} --max-cycles {site.max_cycles} --store {shlex.quote(store)}"
-        return [*head, "export FARSEER_JOB=local-$$", f"exec {supervise} serve {told}"], []
+        at_once = f"--max-cycles 0 --store {shlex.quote(store)}"
+        setup = guarded(site.setup, f'{supervise} after --exit "$1" --setup "$2" {at_once}')
+        return [*head, "export FARSEER_JOB=local-$$", *setup, f"exec {supervise} serve {told}"], []
+    told = f"--max-cycles {site.max_cycles} --exclude-hours {site.exclude_hours:g} --store {shlex.quote(store)}"
+    told += f" --exclude {shlex.quote(kept_out)}" if (kept_out := _exclude_of(site)) else ""
+    told += f" --constraint {shlex.quote(site.constraint)}" if site.constraint else ""
     slurm_head = [
         f"unset {' '.join(SECRETS)}",  # a login profile may have set them; the job's come from files
         *head,
         "export FARSEER_JOB=$SLURM_JOB_ID FARSEER_START=${SLURM_RESTART_COUNT:-0}",
+        *guarded(site.setup, f'{supervise} after --exit "$1" --setup "$2" {told}'),
         "export MASTER_ADDR=${MASTER_ADDR:-$SLURMD_NODENAME}",  # this script runs on the first node, as rank 0 does
         f'echo "{START_LINE} $FARSEER_START of job $FARSEER_JOB on $(scontrol show hostnames | paste -sd,)"',
         f"MASTER_PORT=$({supervise} before) || exit 2",
         "export MASTER_PORT",
     ]
-    told = f"--max-cycles {site.max_cycles} --exclude-hours {site.exclude_hours:g} --store {shlex.quote(store)}"
-    told += f" --exclude {shlex.quote(kept_out)}" if (kept_out := _exclude_of(site)) else ""
-    told += f" --constraint {shlex.quote(site.constraint)}" if site.constraint else ""
     return slurm_head, [f"{supervise} after --exit $? {told}"]
 
 
 def exports(site: Site, run_dir: Path) -> list[str]:
-    """The shell lines that lead the ranks to code, run and store, and those of the site."""
+    """The shell lines that lead the ranks to code, run and store."""
     threads = {"OMP_NUM_THREADS": str(site.cpus_per_rank)}
     network = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), site.interface) if site.interface else {}
     hidden = {} if site.gpus_per_node else {"CUDA_VISIBLE_DEVICES": ""}  # a site without GPUs, whatever its nodes have
@@ -84,10 +88,22 @@ def exports(site: Site, run_dir: Path) -> list[str]:
     # srun hands on what is set here, not only what sbatch was told to take along
     handed = {"SLURM_EXPORT_ENV": "ALL"} if site.executor == "slurm" else {}
     store_at = {name: os.environ[name] for name in CARRIED if name in os.environ}
-    return [
-        *export_lines({**handed, **fixed, **threads, **hidden, **network, **store_at, **site.environment}),
-        *site.setup,
-    ]
+    return export_lines({**handed, **fixed, **threads, **hidden, **network, **store_at, **site.environment})
+
+
+def guarded(setup: Sequence[str], failed: str) -> list[str]:
+    """A site's shell lines, for bash; the first command of them that fails ends the script with exit code 2.
+
+    failed: what is run then, with the command's exit code as $1 and its line as $2.
+    """
+    if not setup:
+        return []
+    function = f"farseer_setup() {{ {failed}; exit 2; }}"
+    told = 'farseer_setup $? "$(sed -n ${LINENO}p "$0")"'
+    trap = (
+        f"trap '[ ${{#BASH_SOURCE[@]}} -gt 1 ] || {told}' ERR"  # of what a line sources, only the last command counts
+    )
+    return [function, trap, *setup, "trap - ERR"]
 
 
 def slurm_executor(site: Site, run: str, store: str) -> submitit.SlurmExecutor:
@@ -171,7 +187,7 @@ def _on_this_machine(site: Site, run: str, store: str, config: dict[str, Any]) -
     lines, _ = batch_script(site, run_dir, store)
     script = run_dir / "logs" / "local.sh"
     script.write_text("\n".join([f"cd {shlex.quote(str(run_dir / 'snapshot'))}", *lines]) + "\n")
-    process = daemons.spawn(["/bin/sh", str(script)], os.environ, run_dir / "logs" / "local.log")
+    process = daemons.spawn([BASH, str(script)], os.environ, run_dir / "logs" / "local.log")
     return Job(run, run_dir, store, f"local-{process.pid}", process)
 
 

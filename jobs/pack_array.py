@@ -5,6 +5,7 @@ node is requeued and goes on where it was; so does the whole, when the same comm
 """
 
 import json
+import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from data_shards.progress import Progress, quiet
 from data_shards.store import Store
 from data_shards.work import pack_groups
 from jobs import slurm
-from jobs.launch import exports, sbatch_options, write_snapshot
+from jobs.launch import exports, guarded, sbatch_options, write_snapshot
 from jobs.site import INHERITED, ROOT, Site
 from jobs.verbs import ProgressLine
 
@@ -82,7 +83,7 @@ def _submit(site: Site, folder: Path, dst: Store, plan: Plan, workers: int, code
         signal_delay_s=site.signal_delay_s,
         array_parallelism=workers,
         stderr_to_stdout=True,
-        setup=exports(site, folder),
+        setup=[*exports(site, folder), *guarded(site.setup, _setup_failed(errors))],
         srun_args=["--open-mode=append", f"--cpus-per-task={site.cpus_per_rank}"],
         additional_parameters={
             "requeue": True,
@@ -101,6 +102,12 @@ def _submit(site: Site, folder: Path, dst: Store, plan: Plan, workers: int, code
     number = str(jobs[0].job_id).partition("_")[0]
     (folder / "array.json").write_text(json.dumps({"job": number}))
     return number
+
+
+def _setup_failed(errors: Path) -> str:
+    """The shell line by which a task tells of a site's setup that fails, as `Task` does of what a user can mend."""
+    said = "the site's setup: $2 failed on $SLURMD_NODENAME (exit code $1)"
+    return f'echo "{said}" | tee {shlex.quote(str(errors))}/setup-$SLURM_JOB_ID >&2'
 
 
 def _at_work(folder: Path) -> str | None:

@@ -69,7 +69,7 @@ class Site(Section):
     exclude_hours: PositiveFloat = 12.0  # a host to blame for two failed starts is kept out for so long
     interface: str | None = None  # network interface of the collectives
     python: str | None = None  # a command, by default the Python that submits; `apptainer exec img python` is one too
-    setup: tuple[str, ...] = ()  # shell lines before the ranks start, such as `module load cuda`
+    setup: tuple[str, ...] = ()  # shell lines before the ranks, as `module load cuda`; one that fails ends the start
     environment: dict[str, str] = Field(default_factory=dict)  # here and in the job: AWS_PROFILE, SLURM_CONF, ...
     extra: dict[str, str | int | bool] = Field(default_factory=dict)  # more sbatch options, without the dashes
     # for `plan` alone:

@@ -27,6 +27,15 @@ class Decision:
     reason: str
 
 
+class SetupFailed(UserError):
+    """A command of the site's `setup` failed; on another node, or later, it may not."""
+
+    passing = True
+
+    def __init__(self, command: str, exit_code: int) -> None:
+        super().__init__(f"the site's setup: `{command}` failed ({_in_words(exit_code)}), so nothing was started")
+
+
 def decide(
     exit_code: int,
     outcome: Outcome | None,

@@ -8,7 +8,7 @@ import yaml
 
 from data_shards.errors import UserError
 from jobs import launch as launching
-from jobs.launch import batch_script, launch, slurm_executor
+from jobs.launch import batch_script, guarded, launch, slurm_executor
 from jobs.site import CARRIED, Site
 from jobs.start import events
 
@@ -47,8 +47,12 @@ export OMP_NUM_THREADS=12
 export GLOO_SOCKET_IFNAME=ib0
 export NCCL_SOCKET_IFNAME=ib0
 export AWS_PROFILE=farseer
-module load cuda/13
 export FARSEER_JOB=$SLURM_JOB_ID FARSEER_START=${SLURM_RESTART_COUNT:-0}
+farseer_setup() { /env/bin/python -m jobs.cli supervise after --exit "$1" --setup "$2" --max-cycles 3 \
+--exclude-hours 12 --store s3://runs/first --exclude node9 --constraint h200; exit 2; }
+trap '[ ${#BASH_SOURCE[@]} -gt 1 ] || farseer_setup $? "$(sed -n ${LINENO}p "$0")"' ERR
+module load cuda/13
+trap - ERR
 export MASTER_ADDR=${MASTER_ADDR:-$SLURMD_NODENAME}
 echo "farseer: start $FARSEER_START of job $FARSEER_JOB on $(scontrol show hostnames | paste -sd,)"
 MASTER_PORT=$(/env/bin/python -m jobs.cli supervise before) || exit 2
@@ -107,6 +111,34 @@ def test_the_batch_script_is_valid_shell(site):
     executor = slurm_executor(site, "first", "s3://runs/first")
     text = executor._make_submission_file_text(executor._submitit_command_str, "0")
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+
+
+@pytest.mark.parametrize(
+    ("setup", "failing"),
+    [
+        (("true", "module load cuda"), "module load cuda"),
+        (("cd /", "test -d /nowhere || exit_is_not_needed", "touch reached"), "test -d /nowhere || exit_is_not_needed"),
+        (("source sourced", "source sourced 5"), "source sourced 5"),
+        (("if true", "then false 'it is'", "fi"), "then false 'it is'"),
+    ],
+)
+def test_the_first_command_of_a_setup_that_fails_ends_the_script_and_is_told(tmp_path, setup, failing):
+    told = guarded(setup, f'printf "%s %s" "$1" "$2" > {tmp_path}/told')
+    script, sourced = tmp_path / "script", tmp_path / "sourced"
+    sourced.write_text("false\nreturn ${1:-0}\n")
+    script.write_text("\n".join(["module() { echo unknown; return 7; }", *told, f"touch {tmp_path}/started"]))
+    assert subprocess.run(["bash", script], cwd=tmp_path, check=False).returncode == 2
+    assert (tmp_path / "told").read_text().partition(" ")[2] == failing
+    assert files(tmp_path) == ["script", "sourced", "told"]
+
+
+def test_a_setup_that_succeeds_changes_nothing_of_what_follows(tmp_path):
+    setup = ("false || true", "if false; then exit 9; fi", "export A=1")
+    script = "\n".join([*guarded(setup, "touch told"), "false", 'echo "$A" > after'])
+    subprocess.run(["bash"], input=script, text=True, cwd=tmp_path, check=True)
+    assert (tmp_path / "after").read_text() == "1\n"
+    assert not (tmp_path / "told").exists()
+    assert guarded((), "touch told") == []
 
 
 def test_only_named_variables_of_the_submitter_travel_and_no_secret_stands_in_the_script(site, monkeypatch):

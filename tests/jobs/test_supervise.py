@@ -8,7 +8,8 @@ import pytest
 
 from data_shards.errors import UserError
 from data_shards.store import Store
-from jobs import supervise
+from jobs import slurm, supervise
+from jobs.blame import excluded
 from jobs.cli import main
 from jobs.start import Failure, Outcome, Start, cancel_marker, events, note, this_host
 from jobs.supervise import Decision, after, before, committed_step, decide, publish, stalled_starts
@@ -143,6 +144,22 @@ def test_a_requeue_that_slurm_refuses_is_told_where_one_looks(start, store, tmp_
     signal.signal(signal.SIGTERM, terminated)
     last = events(start.run_dir)[-1]
     assert (last["event"], "it is not started again: SLURM refused" in last["reason"]) == ("failed", True)
+
+
+def test_a_setup_that_fails_is_a_failed_start_which_may_be_made_again(start, store, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(slurm, "requeue_without", lambda *told: asked.append(told))
+    monkeypatch.setenv("FARSEER_RUN_DIR", str(start.run_dir))
+    monkeypatch.setenv("FARSEER_JOB", start.job)
+    told = ["supervise", "after", "--exit", "127", "--setup", "module load cuda/99", "--store", store.url]
+    assert main([*told, "--max-cycles", "2"]) == 0
+    assert len(asked) == 1
+    reason = f"rank 0 on {this_host()}: the site's setup: `module load cuda/99` failed (exit code 127)"
+    assert reason in events(start.run_dir)[-1]["reason"]
+    assert excluded(start.run_dir.parent, 12.0) == []  # a misspelt module is no node's fault
+    assert main([*told, "--max-cycles", "2"]) == 2
+    assert events(start.run_dir)[-1]["event"] == "failed"
+    assert reason in capsys.readouterr().err
 
 
 def test_nothing_of_an_older_job_of_the_same_number_passes_for_this_start(start):

@@ -95,6 +95,9 @@ def test_what_stops_a_task_is_told_by_the_command_in_one_line(site: Site, tmp_pa
     with pytest.raises(UserError, match=rf"job \d+ is over .* the same command goes on: .*{path.name}: no such file"):
         pack_array(site, store, plan, 1)
     (tmp_path / "aside").rename(path)
+    broken = site.model_copy(update={"setup": ("cd /nowhere/at/all",)})
+    with pytest.raises(UserError, match=r"the site's setup: cd /nowhere/at/all failed on node\d \(exit code 1\)"):
+        pack_array(broken, store, load_plans(store)[0], 1)
     pack_array(site, store, load_plans(store)[0], 1)
     assert Manifest.load(store).samples == 20
     assert json.loads(next(Path(site.shared_dir).glob("pack-*/array.json")).read_text())["job"].isdigit()

@@ -125,6 +125,16 @@ def test_a_preempted_job_saves_is_requeued_and_goes_on_from_there_on_two_nodes(s
     assert files_with(b"planted-secret", job.run_dir, slurms_own) == []
 
 
+def test_a_setup_that_fails_starts_no_rank_and_ends_the_job_with_its_command(scene):
+    scene.site = scene.site.model_copy(update={"setup": ("export A=1", "cd /nowhere/at/all"), "max_cycles": 1})
+    job = scene.start()
+    wait(job)
+    last = events(job.run_dir)[-1]
+    assert last["event"] == "failed", tails(job)
+    assert "the site's setup: `cd /nowhere/at/all` failed (exit code 1), so nothing was started" in last["reason"]
+    assert said(job, 0) == []
+
+
 def test_a_killed_rank_takes_the_others_along_and_the_job_is_requeued_from_its_checkpoint(scene):
     job = scene.start(die_at=12, die_from=0, die_rank=1, die_how="kill")
     wait(job)
