@@ -152,6 +152,10 @@ export: .venv/stamp ## the trunk of RUN= as a folder that timm reads (STEP= TO=f
 replay: .venv/stamp ## what RUN= saw at STEP=: images and crops, checked by the hashes of its row (TO=file.html)
 	@$(FARSEER) replay $(run_option) $(site_option) --step "$(or $(STEP),$(error say which step: make replay RUN=name STEP=1000))" $(if $(TO),--to "$(TO)")
 
+.PHONY: sync
+sync: .venv/stamp ## send to W&B what RUN= has recorded offline, as one run
+	@$(FARSEER) sync $(run_option) $(site_option)
+
 .PHONY: chaos
 chaos: .venv/stamp slurm ## N= faults against short real runs on a cluster of their own (SEED=, FAULT=)
 	@$(FARSEER) chaos --trials "$(or $(N),5)" --seed "$(or $(SEED),0)" $(if $(FAULT),--fault "$(FAULT)")

@@ -112,10 +112,10 @@ def _gpus(site: Site) -> Iterator[Finding]:
 
 def _wandb(site: Site) -> Iterator[Finding]:
     """Whether a key is to be had in the job; it is not shown."""
-    from pipeline.monitor import MonitorSettings, wandb_mode
+    from pipeline.monitor import wandb_mode
 
     in_environment = bool(os.environ.pop("WANDB_API_KEY", None)) if site.executor == "slurm" else False
-    if wandb_mode(MonitorSettings()) == "online":
+    if wandb_mode("auto") == "online":
         yield Finding("W&B", True, "a key is there: runs are shown online")
     elif in_environment:
         yield Finding("W&B", False, "WANDB_API_KEY does not travel to the job; `wandb login` puts the key into netrc")

@@ -1,11 +1,11 @@
-"""The verbs for what came of a run: evaluate, report, export, replay. Each imports what it needs when it is called."""
+"""The verbs for what came of a run: evaluate, report, export, replay, sync; each imports what it needs when called."""
 
 import argparse
 import json
 from pathlib import Path
 from typing import Any
 
-from jobs.run_verbs import run_folder, run_option
+from jobs.run_verbs import newest_job, run_folder, run_option
 from jobs.verbs import add_verb, json_option, progress, say, say_found, site_option
 
 
@@ -29,6 +29,7 @@ def result_verbs(verbs: Any) -> None:
     options.add_argument("--to", help="the page's file; by default var/replay-<run>-<step>.html")
     options.add_argument("--device", choices=("cpu", "cuda", "auto"), default="auto", help="that makes the crops")
     site_option(options)
+    site_option(run_option(add_verb(verbs, "sync", sync, "send to W&B what a run has recorded offline")))
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -74,6 +75,14 @@ def replay(options: argparse.Namespace) -> int:
     write_replay(page, found)
     say(*found.lines(), f"page: {page}")
     return 1 if found.same_batch is False or found.same_crops is False else 0
+
+
+def sync(options: argparse.Namespace) -> int:
+    from jobs.wandb_sync import send
+
+    sent = send(newest_job(options))
+    say(f"{len(sent)} sent" if sent else "all of it was sent before")
+    return 0
 
 
 def _name(options: argparse.Namespace) -> str:

@@ -204,13 +204,13 @@ class WandbRows:
     def _open(self) -> Any:
         """W&B's client; offline when there is no network to be online with."""
         self._state.parent.mkdir(parents=True, exist_ok=True)
-        mode = wandb_mode(self._settings)
+        mode = wandb_mode(self._settings.wandb)
         try:
             return self._init(mode)
         except Exception as error:
             if mode == "offline":
                 raise
-            self._run.event("W&B offline", reason=f"{_line(error)}; wandb sync sends the run later")
+            self._run.event("W&B offline", reason=f"{_line(error)}; make sync sends the run later")
             _end_service()
             return self._init("offline")
 
@@ -255,16 +255,18 @@ class WandbRows:
         partial.replace(self._state)
 
 
-def wandb_mode(settings: MonitorSettings) -> str:
-    """online, offline or disabled; `auto` is online where a key is to be had: in WANDB_API_KEY or netrc.
+def wandb_url() -> str:
+    """The server that WANDB_BASE_URL names, wandb.ai by default."""
+    return os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
 
-    In netrc it is the key of the server that WANDB_BASE_URL names, wandb.ai by default.
-    """
-    if settings.wandb != "auto":
-        return settings.wandb
+
+def wandb_mode(asked: str) -> str:
+    """online, offline or disabled; `auto` is online where there is a key: in WANDB_API_KEY, or in netrc for its url."""
+    if asked != "auto":
+        return asked
     if os.environ.get("WANDB_API_KEY"):
         return "online"
-    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
+    host = urlsplit(wandb_url()).netloc
     try:
         known = netrc.netrc(Path(os.environ.get("NETRC") or "~/.netrc").expanduser()).authenticators(host)
     except (OSError, netrc.NetrcParseError):

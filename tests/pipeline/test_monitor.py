@@ -209,16 +209,15 @@ def netrc(tmp_path: Path, host: str) -> str:
 
 
 def test_wandb_is_offline_without_a_key_and_online_with_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    auto = MonitorSettings()
-    assert wandb_mode(auto) == "offline"
+    assert wandb_mode("auto") == "offline"
     monkeypatch.setenv("NETRC", netrc(tmp_path, "api.wandb.ai"))
-    assert wandb_mode(auto) == "online"
+    assert wandb_mode("auto") == "online"
     monkeypatch.setenv("NETRC", netrc(tmp_path, "example.org"))
-    assert wandb_mode(auto) == "offline"
+    assert wandb_mode("auto") == "offline"
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
-    assert wandb_mode(auto) == "online"
+    assert wandb_mode("auto") == "online"
     for mode in ("online", "offline", "disabled"):
-        assert wandb_mode(MonitorSettings(wandb=mode)) == mode
+        assert wandb_mode(mode) == mode
 
 
 def test_the_key_of_an_own_wandb_server_counts_only_for_that_server(
@@ -226,9 +225,9 @@ def test_the_key_of_an_own_wandb_server_counts_only_for_that_server(
 ) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org:8080/")
     monkeypatch.setenv("NETRC", netrc(tmp_path, "wandb.example.org:8080"))
-    assert wandb_mode(MonitorSettings()) == "online"
+    assert wandb_mode("auto") == "online"
     monkeypatch.setenv("NETRC", netrc(tmp_path, "api.wandb.ai"))
-    assert wandb_mode(MonitorSettings()) == "offline"
+    assert wandb_mode("auto") == "offline"
 
 
 def test_without_netrc_variable_the_home_folder_is_looked_into_and_a_broken_file_is_no_key(
@@ -236,11 +235,11 @@ def test_without_netrc_variable_the_home_folder_is_looked_into_and_a_broken_file
 ) -> None:
     monkeypatch.delenv("NETRC")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert wandb_mode(MonitorSettings()) == "offline"
+    assert wandb_mode("auto") == "offline"
     Path(netrc(tmp_path, "api.wandb.ai")).rename(tmp_path / ".netrc")
-    assert wandb_mode(MonitorSettings()) == "online"
+    assert wandb_mode("auto") == "online"
     (tmp_path / ".netrc").write_text("machine without a word of sense")
-    assert wandb_mode(MonitorSettings()) == "offline"
+    assert wandb_mode("auto") == "offline"
 
 
 # ---- W&B: the real client, without a network
