@@ -19,7 +19,7 @@ from pipeline.swav import ASSIGNING
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes, as torch's allocator hands them out; what cuDNN and NCCL take comes on top.
+    """Bytes, as torch's allocator hands them out; what DALI, cuDNN and NCCL take comes on top.
 
     checkpoint: weights, optimizer, queue. model: the same and the gradients. step: what a step adds to that at most:
     activations, or the copy of the gradients that the optimizer makes.
