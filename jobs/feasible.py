@@ -83,9 +83,7 @@ def _too_large(config: Config, site: Site, held: Held) -> Iterator[str]:
     if not config.efficiency.activation_checkpointing:
         again = config.efficiency.model_copy(update={"activation_checkpointing": True})
         other = held_bytes(config.model_copy(update={"efficiency": again}), site.ranks)
-        hint = (
-            f'SET="efficiency.activation_checkpointing=true" takes {bytes_text(other.device)}, and more time; '
-        )
+        hint = f'SET="efficiency.activation_checkpointing=true" takes {bytes_text(other.device)}, and more time; '
     yield (
         f"model.trunk: a step of {images} images with {config.model.trunk} takes {bytes_text(held.device)} {there}; "
         f"{hint}more ranks have fewer images each"
