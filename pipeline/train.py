@@ -4,12 +4,10 @@ Nothing about where to resume comes from the launcher: it is found in the store.
 """
 
 import gc
-import logging
 import os
 import resource
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +17,6 @@ from typing import Any, Literal
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from pytorch_lightning.strategies import DDPStrategy
 
 from data_shards.errors import UserError
 from data_shards.reader import Reader
@@ -33,7 +30,8 @@ from pipeline.monitor import Monitor
 from pipeline.ranks import Ranks, same_removed
 from pipeline.recovery import Recovery
 from pipeline.run import Record, Run, open_data, read_record
-from pipeline.signals import RankEnvironment, StopRequest, own_signals
+from pipeline.signals import StopRequest
+from pipeline.trainer import build_trainer, quieten
 from pipeline.watchdog import Watchdog
 from pipeline.weights import fill_all, parse
 
@@ -77,7 +75,7 @@ def run_rank(config: Config, launch: Launch) -> Outcome:
     """
     request = StopRequest()
     request.install()
-    _quieten()
+    quieten()
     torch.set_num_threads(config.efficiency.torch_threads)
     torch.backends.cudnn.allow_tf32 = False  # fp32 means it; of bf16 nothing is slower
     _join(config, launch)
@@ -86,13 +84,6 @@ def run_rank(config: Config, launch: Launch) -> Outcome:
         outcome = session.train()
     dist.destroy_process_group()
     return outcome
-
-
-def _quieten() -> None:
-    """What Lightning says at each start and nobody can act on stays out of the ranks' logs."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    for text in ("The `srun` command is available", "`broadcast_buffers` is deprecated", "`isinstance\\(treespec"):
-        warnings.filterwarnings("ignore", text)
 
 
 def _join(config: Config, launch: Launch) -> None:
@@ -170,7 +161,7 @@ class Session:
             watch = Watch(self, module, loader, found)
             opened.callback(watch.close)
             with _memory_explained(self.config):
-                self._trainer(watch).fit(module, loader)
+                build_trainer(self.config, self.launch, self.request, watch).fit(module, loader)
             return self._leave(module.step, watch)
 
     def _claim(self, config: Config) -> Run:
@@ -215,40 +206,6 @@ class Session:
     def _event(self, name: str, **fields: Any) -> None:
         if self.launch.rank == 0:
             self.run.event(name, **fields)
-
-    def _trainer(self, watch: "Watch") -> pl.Trainer:
-        launch = self.launch
-        environment = RankEnvironment(
-            launch.rank,
-            launch.local_rank,
-            launch.local_world_size,
-            launch.world_size,
-            launch.master_addr,
-            launch.master_port,
-        )
-        strategy = DDPStrategy(
-            cluster_environment=environment,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-            find_unused_parameters=self.config.efficiency.deterministic,
-        )
-        trainer = pl.Trainer(
-            accelerator="gpu" if torch.cuda.is_available() else "cpu",
-            strategy=strategy,
-            devices=launch.local_world_size,
-            num_nodes=launch.world_size // launch.local_world_size,
-            precision="bf16-mixed" if self.config.train.precision == "bf16" else "32-true",
-            max_epochs=1,
-            callbacks=[watch],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            benchmark=not self.config.efficiency.deterministic,  # crops have few sizes: cuDNN's fastest way for each
-        )
-        own_signals(trainer, self.request)
-        return trainer
 
     def save(self, module: SwAV, known: list[list[Any]], bad: list[list[Any]]) -> None:
         """Start a checkpoint of the present step; training goes on once the state is copied.

@@ -9,14 +9,15 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 
 from pipeline.config import Config
 from pipeline.loader import Batch
 from pipeline.module import StepResult, SwAV
 from pipeline.optim import lr_at
-from pipeline.signals import RankEnvironment, StopRequest, own_signals
+from pipeline.signals import StopRequest
+from pipeline.train import Launch
+from pipeline.trainer import build_trainer
 
 B, LANES, K = 8, 4, 24
 STEPS = 12
@@ -128,31 +129,13 @@ def train(
     batches: Sequence[Batch],
     resume: tuple[int, State] | None = None,
     stop_after: int | None = None,
-    precision: Literal["32-true", "bf16-mixed"] = "32-true",
+    precision: Literal["fp32", "bf16"] = "fp32",
 ) -> Record:
     """Train as pipeline.train does."""
-    record = Record(resume, stop_after)
-    strategy = DDPStrategy(
-        cluster_environment=RankEnvironment(0, 0, 1, 1, "127.0.0.1", 0),
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-        find_unused_parameters=True,
-    )
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        strategy=strategy,
-        devices=1,
-        precision=precision,
-        max_epochs=1,
-        callbacks=[record],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
-    own_signals(trainer, StopRequest())
-    trainer.fit(module, Batches(batches))
+    record, launch = Record(resume, stop_after), Launch("", "", 0, 0, 1, 1, "127.0.0.1", 0)
+    settings = module.config.train.model_copy(update={"precision": precision})
+    config = module.config.model_copy(update={"train": settings})
+    build_trainer(config, launch, StopRequest(), record).fit(module, Batches(batches))
     return record
 
 
@@ -182,7 +165,7 @@ def bits(tensor: Tensor) -> Tensor:
 def test_in_bf16_the_prototypes_learn_in_fp32_all_the_same() -> None:
     module, seen = swav(swav={"freeze_prototypes_steps": 0}), list[Tensor]()
     module.net.prototypes.weight.register_hook(seen.append)
-    train(module, [batch(step) for step in range(2)], precision="bf16-mixed")
+    train(module, [batch(step) for step in range(2)], precision="bf16")
     rounded = [(gradient == gradient.bfloat16().float()).float().mean() for gradient in seen]
     assert len(rounded) == 2
     assert max(rounded) < 0.1, "a product in bf16 has no more bits than that"
@@ -266,10 +249,8 @@ def test_after_a_stop_no_further_batch_is_trained() -> None:
 CHECKPOINTED = {"efficiency": {"activation_checkpointing": True}}
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_activation_checkpointing_changes_no_bit(
-    optim: dict[str, Any], precision: Literal["32-true", "bf16-mixed"]
-) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activation_checkpointing_changes_no_bit(optim: dict[str, Any], precision: Literal["fp32", "bf16"]) -> None:
     batches = [batch(step) for step in range(STEPS)]
     plain = train(swav(**optim), batches, precision=precision)
     again = train(swav(**optim, **CHECKPOINTED), batches, precision=precision)

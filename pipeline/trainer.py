@@ -1,0 +1,57 @@
+"""Lightning's Trainer as a rank of a run has it: what is ours, such as saves, logs and signals, it leaves alone."""
+
+import logging
+import warnings
+from typing import TYPE_CHECKING
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.strategies import DDPStrategy
+
+from pipeline.config import Config
+from pipeline.signals import RankEnvironment, StopRequest, own_signals
+
+if TYPE_CHECKING:
+    from pipeline.train import Launch
+
+
+def build_trainer(config: Config, launch: "Launch", request: StopRequest, callback: pl.Callback) -> pl.Trainer:
+    """Of one rank, for one `fit`; takes the signals that `request` listens to. The process group must be there."""
+    environment = RankEnvironment(
+        launch.rank,
+        launch.local_rank,
+        launch.local_world_size,
+        launch.world_size,
+        launch.master_addr,
+        launch.master_port,
+    )
+    strategy = DDPStrategy(
+        cluster_environment=environment,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=config.efficiency.deterministic,
+    )
+    trainer = pl.Trainer(
+        accelerator="gpu" if torch.cuda.is_available() else "cpu",
+        strategy=strategy,
+        devices=launch.local_world_size,
+        num_nodes=launch.world_size // launch.local_world_size,
+        precision="bf16-mixed" if config.train.precision == "bf16" else "32-true",
+        max_epochs=1,
+        callbacks=[callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        benchmark=not config.efficiency.deterministic,  # crops have few sizes: cuDNN's fastest way for each
+    )
+    own_signals(trainer, request)
+    return trainer
+
+
+def quieten() -> None:
+    """What Lightning says at each start and nobody can act on stays out of the ranks' logs."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for text in ("The `srun` command is available", "`broadcast_buffers` is deprecated", "`isinstance\\(treespec"):
+        warnings.filterwarnings("ignore", text)
