@@ -48,10 +48,11 @@ slurm:
 demo: .venv/stamp slurm ## the whole product on this machine, in about six minutes (SRC= a folder of your photographs)
 	@$(FARSEER) demo --set "$$SET" $(if $(SRC),--src "$(SRC)")
 
+# Of three slow tests, one waits for SLURM most of the time.
 .PHONY: test
 test: .venv/stamp slurm ## every test, with a real S3 server and a real SLURM
 	@$(PYTEST) -n 2 -m "not slow"
-	@$(PYTEST) -n 3 -m slow # of which a third waits, most of the time, for SLURM
+	@$(PYTEST) -n 3 -m slow
 
 .PHONY: test-fast
 test-fast: .venv/stamp ## what one runs while working: under three minutes

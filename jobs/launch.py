@@ -100,9 +100,8 @@ def guarded(setup: Sequence[str], failed: str) -> list[str]:
         return []
     function = f"farseer_setup() {{ {failed}; exit 2; }}"
     told = 'farseer_setup $? "$(sed -n ${LINENO}p "$0")"'
-    trap = (
-        f"trap '[ ${{#BASH_SOURCE[@]}} -gt 1 ] || {told}' ERR"  # of what a line sources, only the last command counts
-    )
+    # of what a line sources, only the last command counts
+    trap = f"trap '[ ${{#BASH_SOURCE[@]}} -gt 1 ] || {told}' ERR"
     return [function, trap, *setup, "trap - ERR"]
 
 
