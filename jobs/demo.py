@@ -88,7 +88,9 @@ def demo(src: Path | None = None, overrides: str = "", var: Path = VAR) -> Figur
     )
     figures = _figures(store, config, evaluation, len(planted), packed, time.monotonic() - began)
     (var / "demo.json").write_text(json.dumps(asdict(figures), indent=2) + "\n")
-    _say(f"report: {report}", f"figures: {var / 'demo.json'}", "", _last_line(figures))
+    again = f'make submit CONF=conf/demo.yaml RUN=mine SET="data.url={bank} optim.lr=0.004"'
+    _say(f"report: {report}", f"figures: {var / 'demo.json'}", f"another recipe on the same photographs: {again}")
+    _say("", _last_line(figures))
     if not overrides and src is None and figures.trained - figures.untrained < MARGIN:
         raise UserError(
             f"the trained trunk's probe is only {figures.trained - figures.untrained:.1%} above the untrained one's, "

@@ -144,7 +144,8 @@ def _memory(config: Config, site: Site, sample_bytes: float, order: Order, held:
     yield Figure(group, "model bytes", held.model, f"{bytes_text(held.model)} a rank: weights, optimizer, gradients")
     again = ", blocks computed again backward" if config.efficiency.activation_checkpointing else ""
     yield Figure(group, "step bytes", held.step, f"{bytes_text(held.step)} more in a step of {images} images{again}")
-    text = f"{bytes_text(held.device)} as torch hands it out; DALI, cuDNN and NCCL take some GB more"
+    more = "; DALI, cuDNN and NCCL take some GB more" if site.gpus_per_node else ""
+    text = f"{bytes_text(held.device)} as torch hands it out{more}"
     yield Figure(group, "device bytes", held.device, text)
     shown = sorted(sorted(divisors(order.lanes), key=lambda n: abs(n - site.ranks))[:TABLE_ROWS])
     for ranks in shown:

@@ -1,6 +1,7 @@
 """`make demo`, short: the same path from photographs to report, with fewer steps."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -15,17 +16,26 @@ from tests.conftest import kept_environment
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
+def site_of(var: Path) -> Path:
+    return var / "cluster" / "site.yaml"
+
+
 @pytest.mark.skipif(not shutil.which("apt-get"), reason="the photographs come from Debian packages; no apt-get here")
-def test_the_demo_preempts_resumes_evaluates_and_reports(tmp_path: Path) -> None:
+def test_the_demo_preempts_resumes_evaluates_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photographs = ROOT / "var" / "photos"
     photographs.mkdir(parents=True, exist_ok=True)
     (tmp_path / "photos").symlink_to(photographs)  # downloaded once for all
     try:
         with kept_environment():
             figures = demo(overrides="train.steps=24 checkpoint.every_steps=6 monitor.wandb=disabled", var=tmp_path)
+            *_, again, _, last = capsys.readouterr().out.splitlines()
+            assert last.startswith("Shown in")
+            (sets,) = re.findall(r'make submit CONF=conf/demo.yaml RUN=mine SET="(.*)"$', again)
+            assert main(["plan", "conf/demo.yaml", "--set", sets, "--site", str(site_of(tmp_path))]) == 0
             run = json.loads(next((tmp_path / "jobs").glob("*/job.json")).read_text())["store"]
-            site = str(tmp_path / "cluster" / "site.yaml")
-            assert main(["export", "--run", run, "--site", site, "--to", str(tmp_path / "export")]) == 0
+            assert (
+                main(["export", "--run", run, "--site", str(site_of(tmp_path)), "--to", str(tmp_path / "export")]) == 0
+            )
     finally:
         cluster.down(tmp_path / "cluster")
     assert figures.preempted
