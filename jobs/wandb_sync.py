@@ -31,8 +31,10 @@ def send(job: Job) -> list[Path]:
     unsent = [folder for folder in found if not _sent(folder)]
     if unsent:
         _check_answers(wandb_url())
-        quiet = {**os.environ, "WANDB_ERROR_REPORTING": "false"}
-        subprocess.run([sys.executable, "-m", "wandb", "sync", "--yes", *map(str, unsent)], check=False, env=quiet)
+        quiet, names = {**os.environ, "WANDB_ERROR_REPORTING": "false"}, [f"wandb/{folder.name}" for folder in unsent]
+        # its log goes to wandb/ of the folder where it is called: the run's, not the user's
+        command = [sys.executable, "-m", "wandb", "sync", "--yes", *names]
+        subprocess.run(command, check=False, env=quiet, cwd=job.run_dir)
     if left := [folder.name for folder in unsent if not _sent(folder)]:
         raise UserError(f"{job.run_dir / 'wandb'}: not sent: {', '.join(left)}; the same command tries again")
     return unsent

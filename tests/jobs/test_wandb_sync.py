@@ -69,14 +69,19 @@ def recorded(job: Job) -> Path:
 
 
 @pytest.mark.slow
-def test_what_the_server_refuses_is_named_and_stays_to_be_sent(job: Job, server: str) -> None:
-    folder = recorded(job)
+def test_what_the_server_refuses_is_named_and_stays_to_be_sent(
+    job: Job, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, here = recorded(job), tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
     with pytest.raises(UserError, match=rf"not sent: {folder.name}; the same command tries again"):
         send(job)
     assert "/graphql" in Refusing.asked  # W&B's own command has asked, though it leaves with 0
     (file,) = folder.glob("*.wandb")
     file.with_name(f"{file.name}.synced").touch()  # as that command does when all has gone out
     assert send(job) == []
+    assert list(here.iterdir()) == []  # that command writes a log into the folder where it is called
 
 
 def test_nothing_recorded_no_key_and_no_server_are_a_line_each(
