@@ -27,9 +27,10 @@ def config_verb(verbs: Any) -> None:
 
 
 def config(options: argparse.Namespace) -> int:
-    found = {title: _named(groups, options.key) for title, groups in _all().items()}
+    every = _every()
+    found = {title: _named(groups, options.key) for title, groups in every.items()}
     if not any(found.values()):
-        names = [key.name for groups in _all().values() for group in groups for key in group.keys]
+        names = [key.name for groups in every.values() for group in groups for key in group.keys]
         near = ", ".join(difflib.get_close_matches(options.key, names, n=3, cutoff=0.4))
         raise UserError(f"KEY={options.key}: no key has that in its name" + (f"; near it: {near}" if near else ""))
     as_json = [
@@ -42,7 +43,7 @@ def config(options: argparse.Namespace) -> int:
     return 0
 
 
-def _all() -> "dict[str, list[Group]]":
+def _every() -> "dict[str, list[Group]]":
     from data_shards.pack import PackSettings, SourceOptions
     from jobs.keys import groups
     from jobs.site import Site

@@ -48,9 +48,9 @@ def held_bytes(config: Config, ranks: int) -> Held:
 
 def _working_bytes(net: Net, config: Config, images: int) -> int:
     """The most that is there at once of what a forward and a backward over so many images make."""
-    for parameter in net.parameters():
-        parameter.grad = torch.empty_like(parameter)  # DDP's, which are there all the time
-    gradients = [parameter.grad for parameter in net.parameters() if parameter.grad is not None]
+    gradients = [torch.empty_like(parameter) for parameter in net.parameters()]
+    for parameter, gradient in zip(net.parameters(), gradients, strict=True):
+        parameter.grad = gradient  # DDP's, which are there all the time
     half = config.train.precision == "bf16"
     with _Living([*net.state_dict().values(), *gradients]) as living:
         crops = [torch.empty(images, c.count, c.size, c.size, 3).movedim(-1, 2) for c in config.augment.crops]

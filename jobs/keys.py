@@ -38,7 +38,7 @@ class Group(NamedTuple):
 
 def groups(root: type[Section], name: str = "") -> Iterator[Group]:
     """The root's own keys as the group `name`, then a group for each of its sections."""
-    inner = {key: section for key, field in root.model_fields.items() if (section := _as_section(field.annotation))}
+    inner = {key: section for key, field in root.model_fields.items() if (section := _whole_section(field))}
     about, affects = ("", False) if inner else (_about(root), root.affects_results)
     yield Group(name, about, affects, tuple(_keys(root, "")))
     for key, section in inner.items():
@@ -49,7 +49,7 @@ def _keys(section: type[Section], prefix: str) -> Iterator[Key]:
     """Its own, and those of what its lists hold."""
     notes = _notes(section)
     for name, field in section.model_fields.items():
-        if _as_section(field.annotation):
+        if _whole_section(field):
             continue
         inner = section_in(field.annotation)
         note = "; ".join(filter(None, (_choices(field.annotation), notes.get(name, ""))))
@@ -58,8 +58,10 @@ def _keys(section: type[Section], prefix: str) -> Iterator[Key]:
             yield from _keys(inner, f"{prefix}{name}[].")
 
 
-def _as_section(annotation: Any) -> type[Section] | None:
-    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+def _whole_section(field: FieldInfo) -> type[Section] | None:
+    """The section that a field is; None for one that is something else, or a list of sections."""
+    section = section_in(field.annotation)
+    return section if section is field.annotation else None
 
 
 def _default(field: FieldInfo) -> str | None:
