@@ -29,7 +29,12 @@ def run_verbs(verbs: Any) -> None:
     options = run_option(add_verb(verbs, "submit", submit, "check everything, then start a run or go on with it"))
     _plan_options(options)
     options.add_argument("--force", action="store_true", help="go on under another config than the run began with")
-    options.add_argument("--from", dest="origin", help="begin with the weights of another run: its name, or name@step")
+    options.add_argument(
+        "--from",
+        dest="origin",
+        help="begin with the weights of another run (name, or name@step), or with a trunk's: the url or path of a file "
+        "(SEER's, timm's) or an export",
+    )
     site_option(run_option(add_verb(verbs, "resume", resume, "go on with a run that exists, under its own config")))
     options = add_verb(verbs, "status", status, "all runs: how far, how fast, what to look at")
     site_option(options)

@@ -21,7 +21,7 @@ from jobs.start import note
 from jobs.supervise import committed_step, publish
 from pipeline.config import Config
 from pipeline.run import check_same, open_data, read_record
-from pipeline.weights import point
+from pipeline.weights import check_origin, point
 
 COMPLETING_S = 60.0  # SLURM's KillWait, and what its epilogs take
 
@@ -29,13 +29,13 @@ COMPLETING_S = 60.0  # SLURM's KillWait, and what its epilogs take
 def submit(config: Config, site: Site, run: str, code: Path = ROOT, origin: str | None = None) -> Job:
     """Start a run, or go on with it. Raises UserError, with nothing written, when it cannot work.
 
-    code: the folder whose three packages the job will run. origin: another run, `name` or `name@step`, whose weights
-    this one begins with.
+    code: the folder whose three packages the job will run. origin: whose weights this one begins with: another run,
+    `name` or `name@step`, or a file or folder with a trunk's; by default what the config says.
     """
     site.activate()
     runs = Store(config.store, retry_seconds=CHECK_SECONDS)
-    if origin is not None:
-        train = config.train.model_copy(update={"start_from": point(runs, origin)})
+    if (named := origin or config.train.start_from) is not None:
+        train = config.train.model_copy(update={"start_from": point(runs, named)})
         config = config.model_copy(update={"train": train})
     check(config, site, run, runs)
     store = runs.at(run)
@@ -59,8 +59,11 @@ def _keep_code(job: Job, store: Store) -> None:
 def check(config: Config, site: Site, run: str, runs: Store) -> None:
     """Raise UserError with all that can be known to fail before anything is spent. runs: the folder of all runs."""
     run_dir, store, reasons = site.run_dir(run), runs.at(run), Reasons()
-    if _answers(runs, reasons) and reasons.ask(lambda: feasible(config, site)) is not None:
-        reasons.ask(lambda: _check_same(config, store))
+    if _answers(runs, reasons):
+        if reasons.ask(lambda: feasible(config, site)) is not None:
+            reasons.ask(lambda: _check_same(config, store))
+        if config.train.start_from is not None and committed_step(store) is None:  # later it needs them no more
+            reasons.ask(lambda: check_origin(config, CHECK_SECONDS))
     reasons.ask(lambda: _check_free(site, run, run_dir, store.url))
     if not reasons.lines:
         reasons.ask(lambda: put_and_get(store))

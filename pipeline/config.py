@@ -39,7 +39,7 @@ class TrainSettings(Section):
     images: PositiveInt | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = 0  # of the initial weights; the order and the crops have data.seed
-    start_from: str | None = None  # a checkpoint of another run, for its weights in the place of initial ones (FROM=)
+    start_from: str | None = None  # FROM=: whose weights it begins with: run@step, or a trunk's file by its url or path
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainSettings":

@@ -17,11 +17,11 @@ from data_shards.errors import UserError
 from data_shards.store import Store
 from pipeline import snapshot
 from pipeline.augment import AugmentSettings
+from pipeline.pretrained import IN_FOLDER
 from pipeline.regnet import ModelSettings
 from pipeline.run import read_config, read_record
 from pipeline.weights import trained_trunk
 
-WEIGHTS = "model.safetensors"
 UNKNOWN_TO_TIMM = ("custom", "regnety_10b")
 TIMM_STAGES = 4
 BASE = "regnety_002"  # of which those are variants, with numbers of their own
@@ -62,9 +62,9 @@ def export_run(store: Store, target: Store, step: int | None = None) -> Exported
     described["farseer"] = origin | {"fingerprint": record.fingerprint if record else None}
     _refuse_another(target, described)
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / WEIGHTS
+        file = Path(folder) / IN_FOLDER
         snapshot.write(dict(trunk.state_dict()), file)
-        target.upload(file, WEIGHTS)
+        target.upload(file, IN_FOLDER)
     target.put("config.json", json.dumps(described, indent=2).encode())
     parameters = sum(parameter.numel() for parameter in trunk.parameters())
     return Exported(target.url, store.url, place.step, config.model.trunk, parameters, trunk.width)
@@ -107,5 +107,5 @@ def _refuse_another(target: Store, described: dict[str, Any]) -> None:
         same = "config.json" in names and json.loads(target.get("config.json")) == described
     except ValueError:
         same = False
-    if not same and names - {WEIGHTS}:
+    if not same and names - {IN_FOLDER}:
         raise UserError(f"{target.url}: holds something else already; choose another TO=, or delete it first")

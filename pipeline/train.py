@@ -33,7 +33,7 @@ from pipeline.run import Record, Run, open_data, read_record
 from pipeline.signals import StopRequest
 from pipeline.trainer import build_trainer, quieten
 from pipeline.watchdog import Watchdog
-from pipeline.weights import fill_all, parse
+from pipeline.weights import begin
 
 Outcome = Literal["finished", "preempted", "terminated", "cancelled"]
 # Counters of reader and loader, of a step, and what the reader is doing.
@@ -267,9 +267,9 @@ class Watch(pl.Callback):
             self.session.checkpoints.load(self._found, self.module.state())
             self.module.step = self._found.step
         elif origin is not None:
-            run, place = parse(origin)
-            fill_all(Store(run), place, self.module.weights(), self.session.ranks, self.session.run.local)
-            self.session._event("forked", step=0, origin=origin)
+            session = self.session
+            taken = begin(session.config, self.module.weights(), session.ranks, session.run.local)
+            session._event("forked", step=0, origin=origin, weights=taken)
         gc.freeze()  # a full collection would look at 400,000 objects of libraries: 0.2 s, for which all ranks wait
 
     def on_train_batch_start(

@@ -1,14 +1,19 @@
-"""Tensors out of a checkpoint of any run: for an evaluation, an export, or as the beginning of another run."""
+"""Tensors out of a checkpoint of any run: for an evaluation, an export, or as the beginning of another run.
+
+A run may also begin with a trunk from a file made elsewhere, which pipeline.pretrained reads.
+"""
 
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch.distributed as dist
 from torch import Tensor
 
 from data_shards.errors import UserError
 from data_shards.store import Store
-from pipeline import commit
+from pipeline import commit, pretrained
 from pipeline.commit import Place
 from pipeline.config import Config
 from pipeline.ranks import Ranks
@@ -33,32 +38,66 @@ def fill(store: Store, place: Place, state: dict[str, Tensor], beside: Path | No
         saved.read_into(state)
 
 
-def fill_all(store: Store, place: Place, state: dict[str, Tensor], ranks: Ranks, beside: Path) -> None:
-    """Fill the tensors of all ranks alike: rank 0 reads the checkpoint, the others get it over the default group.
+def fill_all(read: Callable[[], None], state: Mapping[str, Tensor], ranks: Ranks) -> None:
+    """Fill the tensors of all ranks alike: `read` fills them on rank 0, the others get them over the default group.
 
-    The tensors are on the devices that this group serves. Raises UserError on all ranks.
+    The tensors are on the devices that this group serves. What `read` raises is raised on all ranks.
     """
-    ranks.together(lambda: fill(store, place, state, beside) if ranks.rank == 0 else None)
+    ranks.together(lambda: read() if ranks.rank == 0 else None)
     for tensor in state.values():
         sent = tensor.contiguous()  # groups send no other; weights may be channels_last
         dist.broadcast(sent, 0)
         tensor.copy_(sent)
 
 
-def parse(url: str) -> tuple[str, Place]:
-    """The folder of the run, and which of its checkpoints: of s3://runs/old/checkpoints/step-000001000-a1."""
+def begin(config: Config, state: dict[str, Tensor], ranks: Ranks, beside: Path) -> Literal["all", "trunk"]:
+    """Fill the network of a new run on all ranks with what `train.start_from` names; returns how much of it.
+
+    state: as SwAV.weights gives it. Of a file made elsewhere only the trunk is taken: head and prototypes are left as
+    they are. beside: a folder with room for the file. Raises UserError on all ranks.
+    """
+    origin = str(config.train.start_from)
+    if (checkpoint := parse(origin)) is not None:
+        run, place = checkpoint
+        fill_all(lambda: fill(Store(run), place, state, beside), state, ranks)
+        return "all"
+    trunk = {name.removeprefix(TRUNK): tensor for name, tensor in state.items() if name.startswith(TRUNK)}
+    fill_all(lambda: pretrained.fill(origin, trunk, config.model.trunk, beside), trunk, ranks)
+    return "trunk"
+
+
+def check_origin(config: Config, retry_seconds: float) -> None:
+    """Raise UserError where little reading shows that `begin` would. retry_seconds: for a store that is silent."""
+    origin = str(config.train.start_from)
+    if (checkpoint := parse(origin)) is None:
+        pretrained.check(origin, config.model, retry_seconds)
+        return
+    run, place = checkpoint
+    try:
+        commit.read_manifest(Store(run, retry_seconds=retry_seconds), place)
+    except commit.Damaged as error:
+        raise UserError(f"{run}/{error}") from None
+
+
+def parse(url: str) -> tuple[str, Place] | None:
+    """The folder of the run, and which of its checkpoints: of s3://runs/old/checkpoints/step-000001000-a1.
+
+    None when it is no checkpoint's url.
+    """
     run, _, name = url.rstrip("/").rpartition(f"/{commit.ROOT}/")
     place = Place.parse(name)
-    if not run or place is None:
-        raise UserError(f"train.start_from: found {url}; valid is s3://runs/<run>/{commit.ROOT}/step-<9 digits>-a<n>")
-    return run, place
+    return (run, place) if run and place else None
 
 
 def point(runs: Store, origin: str) -> str:
-    """The url of the checkpoint that `run@step` means, or `run` for its newest. runs: the folder of all runs.
+    """The url of what FROM= names: `run@step`, `run` for its newest checkpoint, a checkpoint, a file or a folder.
 
-    Raises UserError, with the steps that there are, when there is none.
+    runs: the folder of all runs. Raises UserError, with the steps that there are, when there is no such checkpoint.
     """
+    if parse(origin) is not None:
+        return origin
+    if pretrained.is_place(origin):
+        return pretrained.located(origin)
     name, _, step = origin.partition("@")
     store = runs.at(name)
     places = commit.committed(commit.survey(store))

@@ -13,7 +13,7 @@ from jobs import submit as submitting
 from jobs.runs import Job
 from jobs.site import ROOT, Site
 from jobs.start import events
-from jobs.submit import check
+from jobs.submit import check, submit
 from pipeline.config import Config, load
 
 
@@ -51,6 +51,28 @@ def test_reasons_of_config_site_and_running_job_are_said_at_once(site, tmp_path,
     assert len(lines) == 2, lines
     assert "4 does not divide among 3 ranks" in lines[0]
     assert "job local-1, is on it already" in lines[1]
+
+
+def test_a_beginning_that_is_not_there_is_refused_before_anything_is_written(site, tmp_path):
+    wanted = config(tmp_path)
+    before = files(tmp_path)
+    for origin, said in (
+        (f"{tmp_path}/seer.torch", "seer.torch: no such file; valid is a file .torch, "),
+        ("old@7", "FROM=old@7: .*/runs/old has no such checkpoint; there are: none"),
+    ):
+        with pytest.raises(UserError, match=said):
+            submit(wanted, site, "first", origin=origin)
+        with pytest.raises(UserError, match=said):
+            submit(config(tmp_path, f"train.start_from={origin}"), site, "first")
+    assert files(tmp_path) == before
+
+
+def test_a_run_that_goes_on_needs_what_it_began_with_no_more(site, tmp_path):
+    wanted = config(tmp_path, f"train.start_from=file://{tmp_path}/gone.torch")
+    with pytest.raises(UserError, match=r"gone\.torch: no such file"):
+        check(wanted, site, "first", Store(wanted.store))
+    Store(f"{wanted.store}/first").put("checkpoints/step-000000005-a1/MANIFEST.json", b"{}")
+    check(wanted, site, "first", Store(wanted.store))
 
 
 def test_a_store_that_takes_nothing_is_refused_before_anything_is_written(site, tmp_path):

@@ -159,8 +159,12 @@ def test_the_record_of_an_older_run_is_read_whatever_a_new_start_is_refused_for(
 
 
 # Learning rates at step 0, at the end of the warm-up and at the end of the run. SwAV: scripts of its repository, batch
-# 4096; SEER: arXiv 2103.01988, batch 8192.
-PUBLISHED = {"swav_regnety_160.yaml": (0.3, 4.8, 0.0048), "seer_regnety_256gf.yaml": (0.15, 9.6, 0.0096)}
+# 4096; SEER: arXiv 2103.01988, batch 8192, and for 128GF half of that, constant by the name of its weights' file.
+PUBLISHED = {
+    "swav_regnety_160.yaml": (0.3, 4.8, 0.0048),
+    "seer_regnety_256gf.yaml": (0.15, 9.6, 0.0096),
+    "seer_regnety_128gf.yaml": (0.075, 4.8, 4.8),
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -169,6 +173,17 @@ def test_the_rates_of_a_recipe_are_the_published_ones(name: str) -> None:
     moments = (0, config.optim.warmup_steps - 1, steps)
     rates = [lr_at(step, config.optim, config.data.batch, steps) for step in moments]
     assert rates == pytest.approx(PUBLISHED[name])
+
+
+@pytest.mark.parametrize("size", [32, 64, 128, 256])
+def test_the_recipes_of_seer_are_one_epoch_of_a_billion_images_through_the_trunk_of_their_name(size: int) -> None:
+    config, billion = load(Path("conf") / f"seer_regnety_{size}gf.yaml"), 10**9
+    assert config.model.trunk == f"regnety_{size}0"
+    if config.train.epochs is None:
+        assert config.train.steps is not None
+        assert config.train.steps * config.data.batch == pytest.approx(billion, rel=1e-3)
+    else:
+        assert config.train.epochs == 1
 
 
 SOURCES = "data.url=null data.sources='[{url: s3://a, weight: 3}, {url: s3://b, weight: 1}]'"

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from pytorch_lightning.trainer.states import TrainerStatus
+from safetensors.torch import save_file
 
 from data_shards.errors import UserError
 from data_shards.pack import PackSettings, pack
@@ -20,13 +21,14 @@ from pipeline import commit, snapshot
 from pipeline.batchnorm import GroupBatchNorm
 from pipeline.commit import Place
 from pipeline.config import Config
-from pipeline.journal import read_metrics
-from pipeline.module import SwAV
+from pipeline.journal import read_events, read_metrics
+from pipeline.module import Net, SwAV
 from pipeline.ranks import Ranks
+from pipeline.regnet import RegNet
 from pipeline.run import open_data
 from pipeline.signals import StopRequest
 from pipeline.train import Launch, Session, _join
-from pipeline.weights import fill_all
+from pipeline.weights import fill, fill_all
 from tests.photos import write_tiles
 from tests.pipeline import distributed
 from tests.real import ranks
@@ -176,9 +178,10 @@ def forked(ranks: Ranks, folder: Path) -> dict[str, Any]:
     """A rank's view of a fork: what it began with, what it read, the error when a tensor does not fit."""
     store, place = CountingStore(f"file://{folder}/origin"), Place(7, 1)
     state = {"weight": torch.zeros(4, 3, 2, 2).to(memory_format=torch.channels_last), "count": torch.tensor(0)}
-    fill_all(store, place, state, ranks, folder)
+    fill_all(lambda: fill(store, place, state, folder), state, ranks)
+    head = {"head": torch.zeros(1)}
     try:
-        fill_all(store, place, {"head": torch.zeros(1)}, ranks, folder)
+        fill_all(lambda: fill(store, place, head, folder), head, ranks)
     except UserError as error:
         return {"state": state, "given": store.given, "error": str(error)}
     return {}
@@ -234,6 +237,34 @@ def test_more_ranks_than_a_process_may_open_files_for_are_refused_in_words(tiles
     launch = Launch("", "", 0, 0, 1, 10**9, "127.0.0.1", 0)
     with pytest.raises(UserError, match=r"3,000,000,512 open files, .* \(ulimit -Hn\)"):
         _join(Config.model_validate(config(tiles, tmp_path)), launch)
+
+
+def one_step(rank: int, values: dict[str, Any], folder: str) -> None:
+    launch = Launch(folder, f"{values['store']}/new", 0, 0, 1, 1, "127.0.0.1", 0)
+    session = Session(Config.model_validate(values), launch, StopRequest())
+    with closing(session.watchdog):
+        assert session.train() == "finished"
+
+
+def test_a_run_begins_with_the_trunk_of_a_file_and_with_a_head_of_its_own(tiles: str, tmp_path: Path) -> None:
+    """Seen after a step, whose rate is 0 as long as the warm-up has not begun."""
+    values, origin = config(tiles, tmp_path), f"file://{tmp_path}/trunk.safetensors"
+    values["train"] = {"steps": 1, "start_from": origin}
+    parsed = Config.model_validate(values)
+    trunk = RegNet(parsed.model)
+    save_file(trunk.state_dict(), tmp_path / "trunk.safetensors")
+    distributed.run(1, one_step, values, str(tmp_path / "new"))
+    store = Store(f"{values['store']}/new")
+    (event,) = [event for event in read_events(store) if event["event"] == "forked"]
+    assert (event["origin"], event["weights"]) == (origin, "trunk")
+    torch.manual_seed(parsed.train.seed)
+    fresh = Net(parsed)
+    found = {name: torch.empty_like(parameter) for name, parameter in fresh.named_parameters()}
+    fill(store, Place(1, 1), {f"model.{name}": tensor for name, tensor in found.items()})
+    assert all(torch.equal(found[f"trunk.{name}"], parameter) for name, parameter in trunk.named_parameters())
+    others = [(name, parameter) for name, parameter in fresh.named_parameters() if not name.startswith("trunk.")]
+    assert all(torch.equal(found[name], parameter) for name, parameter in others)
+    assert not torch.equal(found["trunk.stem.conv.weight"], fresh.trunk.stem.conv.weight)
 
 
 FULL = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB\nof which 1 is free."

@@ -8,11 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from data_shards.errors import UserError
 from data_shards.store import Store
+from pipeline.config import Config
 from pipeline.journal import read_events, read_metrics
-from pipeline.weights import point
+from pipeline.pretrained import timm_name
+from pipeline.weights import point, trained_trunk
+from tests.pipeline.test_pretrained import released, their_trunk
 from tests.real.ranks import start
 
 pytestmark = pytest.mark.slow
@@ -173,10 +177,29 @@ def test_a_fork_begins_with_the_weights_of_another_run_and_says_where_they_come_
     forked = start(config, tmp_path / "forked", 2)
     assert forked.wait() == [0, 0], forked.tails()
     (event,) = [e for e in read_events(Store(f"{runs}/forked")) if e["event"] == "forked"]
-    assert event["origin"] == origin
+    assert (event["origin"], event["weights"]) == (origin, "all")
     first, other = results(f"{runs}/forked")[0], straight[0]
     assert (first["batch_hash"], first["crop_hash"]) == (other["batch_hash"], other["crop_hash"])
     assert first["loss"] < other["loss"] - 0.01  # the same crops, and 60 steps of learning
+
+
+def test_a_run_on_two_ranks_begins_with_the_trunk_of_vissls_file_in_the_store(
+    s3: Any, tiny_set: str, runs: str, tmp_path: Path
+) -> None:
+    """Each rank saves a share of the tensors; at the first step the rate is 0."""
+    models, config = s3.bucket("shards"), config_for(tiny_set, runs)
+    config["train"] = {"steps": 1, "start_from": f"{models}/seer.torch"}
+    theirs = their_trunk(Config.model_validate(config).model)
+    torch.save(released(theirs.state_dict()), tmp_path / "seer.torch")
+    Store(models).upload(tmp_path / "seer.torch", "seer.torch")
+    begun = start(config, tmp_path / "pretrained", 2)
+    assert begun.wait() == [0, 0], begun.tails()
+    store = Store(f"{runs}/pretrained")
+    (event,) = [e for e in read_events(store) if e["event"] == "forked"]
+    assert (event["origin"], event["weights"]) == (f"{models}/seer.torch", "trunk")
+    trunk, _ = trained_trunk(store, Config.model_validate(config))
+    expected = {timm_name(name): parameter for name, parameter in theirs.named_parameters()}
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in trunk.named_parameters())
 
 
 def test_a_fork_from_nowhere_is_refused_with_what_there_is(straight: list[dict[str, Any]], runs: str) -> None:
