@@ -53,7 +53,9 @@ def test_an_array_packs_the_same_bytes_as_one_process_and_goes_on_after_a_task_w
         if not killed:
             killed = wait_until(lambda: bool(kill_packers(tmp_path)), DEADLINE_S, 0.02)
 
-    with pytest.raises(UserError, match=r"job \d+ is over and .* groups are left; the same command goes on") as error:
+    with pytest.raises(
+        UserError, match=r"job \d+ is over and .* groups of shards are left; the same command goes on"
+    ) as error:
         pack_array(site, store, plan, 2, kill_one)
     assert "\n" not in str(error.value)
     assert killed

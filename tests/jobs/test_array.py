@@ -1,0 +1,48 @@
+"""What a task of an array asks SLURM for, and what it leaves behind when a user can mend what stopped it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from data_shards.errors import UserError
+from jobs.array import Array, Task
+from jobs.site import Site
+
+
+def parameters(gpus: int, **of_site: int) -> dict[str, object]:
+    site = Site(name="here", shared_dir="/nowhere", nodes=4, ranks_per_node=8, cpus_per_rank=6, memory_gb=80, **of_site)
+    found: dict[str, object] = Array(site, Path("/nowhere/pack-1"), "parts", "s3://x", gpus)._executor(3).parameters
+    return found
+
+
+def test_a_task_has_the_cores_and_the_memory_of_a_rank() -> None:
+    asked = parameters(gpus=0)
+    assert (asked["nodes"], asked["ntasks_per_node"], asked["cpus_per_task"]) == (1, 1, 6)
+    assert (asked["mem"], asked["array_parallelism"], asked["job_name"]) == ("10240MB", 3, "farseer-pack")
+
+
+def test_a_task_has_a_gpu_when_it_needs_one_and_the_site_has_any() -> None:
+    assert parameters(gpus=1, gpus_per_node=8)["gpus_per_node"] == 1
+    assert "gpus_per_node" not in parameters(gpus=0, gpus_per_node=8)
+    assert "gpus_per_node" not in parameters(gpus=1)
+
+
+@dataclass(frozen=True)
+class Failing(Task):
+    error: Exception
+
+    def work(self, worker: int) -> None:
+        raise self.error
+
+
+def test_what_a_user_can_mend_is_left_for_who_submitted_and_the_task_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError):
+        Failing(str(tmp_path), UserError("no such bucket"))(7)
+    assert (tmp_path / "0007").read_text() == "no such bucket"
+    assert capsys.readouterr().err == "farseer: no such bucket\n"
+    with pytest.raises(ZeroDivisionError):
+        Failing(str(tmp_path), ZeroDivisionError())(8)
+    assert not (tmp_path / "0008").exists()
