@@ -112,7 +112,7 @@ def _gpus(site: Site) -> Iterator[Finding]:
 
 def _wandb(site: Site) -> Iterator[Finding]:
     """Whether a key is to be had in the job; it is not shown."""
-    from pipeline.monitor import wandb_mode
+    from pipeline.wandb_client import wandb_mode
 
     in_environment = bool(os.environ.pop("WANDB_API_KEY", None)) if site.executor == "slurm" else False
     if wandb_mode("auto") == "online":

@@ -10,7 +10,7 @@ from pathlib import Path
 from data_shards.errors import UserError
 from jobs import runs
 from jobs.runs import Job
-from pipeline.monitor import wandb_mode, wandb_url
+from pipeline.wandb_client import wandb_mode, wandb_url
 
 ANSWER_S = 10.0  # W&B's command itself asks for minutes, without a word
 

@@ -7,28 +7,23 @@ what they do not take is said by an event. The local lines are the truth; W&B ge
 
 import json
 import math
-import netrc
-import os
 import queue
 import threading
 import time
 from collections import deque
 from contextlib import suppress
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import PositiveFloat, PositiveInt
 
 from data_shards.section import Section
 from pipeline.journal import json_lines
+from pipeline.wandb_client import Mode, end_service, one_line, open_client
 
 if TYPE_CHECKING:  # pipeline.run reads a config, of which the settings below are a section
     from pipeline.run import Run
 
 CLOSE_S = 10.0  # for the last upload and for W&B's end, together; the requeue of a preempted job waits for it
-INIT_S = 30.0  # for a W&B server to answer, before the run is recorded offline
-FLUSH_S = 1.0  # between W&B's writes to its file
 SETTLED_S = 3.0  # after that a row has certainly reached the file
 WAITING_ROWS = 100_000  # that W&B may be behind
 
@@ -39,7 +34,7 @@ class MonitorSettings(Section):
     affects_results: ClassVar[bool] = False
     log_every: PositiveInt = 10  # steps between measurements of prototype usage
     upload_seconds: PositiveFloat = 30.0  # between uploads of rows that no checkpoint took along
-    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online with a key, else offline
+    wandb: Mode = "auto"  # auto: online with a key, else offline
     project: str = "farseer"  # W&B's, as is the entity
     entity: str | None = None
     collapse_band: PositiveFloat = 0.005  # a mean loss no further below ln K (relative) is a collapse
@@ -128,7 +123,6 @@ class WandbRows:
     """
 
     def __init__(self, run: "Run", settings: MonitorSettings, config: dict[str, Any], wandb_id: str) -> None:
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else a crash sends stack frames to W&B
         self._run, self._settings, self._config, self._id = run, settings, config, wandb_id
         self._state = run.local.parent / "wandb" / "sent.json"
         self._rows: queue.Queue[dict[str, Any] | None] = queue.Queue(WAITING_ROWS)
@@ -163,9 +157,9 @@ class WandbRows:
             client.finish()
             self._keep(self._sent)
         except Exception as error:  # noqa: BLE001 - whatever befalls W&B, the training goes on
-            self._run.event("W&B failed", reason=f"{_line(error)}; its rows go out with the next start")
+            self._run.event("W&B failed", reason=f"{one_line(error)}; its rows go out with the next start")
         finally:
-            _end_service()
+            end_service()
 
     def _feed(self, client: Any) -> None:
         """Send rows until there are no more, first those that came before the first one."""
@@ -202,45 +196,18 @@ class WandbRows:
         return [rows[step] for step in sorted(rows) if self._sent < step < first]
 
     def _open(self) -> Any:
-        """W&B's client; offline when there is no network to be online with."""
         self._state.parent.mkdir(parents=True, exist_ok=True)
-        mode = wandb_mode(self._settings.wandb)
-        try:
-            return self._init(mode)
-        except Exception as error:
-            if mode == "offline":
-                raise
-            self._run.event("W&B offline", reason=f"{_line(error)}; make sync sends the run later")
-            _end_service()
-            return self._init("offline")
-
-    def _init(self, mode: Any) -> Any:
-        import wandb
-
-        settings = wandb.Settings(
-            silent=True,
-            console="off",
-            disable_git=True,
-            disable_code=True,
-            init_timeout=INIT_S,
-            finish_timeout=CLOSE_S / 2,
-            x_disable_meta=True,
-            x_disable_stats=True,
-            x_transaction_log_flush_interval=FLUSH_S,
-        )
-        client = wandb.init(
-            mode=mode,
+        return open_client(
+            self._settings.wandb,
+            self._state.parent.parent,
+            lambda reason: self._run.event("W&B offline", reason=reason),
             id=self._id,
-            name=self._run.store.url.rsplit("/", 1)[-1],
-            dir=self._state.parent.parent,
+            name=(name := self._run.store.url.rsplit("/", 1)[-1]),
+            group=name,
             project=self._settings.project,
             entity=self._settings.entity,
-            resume="allow",
             config=self._config,
-            settings=settings,
         )
-        client.define_metric("*", step_metric="step")
-        return client
 
     def _read_sent(self) -> int:
         try:
@@ -253,35 +220,3 @@ class WandbRows:
         partial = self._state.with_suffix(".partial")
         partial.write_text(json.dumps({"id": self._id, "step": step}))
         partial.replace(self._state)
-
-
-def wandb_url() -> str:
-    """The server that WANDB_BASE_URL names, wandb.ai by default."""
-    return os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
-
-
-def wandb_mode(asked: str) -> str:
-    """online, offline or disabled; `auto` is online where there is a key: in WANDB_API_KEY, or in netrc for its url."""
-    if asked != "auto":
-        return asked
-    if os.environ.get("WANDB_API_KEY"):
-        return "online"
-    host = urlsplit(wandb_url()).netloc
-    try:
-        known = netrc.netrc(Path(os.environ.get("NETRC") or "~/.netrc").expanduser()).authenticators(host)
-    except (OSError, netrc.NetrcParseError):
-        known = None
-    return "online" if known else "offline"
-
-
-def _end_service() -> None:
-    """End W&B's process, with whatever run it still has open."""
-    with suppress(Exception):
-        import wandb
-
-        wandb.teardown()
-
-
-def _line(error: Exception) -> str:
-    """The error on one line."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -17,8 +17,9 @@ import pytest
 from data_shards.store import Store
 from jobs.rank import LEAVE_S
 from pipeline import monitor as monitor_module
+from pipeline import wandb_client
 from pipeline.journal import read_events, read_metrics
-from pipeline.monitor import CLOSE_S, Monitor, MonitorSettings, wandb_mode
+from pipeline.monitor import CLOSE_S, Monitor, MonitorSettings
 from pipeline.run import Run
 from tests.pipeline import wandb_file
 from tests.waiting import until
@@ -199,49 +200,6 @@ def test_no_alarm_counts_a_loss_of_the_quiet_period(tmp_path: Path) -> None:
     assert alarms(tmp_path, [at] * 10, quiet_until=6) == [10]
 
 
-# ---- W&B: where to
-
-
-def netrc(tmp_path: Path, host: str) -> str:
-    path = tmp_path / "netrc"
-    path.write_text(f"machine {host}\n  login user\n  password {SECRET}\n")
-    return str(path)
-
-
-def test_wandb_is_offline_without_a_key_and_online_with_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert wandb_mode("auto") == "offline"
-    monkeypatch.setenv("NETRC", netrc(tmp_path, "api.wandb.ai"))
-    assert wandb_mode("auto") == "online"
-    monkeypatch.setenv("NETRC", netrc(tmp_path, "example.org"))
-    assert wandb_mode("auto") == "offline"
-    monkeypatch.setenv("WANDB_API_KEY", SECRET)
-    assert wandb_mode("auto") == "online"
-    for mode in ("online", "offline", "disabled"):
-        assert wandb_mode(mode) == mode
-
-
-def test_the_key_of_an_own_wandb_server_counts_only_for_that_server(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org:8080/")
-    monkeypatch.setenv("NETRC", netrc(tmp_path, "wandb.example.org:8080"))
-    assert wandb_mode("auto") == "online"
-    monkeypatch.setenv("NETRC", netrc(tmp_path, "api.wandb.ai"))
-    assert wandb_mode("auto") == "offline"
-
-
-def test_without_netrc_variable_the_home_folder_is_looked_into_and_a_broken_file_is_no_key(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("NETRC")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert wandb_mode("auto") == "offline"
-    Path(netrc(tmp_path, "api.wandb.ai")).rename(tmp_path / ".netrc")
-    assert wandb_mode("auto") == "online"
-    (tmp_path / ".netrc").write_text("machine without a word of sense")
-    assert wandb_mode("auto") == "offline"
-
-
 # ---- W&B: the real client, without a network
 
 
@@ -381,7 +339,7 @@ def test_a_wandb_process_that_dies_stops_nothing_and_the_next_start_sends_the_re
 def test_a_wandb_server_that_cannot_be_reached_leaves_an_offline_run_and_the_key_is_not_in_it(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(monitor_module, "INIT_S", 3.0)
+    monkeypatch.setattr(wandb_client, "INIT_S", 3.0)
     monkeypatch.setattr(monitor_module, "CLOSE_S", 40.0)
     key = SECRET[-32:] + "01234567"
     monkeypatch.setenv("WANDB_API_KEY", key)

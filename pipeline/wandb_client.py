@@ -1,0 +1,82 @@
+"""W&B's own client as this program opens it: nothing of the machine, the code or the terminal goes along."""
+
+import netrc
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+Mode = Literal["auto", "online", "offline", "disabled"]
+INIT_S = 30.0  # for a W&B server to answer, before the run is recorded offline
+FINISH_S = 5.0
+FLUSH_S = 1.0  # between W&B's writes to its file
+
+
+def wandb_url() -> str:
+    """The server that WANDB_BASE_URL names, wandb.ai by default."""
+    return os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+
+
+def wandb_mode(asked: Mode) -> Mode:
+    """online, offline or disabled; `auto` is online where there is a key: in WANDB_API_KEY, or in netrc for its url."""
+    if asked != "auto":
+        return asked
+    if os.environ.get("WANDB_API_KEY"):
+        return "online"
+    host = urlsplit(wandb_url()).netloc
+    try:
+        known = netrc.netrc(Path(os.environ.get("NETRC") or "~/.netrc").expanduser()).authenticators(host)
+    except (OSError, netrc.NetrcParseError):
+        known = None
+    return "online" if known else "offline"
+
+
+def open_client(asked: Mode, folder: Path, went_offline: Callable[[str], None], **identity: Any) -> Any:
+    """W&B's client, whose files go to folder/wandb; offline when there is no network to be online with.
+
+    went_offline: is told why. identity: what `wandb.init` is to know of the run.
+    """
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else a crash sends stack frames to W&B
+    mode = wandb_mode(asked)
+    try:
+        return _init(mode, folder, identity)
+    except Exception as error:
+        if mode == "offline":
+            raise
+        went_offline(f"{one_line(error)}; make sync sends the run later")
+        end_service()
+        return _init("offline", folder, identity)
+
+
+def end_service() -> None:
+    """End W&B's process, with whatever run it still has open."""
+    with suppress(Exception):
+        import wandb
+
+        wandb.teardown()
+
+
+def one_line(error: Exception) -> str:
+    """What it says."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _init(mode: Any, folder: Path, identity: dict[str, Any]) -> Any:
+    import wandb
+
+    settings = wandb.Settings(
+        silent=True,
+        console="off",
+        disable_git=True,
+        disable_code=True,
+        init_timeout=INIT_S,
+        finish_timeout=FINISH_S,
+        x_disable_meta=True,
+        x_disable_stats=True,
+        x_transaction_log_flush_interval=FLUSH_S,
+    )
+    client = wandb.init(mode=mode, dir=folder, resume="allow", settings=settings, **identity)
+    client.define_metric("*", step_metric="step")
+    return client
