@@ -1,8 +1,10 @@
 """The probe is at the optimum of its formula, chooses its decay without the test tiles, and repeats itself."""
 
 import numpy as np
+import pytest
 import torch
 
+from pipeline.evaluate import probe as probing
 from pipeline.evaluate.probe import _every_fifth_of_each_class, fit, solve
 
 
@@ -71,3 +73,36 @@ def test_fitting_twice_gives_the_same_bits() -> None:
 def test_a_bank_too_small_to_leave_anything_out_still_gives_a_probe() -> None:
     x = torch.eye(4)
     assert fit(x, torch.arange(4), classes=4).predict(x).tolist() == [0, 1, 2, 3]
+
+
+def test_a_bank_in_blocks_and_in_half_precision_gives_the_same_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = problem(6, samples=500)
+    whole = fit(x, y, classes=4)
+    monkeypatch.setattr(probing, "_ROWS", 64)
+    in_blocks = fit(x, y, classes=4)
+    assert in_blocks.decay == whole.decay
+    assert torch.allclose(in_blocks.weight, whole.weight, atol=1e-9)
+    halved = x.half()
+    assert torch.allclose(fit(halved, y, classes=4).weight, fit(halved.double(), y, classes=4).weight, atol=1e-9)
+
+
+def test_a_feature_that_rounding_alone_moves_says_nothing_of_images_where_it_is_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(probing, "_ROWS", 7)
+    x, y = problem(7)
+    x[:, -1] = 0.1  # no fraction of two: a mean of a hundred is off by a bit
+    probe = fit(x, y, classes=4)
+    moved = x.clone()
+    moved[:, -1] = 0.2
+    assert torch.allclose(probe.logits(moved), probe.logits(x), atol=1e-6)
+
+
+def test_on_a_gpu_it_is_solved_in_single_precision_to_the_same_optimum() -> None:
+    """Here on a CPU, told to be as precise as a GPU is."""
+    x, y = problem(8, samples=2000)
+    exact = solve(x, y, classes=4, decay=0.01)
+    coarse = probing._Problem(x, y, 4, kind=torch.float32).solve(0.01)
+    assert coarse.weight.dtype == torch.float32
+    assert torch.allclose(coarse.weight.double(), exact.weight, atol=1e-3)
+    assert (coarse.predict(x) == exact.predict(x)).double().mean() > 0.999
