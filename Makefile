@@ -138,8 +138,8 @@ checkpoints: .venv/stamp ## the checkpoints of RUN= in the store (VERIFY=1: ever
 	@$(FARSEER) checkpoints $(run_option) $(site_option) $(call flag,VERIFY,verify) $(call flag,JSON,json)
 
 .PHONY: evaluate
-evaluate: .venv/stamp ## what the trunk of RUN= can do: BANK= and HELD_OUT= are labelled shard sets (JSON=1)
-	@$(FARSEER) evaluate $(run_option) $(site_option) "$(or $(BANK),$(error say what to learn from: BANK=s3://...))" "$(or $(HELD_OUT),$(error say what to ask: HELD_OUT=s3://...))" $(call flag,JSON,json)
+evaluate: .venv/stamp ## neighbours, linear probe of RUN= on labelled sets (BANK= HELD_OUT= STEP= WORKERS= EVERY=)
+	@$(FARSEER) evaluate $(run_option) $(site_option) "$(or $(BANK),$(error say what to learn from: BANK=s3://...))" "$(or $(HELD_OUT),$(error say what to ask: HELD_OUT=s3://...))" $(if $(STEP),--step "$(STEP)") $(if $(SIZE),--size "$(SIZE)") $(if $(WORKERS),--workers "$(WORKERS)") $(if $(EVERY),--every "$(EVERY)") $(call flag,KEEP_FEATURES,keep-features) $(call flag,JSON,json)
 
 .PHONY: report
 report: .venv/stamp ## evaluate RUN= and write its report, one page (BANK= HELD_OUT= as above, TO=file.html)

@@ -1,16 +1,25 @@
 """The verbs for what came of a run: evaluate, report, export, replay, sync; each imports what it needs when called."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+from data_shards.errors import UserError
 from jobs.run_verbs import newest_job, run_folder, run_option
 from jobs.verbs import add_verb, json_option, progress, say, say_found, site_option
 
 
 def result_verbs(verbs: Any) -> None:
-    evaluating = run_option(add_verb(verbs, "evaluate", evaluate, "what the trunk of a run can do, beside baselines"))
+    evaluating = run_option(
+        add_verb(verbs, "evaluate", evaluate, "how well a frozen trunk tells labelled images apart")
+    )
+    evaluating.add_argument("--step", type=int, help="of the checkpoint; by default the newest")
+    evaluating.add_argument("--size", type=int, help="of the images, in pixels; by default that of the largest crops")
+    evaluating.add_argument("--workers", type=int, help="tasks of SLURM, a GPU each; without it all is done here")
+    evaluating.add_argument(
+        "--every", type=int, help="again with each checkpoint so many steps later, to the run's end"
+    )
+    evaluating.add_argument("--keep-features", action="store_true", help="leave them in the run's folder, under eval/")
     json_option(evaluating)
     reporting = run_option(add_verb(verbs, "report", report, "evaluate a run and write its report, one page of HTML"))
     reporting.add_argument("--to", help="the page's file; by default var/report-<run>.html")
@@ -33,11 +42,33 @@ def result_verbs(verbs: Any) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    from pipeline.evaluate.run import evaluate_run
+    from jobs.evaluating import Question
+    from jobs.site import load_site
+    from pipeline.evaluate.exam import lines
 
-    found = evaluate_run(run_folder(options), options.bank, options.held_out)
-    say(*([json.dumps(found.to_json(), indent=2)] if options.json else found.text()))
+    if options.every and ("://" in options.name or options.step):
+        raise UserError("EVERY= follows a run that its site knows by name, from its newest checkpoint on: no STEP=")
+    run, sets = run_folder(options), (options.bank, options.held_out)
+    asked = Question(
+        run,
+        *sets,
+        load_site(options.site),
+        _wandb_folder(options),
+        options.size,
+        options.workers,
+        options.keep_features,
+    )
+    followed = asked.follow(lambda: newest_job(options), options.every, progress()) if options.every else None
+    for exam, score in followed or [asked.answer(options.step, progress())]:
+        say_found(options, score, lines(score, exam.history()))
     return 0
+
+
+def _wandb_folder(options: argparse.Namespace) -> Path:
+    """The run's own, where `sync` looks; of a run that another site knows, one here."""
+    from jobs.site import ROOT
+
+    return ROOT / "var" / "evaluate" / _name(options) if "://" in options.name else newest_job(options).run_dir
 
 
 def report(options: argparse.Namespace) -> int:

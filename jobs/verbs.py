@@ -116,3 +116,8 @@ def say_found(options: argparse.Namespace, found: Any, lines: Iterable[str]) -> 
 def say(*lines: str) -> None:
     sys.stdout.write("".join(f"{line}\n" for line in lines))
     sys.stdout.flush()
+
+
+def complain(line: str) -> None:
+    """What a user should know of, beside what was asked for."""
+    sys.stderr.write(f"farseer: {line}\n")

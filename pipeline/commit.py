@@ -245,11 +245,10 @@ class Retention:
     every: int | None = None
 
     def for_ever(self, store: Store) -> Callable[[Place], bool]:
-        """Asks the store which steps have an evaluation."""
-        evaluated = {entry.path for entry in store.list("eval")}
-        return lambda place: (
-            (self.every is not None and place.step % self.every == 0) or f"eval/step-{place.step:09d}.json" in evaluated
-        )
+        """Asks the store which steps have an evaluation, or are at it."""
+        found = (re.match(r"eval/step-(\d+)", entry.path) for entry in store.list("eval"))
+        evaluated = {int(match[1]) for match in found if match}
+        return lambda place: (self.every is not None and place.step % self.every == 0) or place.step in evaluated
 
 
 def retain(store: Store, newest: Place, fingerprint: str, keep: Retention, damaged: set[Place], busy: set[Place],

@@ -18,7 +18,7 @@ from pipeline.weights import trained_trunk
 
 
 def evaluate_run(store: Store, bank_url: str, held_out_url: str) -> Evaluation:
-    """Evaluate and keep the figures in the run's folder, `eval/step-<step>.json`.
+    """Evaluate and keep the figures in the run's folder, `eval/step-<step>/report.json`.
 
     store: the run's folder. bank_url, held_out_url: labelled shard sets.
     Raises UserError when the run or a set is not there, or the run has no checkpoint yet.
@@ -31,7 +31,7 @@ def evaluate_run(store: Store, bank_url: str, held_out_url: str) -> Evaluation:
     evaluation = evaluate(trained.to(device), untrained_trunk(config).to(device), bank, held_out, views)
     made_of = {"step": place.step, "bank_url": bank_url, "held_out_url": held_out_url}
     evaluation = replace(evaluation, facts=evaluation.facts | made_of)
-    store.put(f"eval/step-{place.step:09d}.json", json.dumps(evaluation.to_json()).encode())
+    store.put(f"eval/step-{place.step:09d}/report.json", json.dumps(evaluation.to_json()).encode())
     return evaluation
 
 

@@ -11,6 +11,7 @@ from data_shards.errors import UserError
 from data_shards.index import ShardSet
 from data_shards.removed import read_removed
 
+MOST = 20_000  # images, of which several views lie in memory
 STAMP = "stamp-"  # labels of cut-outs on a plain ground begin so; all others name the photograph that a tile is from
 
 
@@ -39,7 +40,15 @@ class Tiles:
 
 
 def read_tiles(shards: ShardSet) -> Tiles:
-    """All images of a small shard set but the removed ones. Raises UserError when some have no label."""
+    """All images of a small shard set but the removed ones.
+
+    Raises UserError when it is none, and when some images have no label.
+    """
+    if shards.manifest.samples > MOST:
+        raise UserError(
+            f"{shards.store.url}: {shards.manifest.samples:,} images, and the report's table takes {MOST:,} at most; "
+            "make evaluate takes any number"
+        )
     rows, removed = shards.table(), read_removed(shards)
     ids = np.array([sample for sample in range(rows.num_rows) if sample not in removed], np.int64)
     table = rows.take(ids).to_pydict()

@@ -82,14 +82,14 @@ def distortion(augment: AugmentSettings) -> AugmentSettings:
     )  # fmt: skip
 
 
-def plain(sizes: NDArray[np.int64]) -> Draws:
-    """The largest centred square of each image, unchanged. sizes: (n, 2), height and width in pixels."""
-    side = sizes.min(axis=1)
+def plain(sizes: NDArray[np.int64], size: int = SIZE, share: float = 1.0) -> Draws:
+    """The middle of each image, a square of that share of its shorter side. sizes: (n, 2), heights and widths."""
+    side = (sizes.min(axis=1) * share).round().clip(1).astype(np.int64)
     top, left = ((sizes - side[:, None]) // 2).T
     n = len(sizes)
     one, zero = np.ones(n, np.float32), np.zeros(n, np.float32)
     return Draws(
-        size=SIZE,
+        size=size,
         box=np.stack([top, left, side, side], axis=1).astype(np.int32),
         flip=np.zeros(n, np.bool_),
         brightness=one, contrast=one, saturation=one, hue_degrees=zero, sigma=zero,

@@ -358,7 +358,7 @@ def test_a_run_that_ends_leaves_no_more_than_it_keeps(tmp_path: Path) -> None:
 
 def test_every_mth_and_those_that_were_evaluated_stay_for_ever(tmp_path: Path) -> None:
     attempt = Attempt(tmp_path, keep=2, keep_every=4)
-    attempt.store.put("eval/step-000000002.json", b"{}")
+    attempt.store.put("eval/step-000000002/report.json", b"{}")
     for step in range(1, 8):
         attempt.commit(step)
     until(lambda: folders(tmp_path) == [f"step-00000000{step}-a1" for step in (2, 4, 6, 7)])

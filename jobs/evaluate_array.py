@@ -1,0 +1,66 @@
+"""An evaluation over the nodes of a cluster: each task makes features on a GPU; whichever ends last gives the score."""
+
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+from data_shards.progress import Progress, quiet
+from data_shards.store import NotFound, Store
+from jobs.array import Array, Task
+from jobs.site import ROOT, Site
+from jobs.verbs import ProgressLine
+from pipeline.evaluate.exam import Exam, Score, open_exam
+
+
+@dataclass(frozen=True)
+class Evaluation(Task):
+    """Makes the parts `worker`, `worker` + workers and so on of an exam; scores it when no part is left."""
+
+    run: str
+    bank: str
+    held_out: str
+    step: int
+    size: int
+    workers: int
+    threads: int
+    keep: bool
+
+    def work(self, worker: int) -> None:
+        exam = open_exam(Store(self.run), self.bank, self.held_out, self.step, self.size)
+        if exam.found() is not None:
+            return
+        exam.extract([part for part in exam.left() if part % self.workers == worker], self.threads, ProgressLine())
+        if exam.found() is not None or exam.left():
+            return
+        try:
+            exam.score(self.keep)
+        except NotFound:  # another that ended at the same time was quicker, and has deleted the features
+            if exam.found() is None:
+                raise
+
+
+def evaluate_array(
+    site: Site, exam: Exam, workers: int, keep: bool = False, progress: Progress = quiet, code: Path = ROOT
+) -> Score:
+    """Have an exam done by an array of so many tasks, or follow the one that is at it.
+
+    Raises UserError when SLURM refuses it, or with what the first task said that failed.
+    """
+    name = f"evaluate-{blake2b(f'{exam.run.url} {exam.path}'.encode(), digest_size=6).hexdigest()}"
+    array = Array(site, Path(site.shared_dir) / name, "parts of the evaluation", exam.run.url, gpus=1)
+    workers = min(workers, len(exam.parts))
+    task = Evaluation(
+        str(array.errors),
+        exam.run.url,
+        exam.bank.shards.store.url,
+        exam.held_out.shards.store.url,
+        exam.step,
+        exam.bank.size,
+        workers,
+        site.cpus_per_rank,
+        keep,
+    )
+    array.run(task, workers, lambda: 0 if exam.found() else len(exam.left()) + 1, progress, code)
+    score = exam.found()
+    assert score is not None
+    return score

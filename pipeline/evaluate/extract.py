@@ -1,0 +1,241 @@
+"""Features of a labelled set of any size under a frozen trunk, a group of shards at a time, kept in the run's folder.
+
+    eval/step-000001000/features-<layout>-224/about.json           put first: which set, how looked at
+                                              00003.safetensors    ids (n,) int64, features (n, C) float16
+
+A group that is there is not made again, so that the work may be dealt to any number of processes and go on after any of
+them has died. An image is seen as timm and torchvision show it to a classifier: its shorter side is resized to
+size / 0.875, the middle of it is cut out. Batch norms use the statistics of the checkpoint.
+"""
+
+import json
+import tempfile
+from collections import deque
+from collections.abc import Generator, Iterable, Sequence
+from concurrent.futures import Future
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load
+from torch import Tensor, nn
+
+from data_shards.cutter import Fetched, Payload
+from data_shards.errors import UserError
+from data_shards.fetch import Fetcher
+from data_shards.index import ShardSet, sample_key
+from data_shards.progress import Progress, quiet
+from data_shards.removed import Removed, read_removed
+from data_shards.store import Store
+from pipeline import snapshot
+from pipeline.augment import AugmentSettings, Draws
+from pipeline.evaluate.views import plain
+from pipeline.pixels import Encoded, Graph, UndecodableError
+
+SHARE = 0.875  # of the shorter side that is seen
+GROUP = 10_000  # images at least, but for the last
+BATCH = 128
+AHEAD = 8  # batches that are asked for before they are needed
+DEPTH = 2  # batches that DALI works on ahead of the trunk
+RANGE_BYTES = 8 * 2**20
+RETRY_SECONDS = 600.0
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Features:
+    """Where the features of a set lie, and of which images. run: the run's folder; size: pixels."""
+
+    run: Store
+    step: int
+    shards: ShardSet
+    size: int
+
+    @property
+    def folder(self) -> str:
+        return f"eval/step-{self.step:09d}/features-{self.shards.manifest.layout_id}-{self.size}"
+
+    @cached_property
+    def groups(self) -> list[range]:
+        """Ids of shards that follow each other."""
+        found, first = [], 0
+        for end in self.shards.starts[1:].tolist():
+            if end - first >= GROUP:
+                found.append(range(first, end))
+                first = end
+        return [*found, range(first, self.shards.manifest.samples)] if first < self.shards.manifest.samples else found
+
+    @cached_property
+    def removed(self) -> Removed:
+        return read_removed(self.shards)
+
+    def ids(self, group: int) -> Ids:
+        """Of the images of a group, without the removed ones."""
+        whole = self.groups[group]
+        return np.setdiff1d(np.arange(whole.start, whole.stop), self.removed.ids.astype(np.int64))
+
+    def begin(self) -> None:
+        """Say what is to come; from then on the checkpoint stays."""
+        about = {"set": self.shards.store.url, "layout_id": self.shards.manifest.layout_id, "size": self.size}
+        self.run.put(f"{self.folder}/about.json", json.dumps(about | {"step": self.step}).encode())
+
+    def left(self) -> list[int]:
+        """The groups that are not there yet."""
+        there = {entry.path for entry in self.run.list(self.folder)}
+        return [group for group in range(len(self.groups)) if self._path(group) not in there]
+
+    def put(self, group: int, ids: Ids, features: Tensor) -> None:
+        """Keep a group, whole or not at all."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "features.safetensors"
+            snapshot.write({"ids": torch.from_numpy(ids), "features": features}, file)
+            self.run.upload(file, self._path(group))
+
+    def read(self, device: torch.device) -> tuple[Ids, Tensor]:
+        """Without images removed since: ids (N,), and their features (N, C) float16 on the device."""
+        wanted = [self.ids(group) for group in range(len(self.groups))]
+        features, done = torch.empty(0, 0), 0
+        for group, ids in enumerate(wanted):
+            if not len(ids):
+                continue
+            tensors = load(self.run.get(self._path(group)))
+            if not done:
+                shape = (sum(map(len, wanted)), tensors["features"].shape[1])
+                features = torch.empty(shape, dtype=torch.float16, device=device)
+            kept = torch.from_numpy(np.isin(tensors["ids"].numpy(), ids))
+            features[done : done + len(ids)] = tensors["features"][kept].to(device)
+            done += len(ids)
+        return np.concatenate(wanted), features
+
+    def delete(self) -> None:
+        self.run.delete(entry.path for entry in self.run.list(self.folder))
+
+    def _path(self, group: int) -> str:
+        return f"{self.folder}/{group:05d}.safetensors"
+
+
+def extract(
+    made: Features,
+    groups: Sequence[int],
+    trunk: nn.Module,
+    augment: AugmentSettings,
+    threads: int = 1,
+    progress: Progress = quiet,
+) -> None:
+    """Make these groups, one after the other, on the trunk's device. augment: gives the mean and std of pixels.
+
+    trunk: (n, 3, s, s) -> (n, C), in evaluation mode. In bf16 on a GPU, in fp32 on a CPU.
+    Raises UserError for an image that cannot be had or does not decode: figures of what is left would be others.
+    """
+    ids = [made.ids(group) for group in groups]
+    batches = [[part[first : first + BATCH] for first in range(0, len(part), BATCH)] for part in ids]
+    every, device = [part for parts in batches for part in parts], next(trunk.parameters()).device
+    done, total = 0, sum(map(len, ids))
+    with closing(_looked_at(made, every, augment, threads, device)) as looked:
+        for group, whole, parts in zip(groups, ids, batches, strict=True):
+            features = []
+            for part in parts:
+                features.append(_forward(trunk, next(looked)))
+                done += len(part)
+                progress("images", done, total)
+            made.put(group, whole, torch.cat(features) if features else torch.empty(0, 0, dtype=torch.float16))
+
+
+@torch.no_grad()
+def _forward(trunk: nn.Module, images: Tensor) -> Tensor:
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
+        features: Tensor = trunk(images.contiguous(memory_format=torch.channels_last)).half().cpu()
+    if not features.isfinite().all():
+        raise UserError("the trunk's features are not finite: it has diverged; make status shows how its run has gone")
+    return features
+
+
+def _looked_at(
+    made: Features, batches: Sequence[Ids], augment: AugmentSettings, threads: int, device: torch.device
+) -> Generator[Tensor, None, None]:
+    """(n, 3, size, size) of each batch of ids, normalised, on the device; fetched and decoded ahead."""
+    decoding = deque[tuple[Ids, Encoded]]()
+    with closing(_encoded(made, batches)) as encoded:
+
+        def feed() -> Encoded:
+            decoding.append(next(encoded))
+            return decoding[-1][1]
+
+        graph = Graph(augment, [made.size], BATCH, device, threads=threads, depth=DEPTH, feed=feed)
+        for _ in batches:
+            graph.schedule()
+            ids, work = decoding.popleft()
+            try:
+                (crops,) = graph.collect(work)
+            except UndecodableError as error:
+                raise _culprit(made, ids, work, augment) or UserError(f"{made.shards.store.url}: {error}") from error
+            yield crops[:, 0]
+
+
+def _culprit(made: Features, ids: Ids, work: Encoded, augment: AugmentSettings) -> UserError | None:
+    """The first image of a batch that does not decode on the host either."""
+    alone = Graph(augment, [made.size], 1, torch.device("cpu"))
+    for i, sample in enumerate(ids.tolist()):
+        size = work.sizes[i : i + 1]
+        try:
+            alone.run(Encoded([work.images[i]], size, [_seen(size, made.size)]))
+        except UndecodableError as error:
+            return _unusable(made, sample, str(error))
+    return None
+
+
+def _unusable(made: Features, sample: int, reason: str) -> UserError:
+    url, key = made.shards.store.url, sample_key(*made.shards.locate(sample))
+    return UserError(
+        f"{url}: image {key}: {reason}; make verify DST={url} FULL=1 lists all of the kind, make remove takes them "
+        "out, and the same command goes on"
+    )
+
+
+def _encoded(made: Features, batches: Iterable[Ids]) -> Generator[tuple[Ids, Encoded], None, None]:
+    """The batches' bytes, with the middle of each image as what is to be seen."""
+    with closing(_fetched(made.shards, batches)) as coming:
+        for ids, fetched in coming:
+            for sample, found in zip(ids.tolist(), fetched, strict=True):
+                if not isinstance(found, Payload):
+                    raise _unusable(made, sample, found.reason)
+            images = [found for found in fetched if isinstance(found, Payload)]
+            sizes = np.array([(image.height, image.width) for image in images], np.int64)
+            yield ids, Encoded([image.data for image in images], sizes, [_seen(sizes, made.size)])
+
+
+def _fetched(shards: ShardSet, batches: Iterable[Ids]) -> Generator[tuple[Ids, list[Fetched]], None, None]:
+    """Asked for AHEAD batches before they are needed."""
+    fetcher = Fetcher(shards, RANGE_BYTES, RETRY_SECONDS)
+
+    async def close() -> None:
+        fetcher.close()
+
+    async def read(ids: Ids) -> list[Fetched]:
+        """Those between, which were removed, come along."""
+        found = await fetcher.samples(int(ids[0]), int(ids[-1] - ids[0]) + 1)
+        return [found[place] for place in (ids - ids[0]).tolist()]
+
+    reads = ((ids, shards.store.submit(read(ids))) for ids in batches)
+    ahead = deque[tuple[Ids, Future[list[Fetched]]]]()
+    try:
+        ahead.extend(islice(reads, AHEAD))
+        while ahead:
+            ids, coming = ahead.popleft()
+            found = coming.result()
+            ahead.extend(islice(reads, 1))
+            yield ids, found
+    finally:
+        for _, coming in ahead:
+            coming.cancel()
+        shards.store.submit(close()).result()
+
+
+def _seen(sizes: NDArray[np.int64], size: int) -> Draws:
+    return plain(sizes, size, SHARE)

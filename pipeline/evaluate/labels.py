@@ -1,0 +1,63 @@
+"""What the images of two labelled sets show, as numbers that both share."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_shards.errors import UserError
+from data_shards.index import ShardSet
+from data_shards.removed import read_removed
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Labels:
+    """bank, held_out: (N,) of each set by id, whole numbers below len(names); -1 for removed images."""
+
+    bank: NDArray[np.int64]
+    held_out: NDArray[np.int64]
+    names: list[str]
+
+
+def read_labels(bank: ShardSet, held_out: ShardSet) -> Labels:
+    """Classes are the labels of the bank, in the order of the alphabet.
+
+    Raises UserError when an image has no label, when there is but one class, or when the held-out set has others.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    columns = [_labels(one) for one in (bank, held_out)]
+    names = sorted(name for name in pc.unique(columns[0]).to_pylist() if name)
+    if len(names) < 2:
+        raise UserError(f"{bank.store.url}: its images have one label, {names[0]!r}; telling them apart needs two")
+    numbers = [pc.fill_null(pc.index_in(column, pa.array(names)), -1) for column in columns]
+    strange = pc.and_(pc.equal(numbers[1], -1), pc.not_equal(columns[1], ""))
+    unknown = pc.unique(columns[1].filter(strange)).to_pylist()
+    if unknown:
+        raise UserError(
+            f"{held_out.store.url}: {len(unknown)} of its labels are none of {bank.store.url}'s ({unknown[0]!r}), so "
+            "nothing could learn them there; pack both from folders of the same names"
+        )
+    of_bank, of_held_out = (column.to_numpy(zero_copy_only=False).astype(np.int64) for column in numbers)
+    return Labels(of_bank, of_held_out, names)
+
+
+def _labels(shards: ShardSet) -> Any:
+    """(N,) pyarrow strings by id, empty where an image was removed."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    labels = pa.concat_tables(shards.tables(["label"]))["label"].combine_chunks()
+    gone = np.zeros(len(labels), np.bool_)
+    gone[read_removed(shards).ids.astype(np.int64)] = True
+    labels = pc.if_else(pa.array(gone), "", pc.fill_null(labels, ""))
+    if missing := int(pc.sum(pc.equal(labels, "")).as_py()) - int(gone.sum()):
+        raise UserError(
+            f"{shards.store.url}: {missing:,} of {len(labels):,} images have no label, and an evaluation needs one for "
+            "each; pack it from folders named by what they show, or evaluate on another set"
+        )
+    return labels
