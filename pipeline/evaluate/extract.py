@@ -9,6 +9,7 @@ size / 0.875, the middle of it is cut out. Batch norms use the statistics of the
 """
 
 import json
+import sys
 import tempfile
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
@@ -44,6 +45,7 @@ AHEAD = 8  # batches that are asked for before they are needed
 DEPTH = 2  # batches that DALI works on ahead of the trunk
 RANGE_BYTES = 8 * 2**20
 RETRY_SECONDS = 600.0
+SHARE_OF_FREE = 0.8  # of a GPU's memory; the rest is for blocks of them in fp32
 
 Ids = NDArray[np.int64]
 
@@ -98,7 +100,10 @@ class Features:
             self.run.upload(file, self._path(group))
 
     def read(self, device: torch.device) -> tuple[Ids, Tensor]:
-        """Without images removed since: ids (N,), and their features (N, C) float16 on the device."""
+        """Without images removed since: ids (N,), and their features (N, C) float16 on the device.
+
+        Raises UserError when these do not fit there.
+        """
         wanted = [self.ids(group) for group in range(len(self.groups))]
         features, done = torch.empty(0, 0), 0
         for group, ids in enumerate(wanted):
@@ -107,6 +112,7 @@ class Features:
             tensors = load(self.run.get(self._path(group)))
             if not done:
                 shape = (sum(map(len, wanted)), tensors["features"].shape[1])
+                _refuse_too_large(self.shards.store.url, shape, device)
                 features = torch.empty(shape, dtype=torch.float16, device=device)
             kept = torch.from_numpy(np.isin(tensors["ids"].numpy(), ids))
             features[done : done + len(ids)] = tensors["features"][kept].to(device)
@@ -118,6 +124,15 @@ class Features:
 
     def _path(self, group: int) -> str:
         return f"{self.folder}/{group:05d}.safetensors"
+
+
+def _refuse_too_large(url: str, shape: tuple[int, int], device: torch.device) -> None:
+    needed, free = 2 * shape[0] * shape[1], torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else sys.maxsize
+    if needed > SHARE_OF_FREE * free:
+        raise UserError(
+            f"{url}: features of {shape[0]:,} images, {shape[1]:,} numbers each, take {needed / 1e9:.1f} GB, and the "
+            f"GPU has {free / 1e9:.1f} GB free; the same command goes on where one has more"
+        )
 
 
 def extract(

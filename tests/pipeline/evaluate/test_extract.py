@@ -164,3 +164,12 @@ def test_a_trunk_that_has_diverged_is_told(tmp_path: Path) -> None:
     made = features_of(tmp_path, labelled(tmp_path, 12)[0])
     with pytest.raises(UserError, match="features are not finite"):
         extract(made, made.left(), Diverged(), AUGMENT)
+
+
+def test_features_that_a_gpu_has_no_room_for_are_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (24_000_000_000, 25_000_000_000))
+    gpu = torch.device("cuda", 0)
+    extracting._refuse_too_large("s3://imagenet/train", (1_281_167, 3024), gpu)
+    with pytest.raises(UserError, match=r"1,281,167 images, 10,444 numbers each, take 26.8 GB, .* 24.0 GB free"):
+        extracting._refuse_too_large("s3://imagenet/train", (1_281_167, 10444), gpu)
+    extracting._refuse_too_large("s3://imagenet/train", (1_281_167, 10444), CPU)
