@@ -1,9 +1,9 @@
 """Checkpoints of a run: saved while training goes on, found again in the store, loaded on any number of ranks.
 
-In: a dict of named tensors (replicated ones under the same names on all ranks, a rank's own under names of their own)
-and JSON values. A save stops training for the copy to host memory; disk and store follow in the background (`sender`).
-A checkpoint exists with its manifest (`commit`); the store is the only place that one is loaded from. All collectives
-run in the thread that trains, so none can meet another of their group out of order.
+In: a dict of named tensors (replicated and parted ones under the same names on all ranks, a rank's own under names of
+their own) and JSON values. A save stops training for the copy to host memory; disk and store follow in the background
+(`sender`). A checkpoint exists with its manifest (`commit`); the store is the only place that one is loaded from. All
+collectives run in the thread that trains, so none can meet another of their group out of order.
 """
 
 import hashlib
@@ -113,7 +113,7 @@ class Checkpointer:
         place = Place(step, self._attempt)
         part = Part(self._ranks.rank, self._ranks.world_size, self._fingerprint, extra=header)
         folder = self._local / place.name / f"rank-{self._ranks.rank}"
-        self._last = Save(place, part, folder, started)
+        self._last = Save(place, part, folder, started, snapshot.first_rows(state, names))
         self._sender.wake()  # before `start`, or a first try that fails fast would be followed by a second
         self._sender.start(self._last, tensors)
 

@@ -64,6 +64,7 @@ class EfficiencySettings(Section):
     affects_results: ClassVar[bool] = False
     torch_threads: PositiveInt = 1  # a rank's, on CPU
     activation_checkpointing: bool = False  # blocks keep what enters them and are computed again backward: less memory
+    sharded: bool = False  # each rank holds a part of weights, gradients, optimizer (FSDP): less memory, more traffic
     deterministic: bool = False  # DDP keeps its buckets: sums are equal after a restart on any number of ranks
     timeout_s: PositiveFloat = 900.0  # of a collective; longer than reader.retry_seconds, for which one rank may wait
 

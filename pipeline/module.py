@@ -15,6 +15,7 @@ from pipeline.config import Config
 from pipeline.loader import Batch
 from pipeline.optim import build_optimizer, lr_at, optimizer_tensors
 from pipeline.regnet import RegNet
+from pipeline.sharding import shard, whole
 from pipeline.swav import ASSIGNING, Head, Prototypes, Queue, prototype_usage, sinkhorn, swav_loss
 
 
@@ -40,6 +41,10 @@ class Net(nn.Module):
         self.head = Head(self.trunk.width, config.swav)
         self.prototypes = Prototypes(self.head.width, config.swav)
 
+    def units(self) -> list[nn.Module]:
+        """What is gathered at a time where the net is sharded."""
+        return [*self.trunk.blocks(), self.head, self.prototypes]
+
     def forward(self, crops: list[Tensor]) -> Tensor:
         """crops: one (B, n, 3, s, s) for each size -> (B, V, D), L2-normalised, views in the order of the crops."""
         features = [self.trunk(c.flatten(0, 1)).unflatten(0, c.shape[:2]) for c in crops]
@@ -60,7 +65,10 @@ class SwAV(pl.LightningModule):
         group_lanes = config.model.batch_norm_lanes or config.data.lanes
         timeout = config.efficiency.timeout
         convert(self.net, lanes=len(lanes), rank=rank, world_size=world_size, group_lanes=group_lanes, timeout=timeout)
-        self.net.trunk.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub leaves it out
+        if config.efficiency.sharded:
+            shard(self.net, self.net.units(), world_size)
+        else:
+            self.net.trunk.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub has it not
         self.queue = Queue(config.swav, lanes, config.data.lanes, self.net.head.width)
         self.step = 0  # steps done
         self.stop = False  # set at a batch boundary: the next batch is not trained
@@ -101,7 +109,7 @@ class SwAV(pl.LightningModule):
         with torch.autocast(loss.device.type, enabled=False):  # Lightning's would take the prototypes' backward to bf16
             self.manual_backward(loss)
         self.net.prototypes.freeze_(self.step)
-        norm = nn.utils.get_total_norm([p.grad for p in self.net.parameters() if p.grad is not None])
+        norm = whole(nn.utils.get_total_norm([p.grad for p in self.net.parameters() if p.grad is not None]))
         loss_value, norm_value = torch.stack([loss.detach().float(), norm.float()]).tolist()
         finite = norm_value < float("inf")  # False for nan too; ranks agree, since gradients are all-reduced
         if finite:

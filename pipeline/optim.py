@@ -11,9 +11,9 @@ from typing import ClassVar, Literal, overload
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from data_shards.section import Section
+from pipeline.sharding import part, whole
 
 
 class OptimSettings(Section):
@@ -101,7 +101,7 @@ class Larc(torch.optim.Optimizer):
                 self.state[parameter].update(_fresh_state(self, parameter))
         decays, rates = _larc(parameters, gradients, group["weight_decay"], group["trust"])
         held = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-        weights, slopes, velocities = _local(parameters), _local(gradients), _local(held)
+        weights, slopes, velocities = (list(map(part, tensors)) for tensors in (parameters, gradients, held))
         scaled = torch._foreach_mul(weights, decays)
         torch._foreach_add_(scaled, slopes)
         torch._foreach_mul_(scaled, rates)
@@ -123,12 +123,7 @@ def _larc(
 def _norms(tensors: list[Tensor]) -> Tensor:
     """The Euclidean norms, of the whole tensors where a rank holds a part."""
     norms = torch._foreach_norm(tensors)
-    return torch.stack([norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms])
-
-
-def _local(tensors: list[Tensor]) -> list[Tensor]:
-    """What this rank holds of them."""
-    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    return torch.stack([whole(norm) for norm in norms])
 
 
 def _fresh_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:

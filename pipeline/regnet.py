@@ -7,6 +7,7 @@ Sources: Designing Network Design Spaces (arXiv 2003.13678), SEER (arXiv 2103.01
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import ClassVar, Self
 
@@ -142,10 +143,14 @@ class RegNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """images: (N, 3, H, W), any size; channels_last is faster. Returns (N, width), the mean over all places."""
         features = functional.relu(self.stem(images), inplace=True)
-        for number in range(1, len(self.stages) + 1):
-            for block in self.get_submodule(f"s{number}").children():
-                features = self._through(block, features)
+        for block in self.blocks():
+            features = self._through(block, features)
         return features.mean((2, 3))
+
+    def blocks(self) -> Iterator[nn.Module]:
+        """In the order of the way through them."""
+        for number in range(1, len(self.stages) + 1):
+            yield from self.get_submodule(f"s{number}").children()
 
     def _through(self, block: nn.Module, features: Tensor) -> Tensor:
         if self.activation_checkpointing and torch.is_grad_enabled():

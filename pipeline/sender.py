@@ -31,6 +31,7 @@ class Save:
     part: Part
     folder: Path  # of this rank alone, on the node's disk
     started: float
+    first_rows: dict[str, int]  # of tensors that are parted among the ranks
     unsent: list[File] = field(default_factory=list)
     written: bool = False
     resting: bool = False  # until the next save or wait
@@ -133,7 +134,7 @@ class Sender:
                 raise Refused(f"{save.place.path}: {name} holds a value that is not finite")
             _make(save.folder)
             path = save.folder / f"rank-{save.part.rank}.safetensors"
-            snapshot.write(tensors, path)
+            snapshot.write(tensors, path, save.first_rows)
             part = replace(save.part, files=(File.of(path),))
             _write_whole(save.folder / part.name, part.encode())
         except (Refused, OSError) as error:

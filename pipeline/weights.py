@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from pipeline.commit import Place
 from pipeline.config import Config
 from pipeline.ranks import Ranks
 from pipeline.regnet import RegNet
+from pipeline.sharding import is_parted, spread
 from pipeline.snapshot import Saved
 
 TRUNK = "model.trunk."  # what the names of its tensors begin with in a checkpoint
@@ -38,16 +40,22 @@ def fill(store: Store, place: Place, state: dict[str, Tensor], beside: Path | No
         saved.read_into(state)
 
 
-def fill_all(read: Callable[[], None], state: Mapping[str, Tensor], ranks: Ranks) -> None:
+def fill_all(read: Callable[[dict[str, Tensor]], None], state: Mapping[str, Tensor], ranks: Ranks) -> None:
     """Fill the tensors of all ranks alike: `read` fills them on rank 0, the others get them over the default group.
 
     The tensors are on the devices that this group serves. What `read` raises is raised on all ranks.
     """
-    ranks.together(lambda: read() if ranks.rank == 0 else None)
-    for tensor in state.values():
-        sent = tensor.contiguous()  # groups send no other; weights may be channels_last
-        dist.broadcast(sent, 0)
-        tensor.copy_(sent)
+    filled: dict[str, Tensor] = {}
+    if ranks.rank == 0:
+        filled = {name: torch.empty(t.shape, dtype=t.dtype) if is_parted(t) else t for name, t in state.items()}
+    ranks.together(lambda: read(filled) if ranks.rank == 0 else None)
+    for name, tensor in state.items():
+        if is_parted(tensor):
+            spread(filled.pop(name, None), tensor)
+        else:
+            sent = tensor.contiguous()  # groups send no other; weights may be channels_last
+            dist.broadcast(sent, 0)
+            tensor.copy_(sent)
 
 
 def begin(config: Config, state: dict[str, Tensor], ranks: Ranks, beside: Path) -> Literal["all", "trunk"]:
@@ -59,10 +67,10 @@ def begin(config: Config, state: dict[str, Tensor], ranks: Ranks, beside: Path) 
     origin = str(config.train.start_from)
     if (checkpoint := parse(origin)) is not None:
         run, place = checkpoint
-        fill_all(lambda: fill(Store(run), place, state, beside), state, ranks)
+        fill_all(lambda tensors: fill(Store(run), place, tensors, beside), state, ranks)
         return "all"
     trunk = {name.removeprefix(TRUNK): tensor for name, tensor in state.items() if name.startswith(TRUNK)}
-    fill_all(lambda: pretrained.fill(origin, trunk, config.model.trunk, beside), trunk, ranks)
+    fill_all(lambda tensors: pretrained.fill(origin, tensors, config.model.trunk, beside), trunk, ranks)
     return "trunk"
 
 

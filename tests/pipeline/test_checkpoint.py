@@ -270,7 +270,7 @@ def test_what_a_rank_left_cannot_name_a_file_outside_its_folder(name: str) -> No
 def test_the_name_of_another_run_cannot_lead_out_of_the_folder_of_all_runs(tmp_path: Path) -> None:
     Attempt(tmp_path).commit(1)
     with pytest.raises(UserError, match="leads out of the store"):
-        point(Store(f"file://{tmp_path}/elsewhere"), "../store")
+        point(Store(f"file://{tmp_path}/store/elsewhere"), "..@1")  # with a slash it would be a path
 
 
 def test_nothing_on_the_way_back_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,10 +178,10 @@ def forked(ranks: Ranks, folder: Path) -> dict[str, Any]:
     """A rank's view of a fork: what it began with, what it read, the error when a tensor does not fit."""
     store, place = CountingStore(f"file://{folder}/origin"), Place(7, 1)
     state = {"weight": torch.zeros(4, 3, 2, 2).to(memory_format=torch.channels_last), "count": torch.tensor(0)}
-    fill_all(lambda: fill(store, place, state, folder), state, ranks)
+    fill_all(lambda tensors: fill(store, place, tensors, folder), state, ranks)
     head = {"head": torch.zeros(1)}
     try:
-        fill_all(lambda: fill(store, place, head, folder), head, ranks)
+        fill_all(lambda tensors: fill(store, place, tensors, folder), head, ranks)
     except UserError as error:
         return {"state": state, "given": store.given, "error": str(error)}
     return {}
