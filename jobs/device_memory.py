@@ -16,13 +16,16 @@ from pipeline.module import Net
 from pipeline.optim import build_optimizer, optimizer_tensors
 from pipeline.swav import ASSIGNING
 
+GATHERED = 4  # units at a time where a model is sharded: the one at work and the next, each twice or with its gradient
+
 
 @dataclass(frozen=True)
 class Held:
     """Bytes, as torch's allocator hands them out; what DALI, cuDNN and NCCL take comes on top.
 
-    checkpoint: weights, optimizer, queue. model: the same and the gradients. step: what a step adds to that at most:
-    activations, or the copy of the gradients that the optimizer makes.
+    checkpoint: weights, optimizer, queue, of all ranks where they are parted. model: what a rank has of the same and of
+    the gradients. step: what a step adds to that at most: activations, or the copy of the gradients that the optimizer
+    makes.
     """
 
     checkpoint: int
@@ -41,9 +44,11 @@ def held_bytes(config: Config, ranks: int) -> Held:
         optimizer = optimizer_tensors(net, build_optimizer(net, config.optim))
         checkpoint = _bytes([*net.state_dict().values(), *optimizer.values()])
         checkpoint += 4 * ASSIGNING * config.swav.queue * net.head.width
-        gradients = _bytes(net.parameters())
-        step = max(gradients, _working_bytes(net, config, max(1, config.data.batch // ranks)))
-    return Held(checkpoint, checkpoint + gradients, step)
+        gradients, parts = _bytes(net.parameters()), ranks if config.efficiency.sharded else 1
+        step = _working_bytes(net, config, max(1, config.data.batch // ranks))
+        if config.efficiency.sharded:
+            step += GATHERED * max(_bytes(unit.parameters()) for unit in net.units())
+    return Held(checkpoint, (checkpoint + gradients) // parts, max(gradients // parts, step))
 
 
 def _working_bytes(net: Net, config: Config, images: int) -> int:
@@ -54,7 +59,7 @@ def _working_bytes(net: Net, config: Config, images: int) -> int:
     half = config.train.precision == "bf16"
     with _Living([*net.state_dict().values(), *gradients]) as living:
         crops = [torch.empty(images, c.count, c.size, c.size, 3).movedim(-1, 2) for c in config.augment.crops]
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=not config.efficiency.sharded):
             loss = net.prototypes(net(crops)).float().log_softmax(-1).mean()
         loss.backward()
     return int(living.most)

@@ -65,7 +65,7 @@ def _measured(config: Config, site: Site) -> Iterator[Speed]:
 def _computed(config: dict[str, Any]) -> str:
     """What a step's time depends on."""
     parts = [config["model"], config["augment"]["crops"], config["train"]["precision"], config["data"]["batch"]]
-    parts.append(config["efficiency"].get("activation_checkpointing", False))  # runs of before had none
+    parts += [config["efficiency"].get(name, False) for name in ("activation_checkpointing", "sharded")]  # once unknown
     return json.dumps(parts, sort_keys=True)
 
 

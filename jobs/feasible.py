@@ -70,24 +70,26 @@ def _wrong_without_data(config: Config, site: Site) -> Iterator[str]:
 def _too_large(config: Config, site: Site, held: Held) -> Iterator[str]:
     """What a GPU of the site cannot hold, and what would make it fit."""
     assert site.gpu_memory_gb is not None
-    if held.device <= site.gpu_memory_gb * 2**30:
+    room = site.gpu_memory_gb * 2**30
+    if held.device <= room:
         return
-    there = f"of each GPU, SITE={site.name}: gpu_memory_gb is {site.gpu_memory_gb:g}"
-    if held.model > site.gpu_memory_gb * 2**30:
-        yield (
-            f"model.trunk: {config.model.trunk} takes {bytes_text(held.model)} before any image {there}; a model is "
-            f"not split among GPUs: choose a smaller one"
-        )
-        return
-    images, hint = config.data.batch // site.ranks, ""
-    if not config.efficiency.activation_checkpointing:
-        again = config.efficiency.model_copy(update={"activation_checkpointing": True})
-        other = held_bytes(config.model_copy(update={"efficiency": again}), site.ranks)
-        hint = f'SET="efficiency.activation_checkpointing=true" takes {bytes_text(other.device)}, and more time; '
-    yield (
-        f"model.trunk: a step of {images} images with {config.model.trunk} takes {bytes_text(held.device)} {there}; "
-        f"{hint}more ranks have fewer images each"
-    )
+    trunk, images = config.model.trunk, config.data.batch // site.ranks
+    if held.model > room:
+        what, less = f"{trunk} takes {bytes_text(held.model)} before any image", "more ranks, or a smaller trunk"
+    else:
+        what, less = f"a step of {images} images with {trunk} takes {bytes_text(held.device)}", "more ranks"
+    fitting = next((saving for saving in _savings(config, site.ranks) if saving[1] <= room), None)
+    hint = f"{less}, have less each" if fitting is None else f'SET="{fitting[0]}" takes {bytes_text(fitting[1])}'
+    yield f"model.trunk: {what} of each GPU, SITE={site.name}: gpu_memory_gb is {site.gpu_memory_gb:g}; {hint}"
+
+
+def _savings(config: Config, ranks: int) -> Iterator[tuple[str, int]]:
+    """Ways to learn the same in less memory, and how much that takes then; each costs time, the later ones more."""
+    for switches in (("activation_checkpointing",), ("sharded",), ("activation_checkpointing", "sharded")):
+        if not any(getattr(config.efficiency, switch) for switch in switches):
+            saving = config.efficiency.model_copy(update=dict.fromkeys(switches, True))
+            held = held_bytes(config.model_copy(update={"efficiency": saving}), ranks)
+            yield " ".join(f"efficiency.{switch}=true" for switch in switches), held.device
 
 
 def _wrong_with_data(config: Config, site: Site, sample_bytes: float, order: Order) -> Iterator[str]:

@@ -141,7 +141,9 @@ def _time(site: Site, takes: Duration) -> Iterator[Figure]:
 def _memory(config: Config, site: Site, sample_bytes: float, order: Order, held: Held) -> Iterator[Figure]:
     """Of the model and a step; of samples that wait for theirs: two windows a lane, as far as prefetch_bytes allows."""
     group, images = "HOLDS ON ITS DEVICE", order.batch_size // site.ranks
-    yield Figure(group, "model bytes", held.model, f"{bytes_text(held.model)} a rank: weights, optimizer, gradients")
+    parts = "its part of " if config.efficiency.sharded else ""
+    text = f"{bytes_text(held.model)} a rank: {parts}weights, optimizer, gradients"
+    yield Figure(group, "model bytes", held.model, text)
     again = ", blocks computed again backward" if config.efficiency.activation_checkpointing else ""
     yield Figure(group, "step bytes", held.step, f"{bytes_text(held.step)} more in a step of {images} images{again}")
     more = "; DALI, cuDNN and NCCL take some GB more" if site.gpus_per_node else ""

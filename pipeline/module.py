@@ -18,6 +18,8 @@ from pipeline.regnet import RegNet
 from pipeline.sharding import shard, whole
 from pipeline.swav import ASSIGNING, Head, Prototypes, Queue, prototype_usage, sinkhorn, swav_loss
 
+LARGE_LAYER = 2**26  # parameters
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -42,8 +44,9 @@ class Net(nn.Module):
         self.prototypes = Prototypes(self.head.width, config.swav)
 
     def units(self) -> list[nn.Module]:
-        """What is gathered at a time where the net is sharded."""
-        return [*self.trunk.blocks(), self.head, self.prototypes]
+        """What is gathered at a time where the net is sharded: blocks, but for layers that are large by themselves."""
+        layers = [layer for block in self.trunk.blocks() for layer in block.children() if _size(layer) > LARGE_LAYER]
+        return [*layers, *self.trunk.blocks(), self.head, self.prototypes]
 
     def forward(self, crops: list[Tensor]) -> Tensor:
         """crops: one (B, n, 3, s, s) for each size -> (B, V, D), L2-normalised, views in the order of the crops."""
@@ -133,3 +136,7 @@ class SwAV(pl.LightningModule):
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, torch.optim.Optimizer)
         return self.weights() | optimizer_tensors(self.net, optimizer) | self.queue.state()
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -405,10 +405,11 @@ def _memory_explained(config: Config) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        less = 'SET="efficiency.activation_checkpointing=true" takes less, for more time and the same results; '
-        hint = "" if config.efficiency.activation_checkpointing else less
-        said = " ".join(str(error).split())
-        raise OutOfMemory(f"the GPU is full; {hint}more ranks have fewer images each: {said}") from error
+        names = [name for name in ("activation_checkpointing", "sharded") if not getattr(config.efficiency, name)]
+        ways = ", ".join([*(f'SET="efficiency.{name}=true"' for name in names), "more ranks"])
+        raise OutOfMemory(
+            f"the GPU is full; each of these takes less of it: {ways}: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _leave_hung(why: Exception) -> None:

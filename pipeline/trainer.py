@@ -63,5 +63,12 @@ def _sharded(launch: "Launch") -> dict[str, Any]:
 def quieten() -> None:
     """What Lightning says at each start and nobody can act on stays out of the ranks' logs."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    for text in ("The `srun` command is available", "`broadcast_buffers` is deprecated", "`isinstance\\(treespec"):
+    # FSDP's warning is of views that are changed in place, and what the net gives is not
+    views = "FSDP2-wrapped module .* returned a view"
+    for text in (
+        "The `srun` command is available",
+        "`broadcast_buffers` is deprecated",
+        "`isinstance\\(treespec",
+        views,
+    ):
         warnings.filterwarnings("ignore", text)

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from jobs.device_memory import held_bytes
+from jobs.device_memory import GATHERED, held_bytes
 from pipeline.config import Config, load
 from pipeline.module import Net
+from pipeline.sharding import shard
+from tests.pipeline import distributed
 
 IMAGES = 16
 
@@ -24,7 +26,11 @@ def most_allocated(config: Config) -> int:
     net = Net(config)
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    crops = [torch.rand(IMAGES, c.count, c.size, c.size, 3) for c in config.augment.crops]
+    return most_in_a_step(net, config, IMAGES)
+
+
+def most_in_a_step(net: Net, config: Config, images: int) -> int:
+    crops = [torch.rand(images, c.count, c.size, c.size, 3) for c in config.augment.crops]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
         taken = [each.clone().movedim(-1, 2) for each in crops]
         with torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16"):
@@ -55,3 +61,33 @@ def test_ranks_share_the_images_and_not_the_model() -> None:
 def test_the_optimizer_copies_the_gradients_where_that_is_more_than_a_step_takes() -> None:
     few = config(**{"swav.prototypes": "100000"})
     assert held_bytes(few, IMAGES).step >= 4 * 100_000 * 128
+
+
+def test_where_a_model_is_sharded_each_rank_has_its_part_and_some_units_at_a_time() -> None:
+    plain, sharded = held_bytes(config(), 2), held_bytes(config(**{"efficiency.sharded": "true"}), 2)
+    assert sharded.checkpoint == plain.checkpoint
+    assert sharded.model == pytest.approx(plain.model / 2, rel=0.01)
+    units = [sum(4 * p.numel() for p in unit.parameters()) for unit in Net(config()).units()]
+    assert sharded.step == plain.step + GATHERED * max(units)
+
+
+def of_a_sharded_step(rank: int, sets: dict[str, str]) -> int:
+    """Bytes at once of what a step makes on this rank, its part of the gradients among them."""
+    torch.set_num_threads(1)
+    changed = config(**sets)
+    net = Net(changed)
+    shard(net, net.units(), 2)
+    for _ in range(2):  # the first forward finds out in which order units come
+        for parameter in net.parameters():
+            parameter.grad = None
+        most = most_in_a_step(net, changed, IMAGES // 2)
+    return most
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_sharded_step_takes_no_more_than_was_said_and_not_much_less(precision: str) -> None:
+    sets = {"train.precision": precision, "efficiency.sharded": "true", "model.depth": "10"}
+    said = held_bytes(config(**sets), 2)
+    gradients = sum(2 * parameter.numel() for parameter in Net(config(**sets)).parameters())
+    for measured in distributed.run(2, of_a_sharded_step, sets):
+        assert 0.75 * said.step < measured - gradients < said.step

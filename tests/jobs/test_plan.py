@@ -69,10 +69,14 @@ def test_a_model_that_no_gpu_of_the_site_holds_is_refused_before_one_is_spent(tm
     assert 16e9 < said["model_bytes"] < 18e9  # three numbers of 4 bytes for each of its 1.4 billion parameters
     assert said["device_bytes"] == said["model_bytes"] + said["step_bytes"]
     with pytest.raises(
-        UserError,
-        match=r"regnety_10b takes 1\d\d GB before any image of each GPU, .* is 80; a model is not",
-    ):
+        UserError, match=r"regnety_10b takes 1\d\d GB before any image of each GPU, .* is 80; SET="
+    ) as refused:
         make_plan(load(SEER, [f"data.url={url}", "model.trunk=regnety_10b"]), where)
+    (hint,) = re.findall(r'SET="(.*?)" takes', str(refused.value))
+    fits = values(load(SEER, [f"data.url={url}", "model.trunk=regnety_10b", *hint.split()]), where)
+    assert "sharded" in hint
+    assert fits["model_bytes"] < 1e9  # a 512th of it
+    assert fits["device_bytes"] < 80e9
 
 
 def test_a_step_that_no_gpu_of_the_site_holds_is_refused_with_what_would_make_it_fit(tmp_path):
@@ -83,8 +87,8 @@ def test_a_step_that_no_gpu_of_the_site_holds_is_refused_with_what_would_make_it
     (hint,) = re.findall(r'SET="(.*?)" takes', str(refused.value))
     fits = values(load(SEER, [f"data.url={url}", hint]), v100)  # as it did in the paper
     assert fits["device_bytes"] < 32e9
-    with pytest.raises(UserError, match=r"gpu_memory_gb is 20; more ranks have fewer images each$"):
-        make_plan(load(SEER, [f"data.url={url}", hint]), v100.model_copy(update={"gpu_memory_gb": 20}))
+    with pytest.raises(UserError, match=r"gpu_memory_gb is 4; more ranks.* have less each$"):
+        make_plan(load(SEER, [f"data.url={url}", hint]), v100.model_copy(update={"gpu_memory_gb": 4}))
 
 
 def test_failures_cost_a_restart_and_half_of_what_lies_between_two_checkpoints():

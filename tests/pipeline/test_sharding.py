@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_shards.store import Store
+from pipeline import module as module_code
 from pipeline.checkpoint import Checkpointer, CheckpointSettings
 from pipeline.config import Config
 from pipeline.loader import Batch
@@ -105,6 +106,8 @@ def both(changed: dict[str, Any]) -> dict[str, Config]:
 
 def scenario(rank: int, folder: str, changed: dict[str, Any]) -> dict[str, Any]:
     """Both ways to train, and from the checkpoint of each, both ways to go on."""
+    module_code.LARGE_LAYER = 2000  # some layers of the blocks are units of their own
+    assert len(Net(config()).units()) > 2 + len(list(Net(config()).trunk.blocks()))
     gone: dict[str, Any] = {}
     for name, settings in both(changed).items():
         gone[name] = kept(attempt(settings, rank, 2, Path(folder) / name, range(END)))

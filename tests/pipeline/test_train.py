@@ -293,10 +293,10 @@ def out_of_memory(rank: int, values: dict[str, Any], folder: str) -> list[str]:
 
 def test_a_gpu_that_is_full_is_told_in_one_line_with_what_needs_less(tiles: str, tmp_path: Path) -> None:
     ((plain, checkpointing),) = distributed.run(1, out_of_memory, config(tiles, tmp_path), str(tmp_path / "full"))
-    end = "more ranks have fewer images each: " + FULL.replace("\n", " ")
-    assert checkpointing == f"the GPU is full; {end}"
-    assert plain.startswith('the GPU is full; SET="efficiency.activation_checkpointing=true" takes less')
-    assert plain.endswith(end)
+    begin, end = "the GPU is full; each of these takes less of it: ", "more ranks: " + FULL.replace("\n", " ")
+    sharded = 'SET="efficiency.sharded=true"'
+    assert checkpointing == f"{begin}{sharded}, {end}"
+    assert plain == f'{begin}SET="efficiency.activation_checkpointing=true", {sharded}, {end}'
 
 
 def rows(values: dict[str, Any], name: str) -> list[dict[str, Any]]:
