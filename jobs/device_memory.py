@@ -1,7 +1,7 @@
 """What a rank's device has to hold, found by a step on tensors without memory (torch's fake ones)."""
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,7 @@ def held_bytes(config: Config, ranks: int) -> Held:
         gradients, parts = _bytes(net.parameters()), ranks if config.efficiency.sharded else 1
         step = _working_bytes(net, config, max(1, config.data.batch // ranks))
         if config.efficiency.sharded:
-            step += GATHERED * max(_bytes(unit.parameters()) for unit in net.units())
+            step += GATHERED * max(_unit_bytes(net))
     return Held(checkpoint, (checkpoint + gradients) // parts, max(gradients // parts, step))
 
 
@@ -62,7 +62,17 @@ def _working_bytes(net: Net, config: Config, images: int) -> int:
         with torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=not config.efficiency.sharded):
             loss = net.prototypes(net(crops)).float().log_softmax(-1).mean()
         loss.backward()
+        net.finish_backward()
     return int(living.most)
+
+
+def _unit_bytes(net: Net) -> Iterator[int]:
+    """Of each unit, without what is in a smaller one."""
+    parted: set[Tensor] = set()
+    for unit in net.units():
+        own = set(unit.parameters()) - parted
+        parted |= own
+        yield _bytes(own)
 
 
 class _Living(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch's __init_subclass__

@@ -42,18 +42,33 @@ class Net(nn.Module):
         self.trunk = RegNet(config.model, config.efficiency.activation_checkpointing)
         self.head = Head(self.trunk.width, config.swav)
         self.prototypes = Prototypes(self.head.width, config.swav)
+        self._cuts = config.efficiency.sharded
+        self._cut: list[tuple[Tensor, Tensor]] = []  # features, and what the head has got in their place
 
     def units(self) -> list[nn.Module]:
         """What is gathered at a time where the net is sharded: blocks, but for layers that are large by themselves."""
         layers = [layer for block in self.trunk.blocks() for layer in block.children() if _size(layer) > LARGE_LAYER]
-        return [*layers, *self.trunk.blocks(), self.head, self.prototypes]
+        return [*layers, *self.trunk.blocks(), self.trunk.stem, self.head, self.prototypes]
 
     def forward(self, crops: list[Tensor]) -> Tensor:
         """crops: one (B, n, 3, s, s) for each size -> (B, V, D), L2-normalised, views in the order of the crops."""
-        features = [self.trunk(c.flatten(0, 1)).unflatten(0, c.shape[:2]) for c in crops]
-        views = torch.cat(features, dim=1)
+        features = [self.trunk(c.flatten(0, 1)) for c in crops]
+        if self._cuts and torch.is_grad_enabled():
+            given = [feature.detach().requires_grad_() for feature in features]
+            self._cut, features = list(zip(features, given, strict=True)), given
+        views = torch.cat([f.unflatten(0, c.shape[:2]) for f, c in zip(features, crops, strict=True)], dim=1)
         embeddings: Tensor = self.head(views.flatten(0, 1)).unflatten(0, views.shape[:2])
         return embeddings
+
+    def finish_backward(self) -> None:
+        """The trunk's part of backward where the net is sharded, after the loss's; else it is done already.
+
+        One size of crops after the other: in a single backward autograd holds the gradients of one size, as large as
+        the whole model, until those of the other have come.
+        """
+        while self._cut:
+            features, given = self._cut.pop()
+            features.backward(given.grad)  # type: ignore[no-untyped-call]
 
 
 class SwAV(pl.LightningModule):
@@ -111,6 +126,7 @@ class SwAV(pl.LightningModule):
         loss, assigning, scores, codes = self.loss(batch.crops)
         with torch.autocast(loss.device.type, enabled=False):  # Lightning's would take the prototypes' backward to bf16
             self.manual_backward(loss)
+            self.net.finish_backward()
         self.net.prototypes.freeze_(self.step)
         norm = whole(nn.utils.get_total_norm([p.grad for p in self.net.parameters() if p.grad is not None]))
         loss_value, norm_value = torch.stack([loss.detach().float(), norm.float()]).tolist()

@@ -36,6 +36,7 @@ def most_in_a_step(net: Net, config: Config, images: int) -> int:
         with torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16"):
             loss = net.prototypes(net(taken)).float().log_softmax(-1).mean()
         loss.backward()  # type: ignore[no-untyped-call]
+        net.finish_backward()
     now = most = 0
     events: Any = measured.profiler.kineto_results.events()  # type: ignore[union-attr]
     for event in events:
@@ -68,7 +69,7 @@ def test_where_a_model_is_sharded_each_rank_has_its_part_and_some_units_at_a_tim
     assert sharded.checkpoint == plain.checkpoint
     assert sharded.model == pytest.approx(plain.model / 2, rel=0.01)
     units = [sum(4 * p.numel() for p in unit.parameters()) for unit in Net(config()).units()]
-    assert sharded.step == plain.step + GATHERED * max(units)
+    assert GATHERED * max(units) < sharded.step < plain.step + GATHERED * max(units)
 
 
 def of_a_sharded_step(rank: int, sets: dict[str, str]) -> int:

@@ -145,6 +145,25 @@ def test_a_run_resumed_on_one_rank_instead_of_two_sees_the_same_batches_and_crop
     np.testing.assert_allclose(losses, reference, atol=1e-4)
 
 
+def test_a_sharded_run_sees_the_same_batches_and_may_go_on_replicated_on_one_rank(
+    straight: list[dict[str, Any]], tiny_set: str, runs: str, tmp_path: Path
+) -> None:
+    run_dir, config = tmp_path / "sharded", config_for(tiny_set, runs)
+    config["efficiency"]["sharded"] = True
+    first = start(config, run_dir, 2)
+    first.wait_until(lambda: local_steps(run_dir, 1) >= 32)
+    first.kill()
+    config["efficiency"]["sharded"] = False
+    second = start(config, run_dir, 1)
+    assert second.wait() == [0], second.tails()
+    rows = results(f"{runs}/sharded")
+    for key in ("step", "lr", "batch_hash", "crop_hash"):
+        assert [row[key] for row in rows] == [row[key] for row in straight], key
+    losses, reference = ([row["loss"] for row in r] for r in (rows, straight))
+    np.testing.assert_allclose(losses[:5], reference[:5], atol=1e-5)
+    np.testing.assert_allclose(losses, reference, atol=0.1)  # rounding grows with the steps, most of all in AdamW
+
+
 def test_a_damaged_newest_checkpoint_sends_the_resume_to_the_older_one_and_the_rows_stay_equal(
     straight: list[dict[str, Any]], tiny_set: str, runs: str, tmp_path: Path
 ) -> None:
