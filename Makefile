@@ -110,7 +110,7 @@ plan: .venv/stamp ## what a run would do and cost, or why it cannot (CONF= SITE=
 	@$(FARSEER) plan "$(CONF)" $(site_option) --set "$$SET" $(if $(RUN),--run "$(RUN)") $(if $(IMAGES_PER_S),--images-per-s "$(IMAGES_PER_S)") $(call flag,JSON,json)
 
 .PHONY: submit
-submit: .venv/stamp ## start a run, or go on with it (CONF= RUN= SITE= SET=, FORCE=1; FROM=run@step)
+submit: .venv/stamp ## start a run, or go on with it (CONF= RUN= SITE= SET=, FORCE=1; FROM=run@step or a file)
 	@$(FARSEER) submit "$(CONF)" $(run_option) $(site_option) --set "$$SET" $(call flag,FORCE,force) $(if $(FROM),--from "$(FROM)")
 
 .PHONY: resume
