@@ -85,6 +85,7 @@ def of_a_sharded_step(rank: int, sets: dict[str, str]) -> int:
     return most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_sharded_step_takes_no_more_than_was_said_and_not_much_less(precision: str) -> None:
     sets = {"train.precision": precision, "efficiency.sharded": "true", "model.depth": "10"}

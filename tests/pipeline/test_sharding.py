@@ -122,7 +122,7 @@ def kept(made: Attempt) -> dict[str, Any]:
     return {"results": made.results, "loaded": made.loaded, "last": made.last}
 
 
-@pytest.fixture(scope="module", params=[{}, LARC], ids=["adamw", "larc"])
+@pytest.fixture(scope="module", params=[LARC, pytest.param({}, marks=pytest.mark.slow)], ids=["larc", "adamw"])
 def gone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("sharded")
     of_ranks = distributed.run(2, scenario, str(folder), request.param)
