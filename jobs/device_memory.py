@@ -25,12 +25,13 @@ class Held:
 
     checkpoint: weights, optimizer, queue, of all ranks where they are parted. model: what a rank has of the same and of
     the gradients. step: what a step adds to that at most: activations, or the copy of the gradients that the optimizer
-    makes.
+    makes. weights: of the whole net, which each rank draws in host memory before they go to its device.
     """
 
     checkpoint: int
     model: int
     step: int
+    weights: int
 
     @property
     def device(self) -> int:
@@ -48,7 +49,7 @@ def held_bytes(config: Config, ranks: int) -> Held:
         step = _working_bytes(net, config, max(1, config.data.batch // ranks))
         if config.efficiency.sharded:
             step += GATHERED * max(_unit_bytes(net))
-    return Held(checkpoint, (checkpoint + gradients) // parts, max(gradients // parts, step))
+    return Held(checkpoint, (checkpoint + gradients) // parts, max(gradients // parts, step), weights=gradients)
 
 
 def _working_bytes(net: Net, config: Config, images: int) -> int:

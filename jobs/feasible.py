@@ -20,7 +20,7 @@ CHECK_SECONDS = 20.0  # how long a store that does not answer is asked again bef
 
 
 class Feasible(NamedTuple):
-    """sample_bytes: on average; config: filled in; held: None where the site does not tell its GPUs' memory."""
+    """sample_bytes: on average; config: filled in; held: None where the site does not tell its memory."""
 
     sample_bytes: float
     order: Order
@@ -32,7 +32,7 @@ def feasible(config: Config, site: Site) -> Feasible:
     """Raises UserError with a line for each reason why the run cannot work there."""
     reasons = Reasons()
     reasons.lines += _wrong_without_data(config, site)
-    held = held_bytes(config, site.ranks) if site.gpu_memory_gb is not None else None
+    held = held_bytes(config, site.ranks) if site.gpu_memory_gb is not None or site.memory_gb is not None else None
     if held is not None:
         reasons.lines += _too_large(config, site, held)
     found = reasons.ask(lambda: _open(config))
@@ -68,10 +68,14 @@ def _wrong_without_data(config: Config, site: Site) -> Iterator[str]:
 
 
 def _too_large(config: Config, site: Site, held: Held) -> Iterator[str]:
-    """What a GPU of the site cannot hold, and what would make it fit."""
-    assert site.gpu_memory_gb is not None
-    room = site.gpu_memory_gb * 2**30
-    if held.device <= room:
+    """What a node of the site cannot hold as it starts, or a GPU later, and what would make it fit."""
+    start = site.ranks_per_node * held.weights
+    if site.memory_gb is not None and start > site.memory_gb * 2**30:
+        yield (
+            f"SITE={site.name}: memory_gb: {site.memory_gb:g} is too little for {site.ranks_per_node} ranks that draw "
+            f"{bytes_text(held.weights)} of weights each as they start; fewer ranks_per_node, or a smaller trunk"
+        )
+    if site.gpu_memory_gb is None or held.device <= (room := site.gpu_memory_gb * 2**30):
         return
     trunk, images = config.model.trunk, config.data.batch // site.ranks
     if held.model > room:

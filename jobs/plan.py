@@ -149,6 +149,9 @@ def _memory(config: Config, site: Site, sample_bytes: float, order: Order, held:
     more = "; DALI, cuDNN and NCCL take some GB more" if site.gpus_per_node else ""
     text = f"{bytes_text(held.device)} as torch hands it out{more}"
     yield Figure(group, "device bytes", held.device, text)
+    group, start = "HOLDS IN HOST MEMORY", site.ranks_per_node * held.weights
+    text = f"{bytes_text(start)} a node: each of its {site.ranks_per_node} ranks draws all weights"
+    yield Figure(group, "while starting", start, text)
     shown = sorted(sorted(divisors(order.lanes), key=lambda n: abs(n - site.ranks))[:TABLE_ROWS])
     for ranks in shown:
         lanes, each = order.lanes // ranks, min(site.ranks_per_node, ranks)
@@ -158,7 +161,7 @@ def _memory(config: Config, site: Site, sample_bytes: float, order: Order, held:
         text = f"{bytes_text(node / each)} a rank, {bytes_text(node)} a node of {each}"
         text = text if fits else f"not within reader.prefetch_bytes: a window a lane is {bytes_text(window)}"
         here = "  <- this site" if ranks == site.ranks else ""
-        yield Figure("HOLDS IN HOST MEMORY", f"{ranks} ranks", int(node / each) if fits else None, text + here)
+        yield Figure(group, f"{ranks} ranks", int(node / each) if fits else None, text + here)
 
 
 def _days(seconds: float) -> str:

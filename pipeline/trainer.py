@@ -14,6 +14,13 @@ from pipeline.signals import RankEnvironment, StopRequest, own_signals
 if TYPE_CHECKING:
     from pipeline.train import Launch
 
+NOTHING_TO_DO = (
+    "The `srun` command is available",
+    "`broadcast_buffers` is deprecated",
+    "`isinstance\\(treespec",
+    "FSDP2-wrapped module .* returned a view",  # which would be wrong to change in place, and nobody does
+)
+
 
 def build_trainer(config: Config, launch: "Launch", request: StopRequest, callback: pl.Callback) -> pl.Trainer:
     """Of one rank, for one `fit`; takes the signals that `request` listens to. The process group must be there."""
@@ -61,14 +68,7 @@ def _sharded(launch: "Launch") -> dict[str, Any]:
 
 
 def quieten() -> None:
-    """What Lightning says at each start and nobody can act on stays out of the ranks' logs."""
+    """What Lightning and torch say at each start and nobody can act on stays out of the ranks' logs."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    # FSDP's warning is of views that are changed in place, and what the net gives is not
-    views = "FSDP2-wrapped module .* returned a view"
-    for text in (
-        "The `srun` command is available",
-        "`broadcast_buffers` is deprecated",
-        "`isinstance\\(treespec",
-        views,
-    ):
+    for text in NOTHING_TO_DO:
         warnings.filterwarnings("ignore", text)

@@ -77,6 +77,10 @@ def test_a_model_that_no_gpu_of_the_site_holds_is_refused_before_one_is_spent(tm
     assert "sharded" in hint
     assert fits["model_bytes"] < 1e9  # a 512th of it
     assert fits["device_bytes"] < 80e9
+    assert 8 * 37e9 < fits["while_starting"] < 8 * 40e9
+    small = where.model_copy(update={"memory_gb": 256})
+    with pytest.raises(UserError, match=r"memory_gb: 256 is too little for 8 ranks that draw 38.\d GB of weights each"):
+        make_plan(load(SEER, [f"data.url={url}", "model.trunk=regnety_10b", *hint.split()]), small)
 
 
 def test_a_step_that_no_gpu_of_the_site_holds_is_refused_with_what_would_make_it_fit(tmp_path):
