@@ -13,7 +13,7 @@ from jobs.device_memory import Held, held_bytes
 from jobs.reasons import Reasons
 from jobs.site import Site
 from jobs.verbs import bytes_text
-from pipeline.config import Config
+from pipeline.config import SAVING, Config
 from pipeline.run import open_data
 
 CHECK_SECONDS = 20.0  # how long a store that does not answer is asked again before a run is refused
@@ -89,7 +89,7 @@ def _too_large(config: Config, site: Site, held: Held) -> Iterator[str]:
 
 def _savings(config: Config, ranks: int) -> Iterator[tuple[str, int]]:
     """Ways to learn the same in less memory, and how much that takes then; each costs time, the later ones more."""
-    for switches in (("activation_checkpointing",), ("sharded",), ("activation_checkpointing", "sharded")):
+    for switches in (*((switch,) for switch in SAVING), SAVING):
         if not any(getattr(config.efficiency, switch) for switch in switches):
             saving = config.efficiency.model_copy(update=dict.fromkeys(switches, True))
             held = held_bytes(config.model_copy(update={"efficiency": saving}), ranks)

@@ -58,6 +58,9 @@ class TrainSettings(Section):
         return round(self.epochs * order.steps_per_epoch)
 
 
+SAVING = ("activation_checkpointing", "sharded")  # switches that take less memory for more time
+
+
 class EfficiencySettings(Section):
     """What makes a run faster or exactly repeatable without changing what it learns."""
 
@@ -67,6 +70,11 @@ class EfficiencySettings(Section):
     sharded: bool = False  # each rank holds a part of weights, gradients, optimizer (FSDP): less memory, more traffic
     deterministic: bool = False  # DDP keeps its buckets: sums are equal after a restart on any number of ranks
     timeout_s: PositiveFloat = 900.0  # of a collective; longer than reader.retry_seconds, for which one rank may wait
+
+    @property
+    def switched_on(self) -> str | None:
+        """What a start has of the switches that its results do not depend on, in words."""
+        return ", ".join(name for name in (*SAVING, "deterministic") if getattr(self, name)) or None
 
     @property
     def timeout(self) -> datetime.timedelta:

@@ -23,7 +23,7 @@ from data_shards.reader import Reader
 from data_shards.store import Store
 from pipeline.agreement import Agreement, StepSums, batch_hash, fixed_point
 from pipeline.checkpoint import Checkpointer, Found
-from pipeline.config import Config
+from pipeline.config import SAVING, Config
 from pipeline.loader import Batch, Loader
 from pipeline.module import StepResult, SwAV
 from pipeline.monitor import Monitor
@@ -144,7 +144,8 @@ class Session:
         """Resume, train, leave."""
         found = self.checkpoints.newest()
         start = found.step if found else 0
-        self._event("resumed" if found else "started", step=start, steps=self.steps, ranks=self.launch.world_size)
+        begun, how = "resumed" if found else "started", self.config.efficiency.switched_on
+        self._event(begun, step=start, steps=self.steps, ranks=self.launch.world_size, efficiency=how)
         if start >= self.steps:
             self._event("finished", step=start)
             if self.launch.rank == 0:
@@ -405,7 +406,7 @@ def _memory_explained(config: Config) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        names = [name for name in ("activation_checkpointing", "sharded") if not getattr(config.efficiency, name)]
+        names = [name for name in SAVING if not getattr(config.efficiency, name)]
         ways = ", ".join([*(f'SET="efficiency.{name}=true"' for name in names), "more ranks"])
         raise OutOfMemory(
             f"the GPU is full; each of these takes less of it: {ways}: {' '.join(str(error).split())}"

@@ -156,6 +156,8 @@ def test_a_sharded_run_sees_the_same_batches_and_may_go_on_replicated_on_one_ran
     config["efficiency"]["sharded"] = False
     second = start(config, run_dir, 1)
     assert second.wait() == [0], second.tails()
+    told = [e["efficiency"] for e in read_events(Store(f"{runs}/sharded")) if e["event"] in ("started", "resumed")]
+    assert told == ["sharded, deterministic", "deterministic"]
     rows = results(f"{runs}/sharded")
     for key in ("step", "lr", "batch_hash", "crop_hash"):
         assert [row[key] for row in rows] == [row[key] for row in straight], key
