@@ -16,9 +16,10 @@ SRC ?=
 DST ?=
 
 # A variable that no target reads is misspelt, and a switch is on (=1) or left out.
-SWITCHES := AFRESH APPEND DALI_INDEX EVENTS FOLLOW FORCE FULL IGNORE_UNKNOWN IN_PLACE JSON NOW PROBE VERIFY WATCH
-KNOWN := $(SWITCHES) PYTHON CONF RUN SET SITE SRC DST AGAINST BANK FAULT FROM HELD_OUT IMAGES_PER_S KEY LINES LIST N NEAR \
-  OUT SEED STEP STORE TO WORKERS
+SWITCHES := AFRESH APPEND DALI_INDEX EVENTS FOLLOW FORCE FULL IGNORE_UNKNOWN IN_PLACE JSON KEEP_FEATURES NOW \
+  PROBE VERIFY WATCH
+KNOWN := $(SWITCHES) PYTHON CONF RUN SET SITE SRC DST AGAINST BANK EVERY FAULT FROM HELD_OUT IMAGES_PER_S KEY LINES LIST N \
+  NEAR OUT SEED SIZE STEP STORE TO WORKERS
 given := $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
 $(foreach name,$(filter-out $(KNOWN) MAKE% -% AWS_% PIP_% SLURM_% WANDB_%,$(given)),$(error $(name)= is read by no target; there are $(sort $(KNOWN))))
 $(foreach name,$(filter $(SWITCHES),$(given)),$(if $(filter-out 1,$($(name))),$(error $(name)=$($(name)): say $(name)=1, or leave it out)))

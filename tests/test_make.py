@@ -185,3 +185,13 @@ def test_the_check_of_a_change_runs_lint_and_every_test() -> None:
     assert text.startswith("#!/usr/bin/env bash")
     assert "set -euo pipefail" in text
     assert text.index("make lint") < text.index("make test")
+
+
+def test_every_variable_that_a_recipe_reads_is_one_that_make_lets_pass() -> None:
+    (known,) = re.findall(r"^KNOWN := (.*?)\ngiven", MAKEFILE, re.MULTILINE | re.DOTALL)
+    (switches,) = re.findall(r"^SWITCHES := (.*?)\nKNOWN", MAKEFILE, re.MULTILINE | re.DOTALL)
+    recipes = "\n".join(line for line in MAKEFILE.splitlines() if line.startswith("\t"))
+    flags = set(re.findall(r"\$\(call flag,([A-Z_]+),", recipes))
+    assert flags == set(switches.replace("\\", "").split())
+    read = set(re.findall(r"\$\(([A-Z_]+)\)", recipes)) | flags
+    assert read - {"BIN", "FARSEER", "MAKEFILE_LIST", "PYTEST"} <= set(known.split()) | flags
