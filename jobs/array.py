@@ -4,6 +4,7 @@ A task that is preempted, out of time or lost with its node is requeued and does
 when the same command is given again. Whichever task ends last does what needs all of it.
 """
 
+import abc
 import json
 import shlex
 import sys
@@ -24,7 +25,7 @@ POLL_S = 2.0
 
 
 @dataclass(frozen=True)
-class Task(submitit.helpers.Checkpointable):
+class Task(submitit.helpers.Checkpointable, abc.ABC):
     """What each task runs. submitit pickles it by name, so it comes from the snapshot, and so do its subclasses.
 
     errors: the folder for what a user can mend.
@@ -40,9 +41,9 @@ class Task(submitit.helpers.Checkpointable):
             Path(self.errors, f"{worker:04d}").write_text(str(error))
             raise
 
+    @abc.abstractmethod
     def work(self, worker: int) -> None:
         """The share of one task of all `workers`, counted from 0, and the whole's end where nothing else is left."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

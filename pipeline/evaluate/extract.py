@@ -9,7 +9,6 @@ size / 0.875, the middle of it is cut out. Batch norms use the statistics of the
 """
 
 import json
-import sys
 import tempfile
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
@@ -127,7 +126,10 @@ class Features:
 
 
 def _refuse_too_large(url: str, shape: tuple[int, int], device: torch.device) -> None:
-    needed, free = 2 * shape[0] * shape[1], torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else sys.maxsize
+    if device.type != "cuda":
+        return
+    torch.cuda.empty_cache()  # of what made the features
+    needed, free = 2 * shape[0] * shape[1], torch.cuda.mem_get_info(device)[0]
     if needed > SHARE_OF_FREE * free:
         raise UserError(
             f"{url}: features of {shape[0]:,} images, {shape[1]:,} numbers each, take {needed / 1e9:.1f} GB, and the "

@@ -59,6 +59,7 @@ def _rank(
 ) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # gloo's ranks are on the host, also where there is a GPU
     rendezvous = f"file://{Path(folder) / 'rendezvous'}"
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
     try:

@@ -305,12 +305,16 @@ def rows(values: dict[str, Any], name: str) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("device", "precision"), [("cpu", "fp32"), *(pytest.param("cuda", p, marks=needs_gpu) for p in ("fp32", "bf16"))]
+    ("device", "precision", "sharded"),
+    [
+        ("cpu", "fp32", False),
+        *(pytest.param("cuda", p, s, marks=needs_gpu) for p in ("fp32", "bf16") for s in (False, True)),
+    ],
 )
 def test_a_run_that_was_killed_goes_on_with_the_same_crops(
-    tiles: str, tmp_path: Path, device: str, precision: str
+    tiles: str, tmp_path: Path, device: str, precision: str, sharded: bool
 ) -> None:
-    values = config(tiles, tmp_path)
+    values = config(tiles, tmp_path, sharded=sharded)
     values["train"]["precision"] = precision
     for name, kill in (("straight", False), ("killed", True)):
         started = ranks.start(values, tmp_path / name, 1, gpus=device == "cuda")

@@ -45,6 +45,17 @@ def test_the_probe_is_right_as_often_as_its_logits_say() -> None:
     assert found["probe"] < found["probe_top5"] < 1
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_the_same_figures() -> None:
+    sets = [*clouds(4000, 8, 1), *clouds(1500, 8, 2)]
+    figures = []
+    for device in ("cpu", "cuda"):
+        bank, labels, held_out, asked = (tensor.to(device) for tensor in sets)
+        probe = fit(bank, labels, classes=8)
+        figures.append(by_neighbours(bank, labels, held_out, asked, 8) | by_probe(probe, held_out, asked))
+    assert figures[0] == pytest.approx(figures[1], abs=0.002)
+
+
 def test_of_two_classes_one_is_always_among_the_first_five() -> None:
     x, labels = clouds(40, 2, 1)
     assert by_probe(fit(x, labels, classes=2), x, labels)["probe_top5"] == 1

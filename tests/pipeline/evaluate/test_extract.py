@@ -19,6 +19,7 @@ from data_shards.store import Store
 from pipeline.augment import AugmentSettings
 from pipeline.evaluate import extract as extracting
 from pipeline.evaluate.extract import Features, extract
+from pipeline.regnet import ModelSettings, RegNet
 from tests.pipeline.evaluate.sets import labelled, packed
 
 CPU = torch.device("cpu")
@@ -173,3 +174,14 @@ def test_features_that_a_gpu_has_no_room_for_are_refused_in_words(monkeypatch: p
     with pytest.raises(UserError, match=r"1,281,167 images, 10,444 numbers each, take 26.8 GB, .* 24.0 GB free"):
         extracting._refuse_too_large("s3://imagenet/train", (1_281_167, 10444), gpu)
     extracting._refuse_too_large("s3://imagenet/train", (1_281_167, 10444), CPU)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_makes_features_that_point_the_same_way(tmp_path: Path) -> None:
+    made = {device: features_of(tmp_path / device, labelled(tmp_path / device, 90)[0]) for device in ("cpu", "cuda")}
+    torch.manual_seed(0)
+    trunk = RegNet(ModelSettings(trunk="regnety_002")).eval()
+    for device, one in made.items():
+        extract(one, one.left(), trunk.to(device), AUGMENT)
+    cpu, gpu = (one.read(CPU)[1].float() for one in made.values())
+    assert torch.cosine_similarity(cpu - cpu.mean(0), gpu - gpu.mean(0)).min() > 0.98
