@@ -78,9 +78,13 @@ def test_a_model_that_no_gpu_of_the_site_holds_is_refused_before_one_is_spent(tm
     assert fits["model_bytes"] < 1e9  # a 512th of it
     assert fits["device_bytes"] < 80e9
     assert 8 * 37e9 < fits["while_starting"] < 8 * 40e9
-    small = where.model_copy(update={"memory_gb": 256})
-    with pytest.raises(UserError, match=r"memory_gb: 256 is too little for 8 ranks that draw 38.\d GB of weights each"):
-        make_plan(load(SEER, [f"data.url={url}", "model.trunk=regnety_10b", *hint.split()]), small)
+
+
+def test_a_node_that_cannot_hold_what_its_ranks_draw_as_they_start_is_refused(tmp_path):
+    url = put_set(tmp_path, 10**9, 120_000)
+    node = site(tmp_path, nodes=64, ranks_per_node=8, memory_gb=40)
+    with pytest.raises(UserError, match=r"memory_gb: 40 is too little for 8 ranks that draw 5.\d+ GB of weights each"):
+        make_plan(load(SEER, [f"data.url={url}"]), node)
 
 
 def test_a_step_that_no_gpu_of_the_site_holds_is_refused_with_what_would_make_it_fit(tmp_path):
