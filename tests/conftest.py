@@ -30,6 +30,15 @@ RUN = "PYTEST_XDIST_TESTRUNUID"
 T = TypeVar("T")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first: what begins last is what the other processes wait for."""
+
+    def minutes(item: pytest.Item) -> float:
+        return max((float(mark.kwargs.get("minutes", 0)) for mark in item.iter_markers("slow")), default=0.0)
+
+    items.sort(key=minutes, reverse=True)
+
+
 @dataclass(frozen=True)
 class SharedS3:
     """The S3 server of this test run. `environment` leads the AWS chain to it and is already set in this process."""

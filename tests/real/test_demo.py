@@ -13,7 +13,7 @@ from jobs.demo import demo
 from jobs.site import ROOT
 from tests.conftest import kept_environment
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow(minutes=3), pytest.mark.timeout(600)]
 
 
 def site_of(var: Path) -> Path:

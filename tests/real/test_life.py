@@ -21,7 +21,7 @@ from pipeline.config import load
 from tests.conftest import kept_environment, skip_without_slurm
 from tests.photos import write_tiles
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow(minutes=1), pytest.mark.timeout(600)]
 CAMPAIGN_ONLY = {"a rank killed while the controller is away"}  # SLURM 22.05 takes a minute to start such a job again
 
 
