@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 
 import submitit
@@ -48,16 +49,23 @@ class Task(submitit.helpers.Checkpointable, abc.ABC):
 
 @dataclass(frozen=True)
 class Array:
-    """A piece of work by its folder on the shared disk.
+    """A piece of work, which has a folder of its own on the shared disk.
 
-    what: the parts, in words; about: the store's url that it fills; gpus: that a task needs, where the site has any.
+    kind: pack, evaluate; identity: tells it apart from others of the kind; what: the parts, in words; about: the
+    store's url that it fills; gpus: that a task needs, where the site has any.
     """
 
     site: Site
-    folder: Path
+    kind: str
+    identity: str
     what: str
     about: str
     gpus: int = 0
+
+    @property
+    def folder(self) -> Path:
+        digest = blake2b(self.identity.encode(), digest_size=6).hexdigest()
+        return Path(self.site.shared_dir) / f"{self.kind}-{digest}"
 
     @property
     def errors(self) -> Path:
@@ -115,7 +123,7 @@ class Array:
             "mem": None if site.memory_gb is None else f"{round(site.memory_gb * 1024 / site.ranks_per_node)}MB",
         }
         executor.update_parameters(
-            job_name=f"farseer-{self.folder.name.partition('-')[0]}",
+            job_name=f"farseer-{self.kind}",
             comment=self.about,
             nodes=1,
             ntasks_per_node=1,

@@ -14,7 +14,7 @@ import yaml
 
 from jobs.site import Site
 from jobs.start import attempt_files, read_lines
-from pipeline.config import Config
+from pipeline.config import SAVING, Config
 
 TAIL_BYTES = 256 * 1024  # of metrics: some hundred rows
 FEW_ROWS = 5  # say nothing of a run's speed
@@ -65,7 +65,7 @@ def _measured(config: Config, site: Site) -> Iterator[Speed]:
 def _computed(config: dict[str, Any]) -> str:
     """What a step's time depends on."""
     parts = [config["model"], config["augment"]["crops"], config["train"]["precision"], config["data"]["batch"]]
-    parts += [config["efficiency"].get(name, False) for name in ("activation_checkpointing", "sharded")]  # once unknown
+    parts += [config["efficiency"].get(name, False) for name in SAVING]  # once unknown
     return json.dumps(parts, sort_keys=True)
 
 

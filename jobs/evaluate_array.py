@@ -1,7 +1,6 @@
 """An evaluation over the nodes of a cluster: each task makes features on a GPU; whichever ends last gives the score."""
 
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 
 from data_shards.progress import Progress, quiet
@@ -46,8 +45,7 @@ def evaluate_array(
 
     Raises UserError when SLURM refuses it, or with what the first task said that failed.
     """
-    name = f"evaluate-{blake2b(f'{exam.run.url} {exam.path}'.encode(), digest_size=6).hexdigest()}"
-    array = Array(site, Path(site.shared_dir) / name, "parts of the evaluation", exam.run.url, gpus=1)
+    array = Array(site, "evaluate", f"{exam.run.url} {exam.path}", "parts of the evaluation", exam.run.url, gpus=1)
     workers = min(workers, len(exam.parts))
     task = Evaluation(
         str(array.errors),

@@ -1,7 +1,6 @@
 """Packing over the nodes of a cluster. The plan is made by who submits; whichever task ends last merges."""
 
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 
 from data_shards.merge import merge, unfinished
@@ -36,8 +35,7 @@ def pack_array(site: Site, dst: Store, plan: Plan, workers: int, progress: Progr
 
     Raises UserError when SLURM refuses it, or with what the first task said that failed.
     """
-    name = f"pack-{blake2b(f'{dst.url} {plan.identity}'.encode(), digest_size=6).hexdigest()}"
-    array = Array(site, Path(site.shared_dir) / name, "groups of shards", dst.url)
+    array = Array(site, "pack", f"{dst.url} {plan.identity}", "groups of shards", dst.url)
     workers = min(workers, plan.groups)
     task = Packing(str(array.errors), dst.url, plan.number, workers, site.cpus_per_rank)
     array.run(task, workers, lambda: len(unfinished(dst, plan)), progress, code)

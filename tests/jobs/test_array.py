@@ -12,7 +12,7 @@ from jobs.site import Site
 
 def parameters(gpus: int, **of_site: int) -> dict[str, object]:
     site = Site(name="here", shared_dir="/nowhere", nodes=4, ranks_per_node=8, cpus_per_rank=6, memory_gb=80, **of_site)
-    found: dict[str, object] = Array(site, Path("/nowhere/pack-1"), "parts", "s3://x", gpus)._executor(3).parameters
+    found: dict[str, object] = Array(site, "pack", "1", "parts", "s3://x", gpus)._executor(3).parameters
     return found
 
 

@@ -9,11 +9,7 @@ from pipeline.wandb_client import wandb_mode
 SECRET = "planted-0123456789abcdef0123456789abcdef"
 
 
-@pytest.fixture(autouse=True)
-def no_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
-    for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures("no_wandb_key")
 
 
 def netrc(tmp_path: Path, host: str) -> str:

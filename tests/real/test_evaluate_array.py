@@ -1,8 +1,6 @@
 """An evaluation by a real SLURM array, of a run and sets in the real S3: a task is killed, the same command goes on."""
 
 import json
-import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from jobs.site import Site
 from pipeline.evaluate.exam import open_exam
 from tests.photos import write_tiles
 from tests.pipeline.test_export import a_run
+from tests.real.arrays import kill_second_task
 
 pytestmark = pytest.mark.slow
 DEADLINE_S = 120.0
@@ -79,22 +78,6 @@ def test_an_array_gives_the_score_of_one_process_and_goes_on_after_a_task_was_ki
     assert exam.score() == score  # here, of the same features
     exam.extract(exam.left())  # and of those that are made here
     assert exam.score().right == pytest.approx(score.right)
-
-
-def kill_second_task(folder: Path) -> bool:
-    """Kill, as the kernel would for want of memory, the process that runs this test's second task."""
-    ours = f"FARSEER_RUN_DIR={folder}".encode()
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            variables = (process / "environ").read_bytes().split(b"\0")
-            command = (process / "cmdline").read_bytes()
-        except OSError:
-            continue
-        is_task = b"SLURM_ARRAY_TASK_ID=1" in variables and b"submitit" in command and b"srun" not in command
-        if is_task and any(one.startswith(ours) for one in variables):
-            os.kill(int(process.name), signal.SIGKILL)
-            return True
-    return False
 
 
 def test_what_stops_a_task_is_told_by_the_command_in_one_line(site: Site, sets: list[str], run: Store) -> None:

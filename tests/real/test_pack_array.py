@@ -1,8 +1,6 @@
 """Packing by a real SLURM array, into a folder that its nodes share."""
 
 import json
-import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from jobs.daemons import wait_until
 from jobs.pack_array import pack_array
 from jobs.site import Site
 from tests.photos import write_tiles
+from tests.real.arrays import kill_second_task
 
 pytestmark = pytest.mark.slow
 SETTINGS = PackSettings(shard_bytes=20_000)
@@ -51,7 +50,7 @@ def test_an_array_packs_the_same_bytes_as_one_process_and_goes_on_after_a_task_w
         nonlocal killed
         assert what == "groups of shards"
         if not killed:
-            killed = wait_until(lambda: bool(kill_packers(tmp_path)), DEADLINE_S, 0.02)
+            killed = wait_until(lambda: kill_packer(tmp_path), DEADLINE_S, 0.02)
 
     with pytest.raises(
         UserError, match=r"job \d+ is over and .* groups of shards are left; the same command goes on"
@@ -69,22 +68,9 @@ def test_an_array_packs_the_same_bytes_as_one_process_and_goes_on_after_a_task_w
     assert prepare(tiles, store, SETTINGS) is None
 
 
-def kill_packers(folder: Path) -> list[int]:
-    """Kill, as the kernel would for want of memory, the processes that run this test's second task."""
-    killed = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            variables = (process / "environ").read_bytes().split(b"\0")
-            command = (process / "cmdline").read_bytes()
-        except OSError:
-            continue
-        ours = f"FARSEER_RUN_DIR={folder}".encode()
-        is_task = b"SLURM_ARRAY_TASK_ID=1" in variables and b"submitit" in command and b"srun" not in command
-        commits = list(folder.glob("dst/plans/1/commits/*.json"))
-        if is_task and commits and any(one.startswith(ours) for one in variables):
-            os.kill(int(process.name), signal.SIGKILL)
-            killed.append(int(process.name))
-    return killed
+def kill_packer(folder: Path) -> bool:
+    """Once a group is done."""
+    return any(folder.glob("dst/plans/1/commits/*.json")) and kill_second_task(folder)
 
 
 def test_what_stops_a_task_is_told_by_the_command_in_one_line(site: Site, tmp_path: Path) -> None:

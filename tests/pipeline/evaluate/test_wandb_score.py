@@ -13,12 +13,7 @@ from pipeline.monitor import MonitorSettings
 from pipeline.run import Record
 from tests.pipeline import wandb_file
 
-
-@pytest.fixture(autouse=True)
-def no_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
-    for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures("no_wandb_key")
 
 
 def score_of(step: int) -> Score:
