@@ -169,7 +169,7 @@ def _start(directory: Path, before: Server | None, buckets: Sequence[str], timeo
 
 
 def _answers(directory: Path, server: Server, buckets: Sequence[str], timeout_s: float) -> bool:
-    """Whether it takes our key and has the buckets (missing ones are made) before the time is up or it is dead."""
+    """Whether it takes our key, has the buckets (missing ones are made) and reads what is stored, in time."""
 
     def ready() -> bool:
         if daemons.gone(server.process):
@@ -179,7 +179,7 @@ def _answers(directory: Path, server: Server, buckets: Sequence[str], timeout_s:
         if found is not None and missing:
             for name in sorted(missing):  # its own start-up may be making them, so only the next look tells
                 _request(directory, server, "PUT", f"/{name}")
-        return found is not None and not missing
+        return found is not None and not missing and _knows_its_volumes(server)
 
     return daemons.wait_until(ready, timeout_s) and server.process.running()
 
@@ -190,6 +190,12 @@ def _buckets(directory: Path, server: Server) -> list[str] | None:
     return re.findall(r"<Name>([^<]+)</Name>", body) if status == 200 else None
 
 
+def _knows_its_volumes(server: Server) -> bool:
+    """The part that holds the data may report to the master five seconds late: till then each GET is an error 500."""
+    status, body = _fetch(server.ports["master.port"], "GET", "/dir/status", {})
+    return status == 200 and json.loads(body)["Topology"]["Max"] > 0
+
+
 def _request(directory: Path, server: Server, method: str, path: str) -> tuple[int, str]:
     """Status and body of a signed request; status 0 without an answer.
 
@@ -198,9 +204,14 @@ def _request(directory: Path, server: Server, method: str, path: str) -> tuple[i
     keys = json.loads((directory / "identities.json").read_text())["identities"][0]["credentials"][0]
     request = AWSRequest(method, server.url + path)
     S3SigV4Auth(Credentials(keys["accessKey"], keys["secretKey"]), "s3", REGION).add_auth(request)
-    connection = http.client.HTTPConnection("127.0.0.1", server.ports["s3.port"], timeout=5)
+    return _fetch(server.ports["s3.port"], method, path, dict(request.headers.items()))
+
+
+def _fetch(port: int, method: str, path: str, headers: dict[str, str]) -> tuple[int, str]:
+    """Status and body; status 0 without an answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
     try:
-        connection.request(method, path, headers=dict(request.headers.items()))
+        connection.request(method, path, headers=headers)
         answer = connection.getresponse()
         return answer.status, answer.read().decode(errors="replace")
     except (OSError, http.client.HTTPException):

@@ -1,5 +1,6 @@
 """Processes by their identity, ports, and the configuration of the local SLURM; nothing here starts a server."""
 
+import json
 import os
 import signal
 import socket
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -151,6 +153,39 @@ def test_every_port_of_the_s3_server_is_ours(tmp_path: Path) -> None:
     assert len(set(ports.values())) == 10
     assert all(f"-{name}={port}" in command for name, port in ports.items())
     assert "-bucket=a,b" in command
+
+
+def answering(volumes: list[int]) -> ThreadingHTTPServer:
+    """What S3 and its master say in a start that SeaweedFS loses a race in: buckets at once, what is stored later."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = "<Name>runs</Name>" if self.path == "/" else json.dumps({"Topology": {"Max": volumes.pop(0)}})
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+def test_the_s3_server_is_up_when_what_is_stored_can_be_read(tmp_path: Path) -> None:
+    volumes = [0, 0, 45]
+    fake = answering(volumes)
+    ours = daemons.Process.of(os.getpid())
+    assert ours
+    local_s3._write_credentials(tmp_path)
+    server = local_s3.Server(ours.pid, ours.started, dict.fromkeys(local_s3.SERVICES, fake.server_port))
+    try:
+        assert local_s3._answers(tmp_path, server, ["runs"], 10)
+        assert volumes == []
+    finally:
+        fake.shutdown()
+        fake.server_close()
 
 
 def configured(hostnames: bool = True) -> str:

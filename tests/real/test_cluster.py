@@ -71,6 +71,7 @@ def test_what_is_stored_outlives_a_killed_server_and_its_ports_stay(tmp_path: Pa
         after = cluster.start_s3(tmp_path)
         assert process_of(tmp_path) != first
         assert after.url == server.url
+        assert local_s3._request(tmp_path, local_s3._recorded(tmp_path), "GET", "/runs/a/b")[0] == 200  # type: ignore[arg-type]
         assert s3_files().cat_file("runs/a/b") == b"kept" * 1000
         modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "aws").iterdir()}
         assert modes == {"credentials": 0o600, "config": 0o600}
