@@ -23,7 +23,7 @@ from torch import Tensor
 
 from data_shards.errors import UserError
 from data_shards.section import Section
-from data_shards.store import Store
+from data_shards.store import Denied, Store
 from pipeline import commit, leftovers, snapshot
 from pipeline.commit import Damaged, Fence, File, Part, Place, Retention
 from pipeline.ranks import Ranks
@@ -190,7 +190,10 @@ class Checkpointer:
         """Free what killed attempts had begun to upload in parts. This attempt owns the run, and has not begun to."""
         if self._ranks.rank == 0:
             self._fence()
-            self._store.abandon(commit.ROOT)
+            try:
+                self._store.abandon(commit.ROOT)
+            except Denied as error:  # it takes room and stops nothing
+                self._event("uploads not freed", reason=f"{error}; the key needs s3:ListBucketMultipartUploads")
 
     def _agree(self, step: int, state: dict[str, Tensor]) -> list[str]:
         """The names that this rank writes; drops the saves that all ranks drop. Raises UserError on all alike.

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data_shards.errors import UserError
-from data_shards.store import Store, StoreError, Unavailable
+from data_shards.store import Denied, Store, StoreError, Unavailable
 from pipeline import sender
 from pipeline.checkpoint import Checkpointer, CheckpointSettings
 from pipeline.commit import File, Manifest, Part
@@ -48,6 +48,10 @@ class LoggedStore(Store):
         for path in paths:
             self._write(f"delete {path}")
         super().delete(paths)
+
+    def abandon(self, prefix: str) -> int:
+        self._write(f"abandon {prefix}")
+        return super().abandon(prefix)
 
     def _write(self, line: str) -> None:
         self.fail(line)
@@ -390,6 +394,19 @@ def test_an_abandoned_upload_of_an_earlier_attempt_is_removed_and_one_of_a_later
     assert attempt.found_step() is None
     attempt.commit(1)
     until(lambda: folders(tmp_path) == ["somebody-elses", "step-000000001-a2", "step-000000009-a3"])
+
+
+def test_a_key_that_may_not_list_unfinished_uploads_costs_a_line_and_not_the_start(tmp_path: Path) -> None:
+    Attempt(tmp_path).commit(1)
+    attempt = Attempt(tmp_path, 2)
+
+    def deny(line: str) -> None:
+        if line.startswith("abandon"):
+            raise Denied("s3://runs/checkpoints: access denied")
+
+    attempt.store.fail = deny
+    assert attempt.found_step() == 1
+    assert "access denied" in attempt.line("uploads not freed")
 
 
 def test_damaged_newer_checkpoints_do_not_count_among_those_that_are_kept(tmp_path: Path) -> None:
