@@ -25,9 +25,10 @@ from bench.loader import photographs
 from bench.step import LANES, config_with
 from data_shards.pack import PackSettings, pack
 from data_shards.store import Store
+from pipeline.callback import Watch
 from pipeline.config import Config
 from pipeline.journal import read_metrics
-from pipeline.train import Launch, Watch, run_rank
+from pipeline.train import Launch, run_rank
 
 PHOTOGRAPHS = 200
 

@@ -110,7 +110,7 @@ def test_a_store_that_is_away_during_a_save_gets_it_with_the_next_one(s3: Any, w
     url = s3.bucket("runs")
     wire.faults = ["reset"] * 10_000
     events = Events()
-    checkpoints = checkpointer(Store(url, retry_seconds=4), tmp_path, 1, events)
+    checkpoints = checkpointer(Store(url, retry_seconds=8), tmp_path, 1, events)
     checkpoints.save(1, {"step": torch.tensor(1)}, {})
     deadline = time.monotonic() + 60
     while ("save delayed", 1) not in events:

@@ -116,7 +116,7 @@ def test_a_server_that_is_gone_ends_the_reading_within_its_time_in_one_line_and_
     url: str, wire: Wire, samples: list[bytes]
 ) -> None:
     one_window = int(4 * ORDER.window_samples * 17_000)
-    with reader_of(url, retry_seconds=4, prefetch_bytes=one_window) as reader:
+    with reader_of(url, retry_seconds=8, prefetch_bytes=one_window) as reader:
         check(reader.batch(0), 0, samples)
         wire.close()
         begun = time.monotonic()
@@ -130,7 +130,7 @@ def test_a_server_that_is_gone_ends_the_reading_within_its_time_in_one_line_and_
 def test_a_token_that_has_expired_for_good_ends_the_reading_in_one_line(
     url: str, wire: Wire, samples: list[bytes]
 ) -> None:
-    with disturbed(wire, url, [], retry_seconds=4, prefetch_bytes=int(4 * ORDER.window_samples * 17_000)) as reader:
+    with disturbed(wire, url, [], retry_seconds=8, prefetch_bytes=int(4 * ORDER.window_samples * 17_000)) as reader:
         check(reader.batch(0), 0, samples)
         wire.faults = ["expired"] * 10_000
         with pytest.raises(Denied, match=r"access denied at .* \(ExpiredToken\); renew it") as error:

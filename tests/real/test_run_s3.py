@@ -20,7 +20,7 @@ def test_rows_whose_upload_arrived_but_was_never_confirmed_are_not_doubled_by_th
     wire = Wire(s3.server.url)
     monkeypatch.setenv("AWS_ENDPOINT_URL", wire.url)
     rows = [{"result": {"step": step}, "run": {"attempt": 1}} for step in range(1, 5)]
-    journal = Journal(tmp_path / "metrics.jsonl", Store(url, retry_seconds=5), "metrics/a01")
+    journal = Journal(tmp_path / "metrics.jsonl", Store(url, retry_seconds=10), "metrics/a01")
     journal.append(rows[0])
     journal.append(rows[1])
     wire.faults = ["lost"] * 1000

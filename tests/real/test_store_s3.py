@@ -307,7 +307,7 @@ def test_where_a_proxy_stands_between_all_requests_go_through_it(
     try:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://store.invalid:{port}")  # a proxy alone finds it
         monkeypatch.setenv("HTTP_PROXY", wire.url)
-        assert fed(Store(store.url, retry_seconds=5), "x", 1, 4) == b"234"
+        assert fed(Store(store.url, retry_seconds=20), "x", 1, 4) == b"234"
         assert any(request.startswith(f"GET http://store.invalid:{port}/") for request in wire.requests)
     finally:
         wire.close()
@@ -377,16 +377,16 @@ def test_a_large_object_that_is_read_whole_may_take_as_long_as_its_bytes_do(
 ) -> None:
     data = os.urandom(64 * 2**20)
     store.put("x", data)
-    monkeypatch.setattr(s3_store, "SLOWEST_BYTES_S", 2**24)  # four seconds for these bytes; one for what is short
-    reading = Store(store.url, retry_seconds=4)
+    monkeypatch.setattr(s3_store, "SLOWEST_BYTES_S", 2**23)  # eight seconds for these bytes; four for what is short
+    reading = Store(store.url, retry_seconds=TWO_FAULTS_S)
     reading.check()
-    wire.delay_s, wire.faults = 3.0, ["slow"]
+    wire.delay_s, wire.faults = 5.0, ["slow"]
     assert reading.get("x") == data
     assert wire.faults == []
     assert reading.counters.retries == 0
     store.put("y", data[:100_000])
     wire.delay_s, wire.faults = 60.0, ["slow", "late"]
-    assert Store(store.url, retry_seconds=4).get("y") == data[:100_000]
+    assert Store(store.url, retry_seconds=TWO_FAULTS_S).get("y") == data[:100_000]
     assert wire.faults == []
 
 

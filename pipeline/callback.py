@@ -1,0 +1,184 @@
+"""What happens on a rank between two steps: it agrees with the others, rows are written, and all save or stop together.
+
+All of it belongs to one attempt, whose Session (pipeline/train.py) is given.
+"""
+
+import gc
+import resource
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytorch_lightning as pl
+
+from data_shards.errors import UserError
+from pipeline.agreement import Agreement, StepSums, batch_hash, fixed_point
+from pipeline.checkpoint import Found
+from pipeline.loader import Batch, Loader
+from pipeline.module import StepResult, SwAV
+from pipeline.monitor import Monitor
+from pipeline.recovery import Recovery
+from pipeline.weights import begin
+
+if TYPE_CHECKING:
+    from pipeline.train import Outcome, Session
+
+# Counters of reader and loader, of a step, and what the reader is doing.
+READ = ("bytes_read", "requests", "retries", "hedged", "cache_hits", "cache_misses", "cache_bytes", "decode_mismatch")
+READING = ("in_flight", "held_bytes")
+SKIPS_ALLOWED = 3  # steps in a row whose gradients are not finite
+
+
+class Watch(pl.Callback):
+    """Between the steps: agrees with the other ranks, writes the rows, saves when it is time."""
+
+    def __init__(self, session: "Session", module: SwAV, loader: Loader, found: Found | None) -> None:
+        self.session, self.module, self.loader = session, module, loader
+        self.agreement = Agreement(session.control)
+        self._watchdog = session.watchdog
+        self.stopping: Outcome | None = None
+        self._found = found
+        self._quarantine = found.extra["quarantine"] if found else []
+        self._skipped = 0
+        self._started = time.perf_counter()
+        self._last: tuple[StepResult, dict[str, Any]] | None = None
+        self._counters: dict[str, float] = {}
+        self._monitor = self._open_monitor() if session.launch.rank == 0 else None
+        self._recovery = Recovery(Path(session.launch.run_dir), session.run.attempt, found.step if found else 0)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        origin = self.session.config.train.start_from
+        if self._found is not None:
+            self.session.checkpoints.load(self._found, self.module.state())
+            self.module.step = self._found.step
+        elif origin is not None:
+            session = self.session
+            taken = begin(session.config, self.module.weights(), session.ranks, session.run.local)
+            session._event("forked", step=0, origin=origin, weights=taken)
+        gc.freeze()  # a full collection would look at 400,000 objects of libraries: 0.2 s, for which all ranks wait
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._watchdog.now("step")
+        self._finish_step()
+        self.module.stop = self.stopping is not None
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        result = self.module.result
+        assert result is not None
+        self._watchdog.step(result.step)
+        self._begin(result, batch)
+        self._check_finite(result)
+        if result.step % self.session.config.checkpoint.every_steps == 0:
+            self._watchdog.now("save")
+            self.save(self.module)
+        self._watchdog.now("data")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The last moment to save: then Lightning takes the weights to the host, where NCCL reaches none of them."""
+        self._finish_step()
+        self.session.last_save(self.module, self)
+
+    @property
+    def outcome(self) -> "Outcome":
+        """How training ends: the last step is the end, whatever was asked for during it."""
+        return self.stopping or "finished" if self.module.step < self.session.steps else "finished"
+
+    def save(self, module: SwAV) -> None:
+        """A checkpoint, with the rows up to its step written before."""
+        self._finish_step()
+        bad = [[b.id, b.step, b.reason] for b in self.loader.bad]
+        self.session.save(module, self._quarantine, bad)
+
+    def close(self) -> None:
+        """Send the last rows. May be called twice."""
+        if self._monitor is not None:
+            self._monitor.close()
+            self._monitor = None
+
+    def _begin(self, result: StepResult, batch: Batch) -> None:
+        session, counters = self.session, self.loader.counters
+        grown = {key: value - self._counters.get(key, 0.0) for key, value in counters.items()}
+        self._counters = dict(counters)
+        now = time.perf_counter()
+        run_part = {"time": time.time(), "step_s": now - self._started}
+        run_part["wait_s"] = grown["batch_wait_s"]  # in this time: Lightning asks for a batch a step ahead
+        run_part["reader_wait_s"] = grown.get("wait_s", 0.0)
+        self._started = now
+        self._last = (result, run_part)
+        self.agreement.begin(
+            StepSums(
+                batch_hash=batch_hash(batch.ids, session.lanes, result.step - 1),
+                crop_hash=batch.crop_hash,
+                loss=fixed_point(result.loss),
+                not_finite=int(not result.finite),
+                replaced=batch.replaced,
+                **{name: int(grown.get(name, 0)) for name in READ},
+                **{name: int(counters.get(name, 0)) for name in READING},
+                preempted=int(session.request.preempted),
+                terminated=int(session.request.terminated),
+            )
+        )
+
+    def _finish_step(self) -> None:
+        """Read the sums of the last step: its row, and whether all stop here."""
+        sums = self.agreement.finish()
+        if sums is None or self._last is None:
+            return
+        result, run_part = self._last
+        if sums.preempted:
+            self.stopping = "cancelled" if self._cancelled() else "preempted"
+        elif sums.terminated:
+            self.stopping = "terminated"
+        if self._monitor is not None:
+            self._monitor.row(*self._row(result, run_part, sums))
+            if (recovered := self._recovery.step(result.step, run_part["time"])) is not None:
+                self.session._event("recovered", **recovered)
+
+    def _row(
+        self, result: StepResult, run_part: dict[str, Any], sums: StepSums
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        batch = self.session.config.data.batch
+        row = {
+            "step": result.step,
+            "loss": sums.mean_loss(self.session.launch.world_size),
+            "lr": result.lr,
+            "grad_norm": result.grad_norm if result.finite else None,
+            "prototypes_used": result.prototypes_used,
+            "code_entropy": result.code_entropy,
+            "batch_hash": f"{sums.batch_hash % 2**64:016x}",
+            "crop_hash": f"{sums.crop_hash % 2**64:016x}",
+        }
+        run = {
+            **run_part,
+            "images_s": batch / run_part["step_s"],
+            "replaced": sums.replaced,
+            "read_mb_s": sums.bytes_read / 1e6 / run_part["step_s"],
+            **{name: getattr(sums, name) for name in (*READ, *READING)},
+            "rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+        return row, run
+
+    def _check_finite(self, result: StepResult) -> None:
+        self._skipped = 0 if result.finite else self._skipped + 1
+        if not result.finite:
+            self.session._event("step skipped", step=result.step, reason="gradients are not finite")
+        if self._skipped >= SKIPS_ALLOWED:
+            raise UserError(
+                f"{self.session.store.url}: gradients were not finite for {self._skipped} steps up to {result.step}, "
+                f"weights are of step {result.step - self._skipped}; lower optim.lr or raise swav.epsilon, in a new RUN"
+            )
+
+    def _cancelled(self) -> bool:
+        """Whether the stop was asked for by `make cancel`; rank 0's view of the marker counts."""
+        marker = (Path(self.session.launch.run_dir) / "cancel").exists()
+        return bool(self.session.ranks.exchange(marker)[0])
+
+    def _open_monitor(self) -> Monitor:
+        session, config = self.session, self.session.config
+        quiet = max(config.swav.freeze_prototypes_steps, config.optim.warmup_steps)
+        wandb_id, prototypes = session.record.wandb_id, config.swav.prototypes
+        return Monitor(session.run, config.monitor, config.dump(), wandb_id, prototypes, quiet)
