@@ -135,6 +135,19 @@ def shared(folder: Path, start: Callable[[], T], stop: Callable[[], None]) -> It
                 stop()
 
 
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[], T]) -> T:
+    """What `make` gives, as JSON keeps it: made by the first process of the run that needs it, the others wait."""
+    folder = run_folder(factory)
+    folder.mkdir(parents=True, exist_ok=True)
+    with exclusively(folder / f"{name}.lock"):
+        kept = folder / f"{name}.json"
+        if not kept.exists():
+            made = json.dumps(make())
+            kept.write_text(made)
+        found: T = json.loads(kept.read_text())
+    return found
+
+
 def users(folder: Path) -> set[int]:
     listed = folder / "users.json"
     return {pid for pid in (json.loads(listed.read_text()) if listed.exists() else []) if Process.of(pid)}

@@ -24,6 +24,7 @@ from pipeline.journal import read_metrics
 
 DEADLINE_S = 420.0  # of a trial: several starts on a busy machine
 POLL_S = 0.02
+TAIL_BYTES = 4096  # of the rows, a few
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class Trial:
     @property
     def step(self) -> int:
         """The highest step that an attempt has done."""
-        return max((row["result"]["step"] for row in self._rows()), default=0)
+        ends = (read_lines(path, TAIL_BYTES) for path in attempt_files(self.run_dir, "metrics.jsonl"))
+        return max((rows[-1]["result"]["step"] for rows in ends if rows), default=0)
 
     @property
     def local(self) -> Path:

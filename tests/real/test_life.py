@@ -18,7 +18,7 @@ from jobs.daemons import wait_until
 from jobs.site import ROOT
 from jobs.start import RankRecord
 from pipeline.config import load
-from tests.conftest import kept_environment, skip_without_slurm
+from tests.conftest import kept_environment, once, skip_without_slurm
 from tests.photos import write_tiles
 
 pytestmark = [pytest.mark.slow(minutes=1), pytest.mark.timeout(600)]
@@ -37,8 +37,8 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(stage: Scene) -> list[dict[str, Any]]:
-    return reference(stage)
+def undisturbed(stage: Scene, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return once(tmp_path_factory, "undisturbed", lambda: reference(stage))
 
 
 @pytest.mark.parametrize("fault", sorted(FAULTS.keys() - CAMPAIGN_ONLY))

@@ -16,6 +16,7 @@ from pipeline.config import Config
 from pipeline.journal import read_events, read_metrics
 from pipeline.pretrained import timm_name
 from pipeline.weights import point, trained_trunk
+from tests.conftest import once
 from tests.pipeline.test_pretrained import released, their_trunk
 from tests.real.ranks import start
 
@@ -57,12 +58,21 @@ def local_steps(run_dir: Path, attempt: int) -> int:
 
 
 @pytest.fixture(scope="module")
+def runs(s3: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One place for all processes, so that one straight run serves them all."""
+    return once(tmp_path_factory, "resumed-runs", lambda: str(s3.bucket("runs")))
+
+
+@pytest.fixture(scope="module")
 def straight(tiny_set: str, runs: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The rows of the run that nothing disturbed, at world size 2."""
-    run_dir = tmp_path_factory.mktemp("straight") / "straight"
-    ranks = start(config_for(tiny_set, runs), run_dir, 2)
-    assert ranks.wait() == [0, 0], ranks.tails()
-    rows = results(f"{runs}/straight")
+
+    def run() -> list[dict[str, Any]]:
+        ranks = start(config_for(tiny_set, runs), tmp_path_factory.mktemp("straight") / "straight", 2)
+        assert ranks.wait() == [0, 0], ranks.tails()
+        return results(f"{runs}/straight")
+
+    rows = once(tmp_path_factory, "straight", run)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     return rows
 
