@@ -60,7 +60,7 @@ def _working_bytes(net: Net, config: Config, images: int) -> int:
     half = config.train.precision == "bf16"
     with _Living([*net.state_dict().values(), *gradients]) as living:
         crops = [torch.empty(images, c.count, c.size, c.size, 3).movedim(-1, 2) for c in config.augment.crops]
-        with torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=not config.efficiency.sharded):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False):
             loss = net.prototypes(net(crops)).float().log_softmax(-1).mean()
         loss.backward()
         net.finish_backward()
@@ -70,7 +70,7 @@ def _working_bytes(net: Net, config: Config, images: int) -> int:
 def _unit_bytes(net: Net) -> Iterator[int]:
     """Of each unit, without what is in a smaller one."""
     parted: set[Tensor] = set()
-    for unit in net.units():
+    for unit in reversed([unit for with_layers in net.units() for unit in with_layers]):
         own = set(unit.parameters()) - parted
         parted |= own
         yield _bytes(own)

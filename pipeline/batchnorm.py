@@ -149,7 +149,8 @@ class _AcrossRanks(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, group: ProcessGroup
     ) -> tuple[Tensor, Tensor, Tensor]:
-        own = torch.stack(torch.batch_norm_update_stats(x, None, None, 0.0))
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # of bf16 the statistics would be bf16
+        own = torch.stack(torch.batch_norm_update_stats(wide, None, None, 0.0))
         gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
         dist.all_gather(gathered, own, group=group)
         means, variances = torch.stack(gathered).unbind(1)

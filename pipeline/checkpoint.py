@@ -8,6 +8,7 @@ collectives run in the thread that trains, so none can meet another of their gro
 
 import hashlib
 import json
+import random
 import shutil
 import time
 from collections import Counter
@@ -15,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import torch.distributed as dist
 from pydantic import Field, PositiveInt
@@ -28,6 +29,8 @@ from pipeline import commit, leftovers, snapshot
 from pipeline.commit import Damaged, Fence, File, Part, Place, Retention
 from pipeline.ranks import Ranks
 from pipeline.sender import POLL_S, Save, Sender
+
+T = TypeVar("T")
 
 
 class CheckpointSettings(Section):
@@ -175,8 +178,8 @@ class Checkpointer:
         """
         place = Place(found.step, found.attempt)
         folder = self._fetched / place.name
-        first = self._ranks.rank * len(found.files) // self._ranks.world_size  # a node's ranks begin at different files
-        self._ranks.together(lambda: self._fetch(place, (*found.files[first:], *found.files[:first])))
+        files = order_for(self._ranks.rank, found.files)
+        self._ranks.together(lambda: self._fetch(place, files))
         saved = snapshot.Saved(folder)
         self._ranks.together(lambda: _fits(saved.mismatch(state), found.path))
         wanted = self._ranks.exchange([int(name in state) for name in saved.names])
@@ -257,12 +260,17 @@ class Checkpointer:
         found = Found(place.step, place.attempt, place.path, manifest.world_size, manifest.extra, manifest.files)
         return found, None
 
-    def _fetch(self, place: Place, files: tuple[File, ...]) -> None:
+    def _fetch(self, place: Place, files: Sequence[File]) -> None:
         for file in files:
             commit.fetch(self._store, place, file, self._fetched / place.name)
 
     def _drop_fetched(self, place: Place) -> None:
         shutil.rmtree(self._fetched / place.name, ignore_errors=True)
+
+
+def order_for(rank: int, files: Sequence[T]) -> list[T]:
+    """In which order a rank looks for the files: one of its own, or a node's ranks would fetch the same at once."""
+    return random.Random(rank).sample(files, len(files))
 
 
 def _fits(mismatch: str | None, path: str) -> None:

@@ -26,8 +26,7 @@ def complete(
     place = _completable(views)
     if place is not None:
         ranks.together(lambda: _send(store, place, own.get(place, {}), attempt, fence, event))
-        if ranks.rank == 0:
-            _commit(store, place, fence, event)
+        ranks.together(lambda: _commit(store, place, fence, event) if ranks.rank == 0 else None)
     ranks.exchange(None)
     for folder in local.glob("step-*"):
         found = Place.parse(folder.name)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from pipeline.batchnorm import average_running_statistics, commit_statistics, convert
 from pipeline.config import Config
 from pipeline.loader import Batch
-from pipeline.optim import build_optimizer, lr_at, optimizer_tensors
+from pipeline.optim import build_optimizer, lr_at, optimizer_tensors, total_norm
 from pipeline.regnet import RegNet
-from pipeline.sharding import shard, whole
+from pipeline.sharding import gather_ahead, shard
 from pipeline.swav import ASSIGNING, Head, Prototypes, Queue, prototype_usage, sinkhorn, swav_loss
 
 LARGE_LAYER = 2**26  # parameters
@@ -45,10 +45,16 @@ class Net(nn.Module):
         self._cuts = config.efficiency.sharded
         self._cut: list[tuple[Tensor, Tensor]] = []  # features, and what the head has got in their place
 
-    def units(self) -> list[nn.Module]:
-        """What is gathered at a time where the net is sharded: blocks, but for layers that are large by themselves."""
-        layers = [layer for block in self.trunk.blocks() for layer in block.children() if _size(layer) > LARGE_LAYER]
-        return [*layers, *self.trunk.blocks(), self.trunk.stem, self.head, self.prototypes]
+    def units(self) -> list[list[nn.Module]]:
+        """What is gathered at a time where the net is sharded, in the order of the forward.
+
+        Each with those of its layers that are large by themselves, and gathered by themselves.
+        """
+        blocks = [
+            [block, *(layer for layer in block.children() if _size(layer) > LARGE_LAYER)]
+            for block in self.trunk.blocks()
+        ]
+        return [[self.trunk.stem], *blocks, [self.head], [self.prototypes]]
 
     def forward(self, crops: list[Tensor]) -> Tensor:
         """crops: one (B, n, 3, s, s) for each size -> (B, V, D), L2-normalised, views in the order of the crops."""
@@ -84,7 +90,9 @@ class SwAV(pl.LightningModule):
         timeout = config.efficiency.timeout
         convert(self.net, lanes=len(lanes), rank=rank, world_size=world_size, group_lanes=group_lanes, timeout=timeout)
         if config.efficiency.sharded:
-            shard(self.net, self.net.units(), world_size)
+            units = self.net.units()
+            shard(self.net, [unit for with_layers in units for unit in with_layers], world_size)
+            gather_ahead(units[:-2], self.net.head)
         else:
             self.net.trunk.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub has it not
         self.queue = Queue(config.swav, lanes, config.data.lanes, self.net.head.width)
@@ -128,7 +136,7 @@ class SwAV(pl.LightningModule):
             self.manual_backward(loss)
             self.net.finish_backward()
         self.net.prototypes.freeze_(self.step)
-        norm = whole(nn.utils.get_total_norm([p.grad for p in self.net.parameters() if p.grad is not None]))
+        norm = total_norm([p.grad for p in self.net.parameters() if p.grad is not None])
         loss_value, norm_value = torch.stack([loss.detach().float(), norm.float()]).tolist()
         finite = norm_value < float("inf")  # False for nan too; ranks agree, since gradients are all-reduced
         if finite:

@@ -13,7 +13,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 
 from data_shards.section import Section
-from pipeline.sharding import part, whole
+from pipeline.sharding import is_parted, norm_of_parts, part
 
 
 class OptimSettings(Section):
@@ -120,10 +120,16 @@ def _larc(
     return list((weight_decay * adapts).unbind()), list(rates.unbind())
 
 
+def total_norm(gradients: list[Tensor]) -> Tensor:
+    """The Euclidean norm of all of them together, (), on the device. A collective where they are parted."""
+    norm = nn.utils.get_total_norm([part(gradient) for gradient in gradients])
+    return norm_of_parts(norm) if is_parted(gradients[0]) else norm
+
+
 def _norms(tensors: list[Tensor]) -> Tensor:
     """The Euclidean norms, of the whole tensors where a rank holds a part."""
-    norms = torch._foreach_norm(tensors)
-    return torch.stack([whole(norm) for norm in norms])
+    norms = torch.stack(torch._foreach_norm(list(map(part, tensors))))
+    return norm_of_parts(norms) if is_parted(tensors[0]) else norms
 
 
 def _fresh_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ Two threads: one writes (host memory is free again when it ends), one sends, the
 not hold up the next copy. A save that the store keeps waiting stays on the disk and is tried again with the next.
 """
 
+import random
 import shutil
 import threading
 import time
@@ -113,14 +114,19 @@ class Sender:
         """Whether the save is sent (rank 0: committed) by the deadline (monotonic). Raises its error if it failed."""
         while True:
             with self._changed:
-                done = self._changed.wait_for(lambda: not save.waiting or save.resting, deadline - time.monotonic())
-            if not done or not save.resting:
+                done = self._changed.wait_for(lambda: not save.waiting or self._rests(), deadline - time.monotonic())
+            if not done or not save.waiting:
                 break
             time.sleep(max(0.0, min(POLL_S[1], deadline - time.monotonic())))
             self.wake()
         if save.failed and save.error is not None:
             raise save.error
         return save.sent
+
+    def _rests(self) -> bool:
+        """Whether the save whose turn it is waits to be woken: those behind it do so too."""
+        first = next((save for save in self._saves if save.waiting), None)
+        return first is not None and first.resting
 
     def tidy(self, deadline: float) -> None:
         """Return when nothing is being deleted after a commit, or at the deadline (monotonic)."""
@@ -272,6 +278,7 @@ def _make(folder: Path) -> None:
     for _ in range(1000):
         with suppress(FileNotFoundError):
             return folder.mkdir(parents=True, exist_ok=True)
+        time.sleep(random.uniform(0.0, 0.001))  # out of step with the other
     raise FileNotFoundError(f"{folder}: removed as often as it was made")
 
 

@@ -5,25 +5,44 @@ gradients are averaged over the ranks as DDP does. What is learned is the same u
 first dimension's, as even as may be. Sources: ZeRO (arXiv 1910.02054), PyTorch's FSDP (arXiv 2304.11277).
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def shard(module: nn.Module, units: Iterable[nn.Module], world_size: int) -> None:
+def shard(module: nn.Module, units: Sequence[nn.Module], world_size: int) -> None:
     """Part the module's parameters among all ranks, unit by unit; what is in no unit is one of its own.
 
-    The process group must be there; parameters go to its device. They must be alike on all ranks, and contiguous.
+    A unit comes before those that are in it. The process group must be there; parameters go to its device. They must be
+    alike on all ranks, and contiguous.
     """
     mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (world_size,))
-    # autocast would keep what it made of each unit, and with that half of the whole
-    torch.set_autocast_cache_enabled(False)
-    for unit in (*units, module):
+    for unit in (*reversed(units), module):
         fully_shard(unit, mesh=mesh)
+
+
+def gather_ahead(trunk: Sequence[Sequence[nn.Module]], head: nn.Module) -> None:
+    """Let each unit of the trunk, as it begins, ask for the one that comes next, which is on its way meanwhile.
+
+    trunk: its units in the order of the forward, each before those in it. By itself FSDP does so in the order that it
+    has seen, which it forgets with the loss's backward: the trunk's comes in others after that. And the last gather of
+    the loss's would be for nothing.
+    """
+    backward = [unit for outer, *inner in reversed(trunk) for unit in (outer, *reversed(inner))]
+    for unit, following in (*pairwise(backward), (head, head)):
+        cast(FSDPModule, unit).set_modules_to_backward_prefetch([cast(FSDPModule, following)])
+    forward = [pair for units in trunk for pair in pairwise(units)]
+    # a layer asks for no other block: when a forward is done again for the backward, that block's time is over
+    forward += [(unit, following) for (unit, *inner), (following, *_) in pairwise(trunk) if not inner]
+    for unit, following in forward:
+        cast(FSDPModule, unit).set_modules_to_forward_prefetch([cast(FSDPModule, following)])
 
 
 def is_parted(tensor: Tensor) -> bool:
@@ -39,6 +58,13 @@ def part(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor put together again on every rank, a copy; one that is not parted is given back. A collective."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def norm_of_parts(norms: Tensor) -> Tensor:
+    """Euclidean norms of whole tensors out of those of this rank's parts, of any shape. One collective for all."""
+    squares = norms.square()
+    dist.all_reduce(squares)
+    return squares.sqrt()
 
 
 def first_row(tensor: Tensor) -> int:

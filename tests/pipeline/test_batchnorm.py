@@ -111,6 +111,11 @@ def on_a_rank(rank: int) -> dict[Any, Any]:
     far(3e4 + torch.randn(4000, 1, generator=random))
     commit_statistics(far, keep=True)
     results["variance far from 0"] = far.get_buffer("running_var").item()
+    rows, gradient = (tensor.chunk(4)[rank] for tensor in example("2d", torch.bfloat16))
+    half = convert(plain("2d", torch.float32), 1, rank, 4, 4)
+    rows = rows.clone().requires_grad_()
+    half(rows).backward(gradient)
+    results["bf16"] = {"rows": rows.grad, "running_var": half.pending[0][1]}
     for what, start in (("equal", 0.1), ("different", 0.1 + rank)):
         norm = convert(nn.BatchNorm1d(1), 1, rank, 4, 1)
         norm.get_buffer("running_mean").fill_(start)
@@ -139,6 +144,17 @@ def test_groups_over_several_ranks_give_what_one_process_gives(
         running = {name: part[name] for name in ("running_mean", "running_var")}
         assert_same(together | running, by_formula(kind, group_lanes), TOLERANCE[dtype])
         assert_same(together | running, by_groups(kind, dtype, group_lanes, 0, 1), TOLERANCE[dtype])
+
+
+@pytest.mark.slow
+def test_activations_in_bf16_are_normalised_over_ranks_by_statistics_in_fp32(
+    four_ranks: list[dict[Any, Any]],
+) -> None:
+    exact = by_groups("2d", torch.float32, 4, 0, 1)
+    together = torch.cat([results["bf16"]["rows"] for results in four_ranks])
+    assert together.dtype == torch.bfloat16
+    torch.testing.assert_close(together.float(), exact["rows"], rtol=0.02, atol=0.02)
+    assert {results["bf16"]["running_var"].dtype for results in four_ranks} == {torch.float32}
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from data_shards.errors import UserError
 from data_shards.store import Denied, Store, StoreError, Unavailable
 from pipeline import sender
-from pipeline.checkpoint import Checkpointer, CheckpointSettings
+from pipeline.checkpoint import Checkpointer, CheckpointSettings, order_for
 from pipeline.commit import File, Manifest, Part
 from pipeline.snapshot import deal
 from pipeline.weights import point
@@ -485,6 +485,36 @@ def test_a_store_that_is_away_delays_a_save_without_stopping_training_and_the_ne
     attempt.checkpoints.save(2, numbered(2), {})
     attempt.checkpoints.wait(30)
     assert [fields["step"] for name, fields in attempt.events if name == "committed"] == [1, 2]
+
+
+def test_the_last_save_waits_for_a_store_that_comes_back_though_an_older_one_rests_before_it(tmp_path: Path) -> None:
+    attempt = Attempt(tmp_path)
+    asked = []
+
+    def away(line: str) -> None:
+        asked.append(line)
+        if len(asked) < 4:  # the first save's own try, and those after the next save and at the begin of the wait
+            raise Unavailable("no answer for 60 s")
+
+    attempt.store.fail = away
+    attempt.checkpoints.save(1, numbered(1), {})
+    until(lambda: "save delayed" in attempt.names())
+    attempt.checkpoints.save(2, numbered(2), {})
+    attempt.checkpoints.wait(30)
+    assert [fields["step"] for name, fields in attempt.events if name == "committed"] == [1, 2]
+
+
+@pytest.mark.parametrize("world_size", [8, 64])
+def test_the_ranks_of_a_node_hardly_fetch_a_file_twice(world_size: int) -> None:
+    """In rounds, in each of which a rank fetches the first of its files that no round before has brought."""
+    files = list(range(world_size))
+    orders, here, fetched = [order_for(rank, files) for rank in range(8)], set[int](), 0
+    assert all(sorted(order) == files for order in orders)
+    while len(here) < len(files):
+        now = [next(file for file in order if file not in here) for order in orders]
+        fetched += len(now)
+        here.update(now)
+    assert fetched <= 2.5 * len(files)
 
 
 def test_a_store_that_refuses_writes_stops_the_run_at_the_next_save(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Sharded training on real ranks: the same losses and weights as replicated, checkpoints that either can go on from."""
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 from data_shards.store import Store
 from pipeline import module as module_code
@@ -107,7 +109,7 @@ def both(changed: dict[str, Any]) -> dict[str, Config]:
 def scenario(rank: int, folder: str, changed: dict[str, Any]) -> dict[str, Any]:
     """Both ways to train, and from the checkpoint of each, both ways to go on."""
     module_code.LARGE_LAYER = 2000  # some layers of the blocks are units of their own
-    assert len(Net(config()).units()) > 2 + len(list(Net(config()).trunk.blocks()))
+    assert any(inner for _, *inner in Net(config()).units())
     gone: dict[str, Any] = {}
     for name, settings in both(changed).items():
         gone[name] = kept(attempt(settings, rank, 2, Path(folder) / name, range(END)))
@@ -209,3 +211,45 @@ def test_what_a_rank_has_nothing_of_it_does_not_write(tmp_path: Path) -> None:
     saved.read_into(state)
     assert state["a"].flatten().tolist() == list(range(10))
     assert state["b"] == 7
+
+
+def gathers(rank: int, checkpointing: bool) -> dict[str, list[str]]:
+    """Of a step's backward: which units were gathered, and which of them were asked for while another was at work."""
+    module_code.LARGE_LAYER = 2000
+    efficiency = {"sharded": True, "activation_checkpointing": checkpointing}
+    module = module_of(config(model={"depth": 4}, efficiency=efficiency), rank, 2)
+    said: dict[str, list[str]] = {"gathered": [], "ahead": []}
+    gather, ahead = FSDPParamGroup.unshard, FSDPParamGroup._prefetch_unshard
+
+    def gathered(group: FSDPParamGroup, async_op: bool = False) -> None:
+        if group._all_gather_result is None and not group.is_unsharded:
+            said["gathered"].append(str(group._module_fqn))
+        gather(group, async_op)
+
+    def asked(group: FSDPParamGroup, *rest: Any) -> None:
+        before = len(said["gathered"])
+        ahead(group, *rest)
+        said["ahead"] += said["gathered"][before:]
+
+    for _ in range(2):  # the first step finds out in which order units come
+        crops = [torch.rand(8, count, size, size, 3).movedim(-1, 2) for count, size in ((2, 32), (2, 16))]
+        loss = module.net.prototypes(module.net(crops)).square().mean()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(FSDPParamGroup, "unshard", gathered)
+            patch.setattr(FSDPParamGroup, "_prefetch_unshard", staticmethod(asked))
+            said["gathered"].clear()
+            said["ahead"].clear()
+            loss.backward()
+            module.net.finish_backward()
+    return said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_in_backward_a_unit_is_gathered_once_for_each_size_of_crops_while_another_works(checkpointing: bool) -> None:
+    said = distributed.run(2, gathers, checkpointing)[0]
+    gathered, ahead = ([name for name in said[what] if "trunk" in name] for what in ("gathered", "ahead"))
+    sizes = 2
+    assert Counter(gathered) == dict.fromkeys(gathered, sizes)
+    again = sum("conv1" in name for name in gathered) if checkpointing else 0  # the forward's first comes as a surprise
+    assert len(ahead) >= len(gathered) - sizes - again
