@@ -7,12 +7,14 @@ Three phases, each of which goes on where it was: the plan (data_shards.plan), t
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
 
 from data_shards.errors import UserError
 from data_shards.index import MANIFEST, REFUSED, Manifest
@@ -20,7 +22,7 @@ from data_shards.merge import Refusal, merge, read_refused
 from data_shards.plan import Asked, PackSettings, Plan, load_plans, make_plan
 from data_shards.processes import worker_count
 from data_shards.progress import Progress, quiet
-from data_shards.sources import Source, SourceOptions, list_sources, metadata_schema
+from data_shards.sources import Source, SourceOptions, list_sources, metadata_schema, one_spelling, tally
 from data_shards.store import Denied, Store
 from data_shards.work import pack_groups
 
@@ -35,7 +37,7 @@ WORTH_A_PROCESS = 2000  # sources: to start a process takes as long as to pack t
 class PackReport:
     """What came of it. `reasons`: how many were refused, by rule; `examples`: the first of them.
 
-    ignored: how many members of archives are no images, by extension.
+    ignored: what was left out: members of archives that are no images, by extension, and links to folders.
     """
 
     url: str
@@ -52,12 +54,11 @@ class PackReport:
 
     def summary(self) -> str:
         """One line for a terminal."""
-        tally = ", ".join(f"{count} {reason}" for reason, count in self.reasons.items())
-        besides = ", ".join(f"{count:,} {kind}" for kind, count in self.ignored.items())
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.reasons.items())
         return (
             f"{self.samples:,} images in {self.shards:,} shards, {self.bytes / 1e6:,.1f} MB"
-            + (f"; refused {self.refused:,} ({tally})" if self.refused else "; none refused")
-            + (f"; left out besides the images: {besides}" if besides else "")
+            + (f"; refused {self.refused:,} ({reasons})" if self.refused else "; none refused")
+            + (f"; left out besides the images: {tally(self.ignored)}" if self.ignored else "")
             + ("; they were there already" if self.already_there else f"; {self.seconds:.1f} s")
         )
 
@@ -112,8 +113,7 @@ def prepare(
         return begun if begun.end_shard > done else None
     _check_writable(dst)
     ignored = Counter[str]()
-    listed = list_sources(asked.source, asked.options, ignored) if isinstance(source, str | Path) else source
-    columns = metadata_schema(asked.source, asked.options) if isinstance(source, str | Path) else None
+    listed, columns = _listed(source, asked.options, ignored)
     plan = make_plan(dst, asked, listed, columns, plans, manifest.layout_id if manifest else None, progress, ignored)
     if plan is not None and plan.asked != asked:
         raise _other(dst, asked, plan)
@@ -144,6 +144,15 @@ def report(dst: Store, seconds: float, *, already_there: bool) -> PackReport:
         already_there=already_there,
         ignored=dict(sum((Counter(plan.ignored) for plan in load_plans(dst)), Counter[str]())),
     )
+
+
+def _listed(
+    source: str | Path | Sequence[Source], options: SourceOptions, ignored: Counter[str]
+) -> tuple[Iterable[Source], pa.Schema | None]:
+    """The sources, and what is known of each. Read as typed: a slash at the end tells a folder from an object."""
+    if not isinstance(source, str | Path):
+        return source, None
+    return list_sources(str(source), options, ignored), metadata_schema(str(source), options)
 
 
 def _check_writable(dst: Store) -> None:
@@ -195,8 +204,7 @@ def _flat(asked: Asked) -> dict[str, Any]:
 def _name(source: str | Path | Sequence[Source]) -> str:
     """What stands for the source in a plan: the same from any folder, for sources handed over wherever they lie."""
     if isinstance(source, str | Path):
-        text = str(source)
-        return text if "://" in text else str(Path(text).expanduser().absolute())
+        return one_spelling(str(source))
     digest = blake2b(digest_size=8)
     for one in source:
         digest.update(repr(one[1:5]).encode("utf-8", "surrogateescape"))

@@ -31,7 +31,7 @@ from data_shards.images import Refused, Rules, examine
 from data_shards.permutation import MAX_SIZE, Permutation
 from data_shards.progress import Progress, quiet
 from data_shards.shard import COLUMNS
-from data_shards.sources import Source, SourceOptions, read_source
+from data_shards.sources import Source, SourceOptions, one_spelling, read_source
 from data_shards.store import AlreadyExists, NotFound, Store
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Plan:
     """One packing. What is said of shards and groups follows from these numbers alone.
 
     identity: hash of the sources in their order and of the shards' borders. bytes: what the tars will hold, about.
-    after: layout of the set that this one adds to, if it does. ignored: members of archives that are no images.
+    after: layout of the set that this one adds to, if it does. ignored: what the listing left out, by kind.
     """
 
     number: int
@@ -160,10 +160,24 @@ def load_plans(store: Store) -> list[Plan]:
             return found
         if values.pop("version", None) != PLAN_VERSION:
             raise UserError(f"{store.url}: plans/{number} is of another version of this program; give a DST of its own")
-        source, settings, options = values.pop("asked")
-        asked = Asked(source, PackSettings(**settings), SourceOptions(**options))
-        found.append(Plan(asked=asked, **values))
+        found.append(Plan(asked=_asked(*values.pop("asked")), **values))
     raise AssertionError
+
+
+def _asked(source: str, settings: dict[str, Any], options: dict[str, Any]) -> Asked:
+    """Out of a plan, of which older ones have a source as it was typed."""
+    spelled = one_spelling(source) if _is_place(source) else source
+    return Asked(spelled, PackSettings(**settings), SourceOptions(**options))
+
+
+def _is_place(source: str) -> bool:
+    """Rather than a name for sources that were handed over."""
+    return source.startswith("/") or "://" in source
+
+
+def _is_same_place(one: str, other: str) -> bool:
+    """Also by way of links."""
+    return one == other or (one[:1] == other[:1] == "/" and os.path.realpath(one) == os.path.realpath(other))
 
 
 def make_plan(
@@ -187,7 +201,7 @@ def make_plan(
         folder = Path(name)
         _list(database, asked, sources, columns, progress)
         for plan in earlier:
-            if plan.asked.source == asked.source:
+            if _is_same_place(plan.asked.source, asked.source):
                 _leave_out(database, store, plan, folder / "earlier.parquet")
         count, size = _totals(database, asked)
         if not count:

@@ -13,11 +13,10 @@ import time
 from collections import Counter
 from collections.abc import Container, Coroutine, Iterable
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
-import numpy as np
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from data_shards.cache import Cache
@@ -25,7 +24,8 @@ from data_shards.cutter import EMPTY, Fetched, Payload
 from data_shards.errors import UserError
 from data_shards.fetch import Fetcher
 from data_shards.index import ShardSet
-from data_shards.order import REPLACEMENTS, Order, Window, replacement_place
+from data_shards.lane_window import Chunk, LaneWindow, lay_out
+from data_shards.order import REPLACEMENTS, Order, replacement_place
 from data_shards.section import Section
 
 T = TypeVar("T")
@@ -73,35 +73,6 @@ class BadSample(NamedTuple):
     place: int
 
 
-@dataclass
-class _Chunk:
-    """A chunk of a window: being waited for, or here. Samples leave it as they are served.
-
-    held_bytes: what it takes, or will take; by the mean size of samples as long as its index was not read.
-    """
-
-    first_id: int
-    ready: "asyncio.Future[list[Fetched | None]]"
-    held_bytes: int
-    sized: bool = False
-    fetched: bool = False  # it counts as held
-    passed: bool = False  # its window is over
-
-
-@dataclass
-class _Held:
-    """A window of a lane: of each place, which chunk and which sample of it; and the chunks that are wanted of it."""
-
-    window: Window
-    slots: list[int]
-    offsets: list[int]
-    chunks: dict[int, _Chunk] = field(default_factory=dict)
-
-    @property
-    def end(self) -> int:
-        return self.window.first_index + self.window.size
-
-
 class Reader:
     """The samples of `lanes` from `start_step` on; `bad` and `removed` are ids to replace without trying them.
 
@@ -128,8 +99,8 @@ class Reader:
         self._served = self._replaced = 0
         self._wait_s = 0.0
         self._held_bytes = 0
-        self._windows: dict[int, list[_Held]] = {lane: [] for lane in lanes}
-        self._wanted: list[tuple[int, int, int, _Held]] = []  # a heap: index of need, lane, slot
+        self._windows: dict[int, list[LaneWindow]] = {lane: [] for lane in lanes}
+        self._wanted: list[tuple[int, int, int, LaneWindow]] = []  # a heap: index of need, lane, slot
         self._changed = asyncio.Condition()
         self._error: BaseException | None = None
         self._workers: list[asyncio.Task[None]] = []
@@ -231,27 +202,18 @@ class Reader:
         self._error = self._error or error
         for held in (held for windows in self._windows.values() for held in windows):
             for chunk in held.chunks.values():
-                if not chunk.ready.done():
-                    chunk.ready.set_exception(self._error)
-                    chunk.ready.exception()  # seen: asyncio need not warn of it
+                chunk.fail(self._error)
 
     async def _open(self, lane: int) -> None:
         """Lay out the lane's next window (at the start the one that the first step needs) and want its chunks."""
         index = self._windows[lane][-1].end if self._windows[lane] else self._step * self._order.lane_batch
-        held = self._laid_out(lane, index)
+        held = lay_out(self._order, lane, index)
         loop = asyncio.get_running_loop()
-        used, first = np.unique(held.slots[index - held.window.first_index :], return_index=True)
-        for slot, need in zip(used.tolist(), (first + index).tolist(), strict=True):
-            held.chunks[slot] = _Chunk(held.window.chunks[slot], loop.create_future(), self._chunk_bytes())
+        for slot, need in held.needs(index):
+            held.chunks[slot] = Chunk(held.window.chunks[slot], loop.create_future(), self._chunk_bytes())
             heapq.heappush(self._wanted, (need, lane, slot, held))
         self._windows[lane].append(held)
         await self._notify()
-
-    def _laid_out(self, lane: int, index: int) -> _Held:
-        """The window of an index, with nothing in it."""
-        number, _, size = (int(value) for value in self._order.place(lane, index))
-        slots, offsets = self._order.slots(lane, number, np.arange(size))
-        return _Held(self._order.window(lane, number), slots.tolist(), offsets.tolist())
 
     async def _notify(self) -> None:
         async with self._changed:
@@ -288,12 +250,12 @@ class Reader:
         """What a chunk takes, before its index is known."""
         return int(self._order.chunk_samples * self._sample_bytes)
 
-    async def _measure(self, chunk: _Chunk) -> None:
+    async def _measure(self, chunk: Chunk) -> None:
         if not chunk.sized:
             chunk.held_bytes = await self._fetcher.size(chunk.first_id, self._order.chunk_samples)
             chunk.sized = True
 
-    async def _fetch(self, chunk: _Chunk) -> None:
+    async def _fetch(self, chunk: Chunk) -> None:
         if chunk.passed:  # all of its samples were listed as bad
             return
         chunk.fetched = True
@@ -301,11 +263,9 @@ class Reader:
         samples = await self._fetcher.samples(chunk.first_id, self._order.chunk_samples)
         if chunk.passed:
             return
-        held = sum(len(sample.data) for sample in samples if isinstance(sample, Payload))
-        self._held_bytes += held - chunk.held_bytes
-        chunk.held_bytes = held
-        if not chunk.ready.done():
-            chunk.ready.set_result(list(samples))
+        self._held_bytes -= chunk.held_bytes
+        chunk.arrive(samples)
+        self._held_bytes += chunk.held_bytes
 
     async def _batch(self, step: int) -> list[Sample]:
         count = self._order.lane_batch
@@ -326,7 +286,7 @@ class Reader:
         await self._notify()  # memory that has become free
         return samples
 
-    def _forget(self, held: _Held) -> None:
+    def _forget(self, held: LaneWindow) -> None:
         for chunk in held.chunks.values():
             chunk.passed = True
             self._held_bytes -= chunk.held_bytes if chunk.fetched else 0
@@ -336,7 +296,7 @@ class Reader:
         self._replaced += not sample.replaced
         return await self._sample(sample.lane, sample.index, (*sample.replaced, sample.id))
 
-    def _holding(self, lane: int, index: int) -> _Held | None:
+    def _holding(self, lane: int, index: int) -> LaneWindow | None:
         for held in self._windows[lane]:  # nearly always the first
             if held.window.first_index <= index < held.end:
                 return held
@@ -357,20 +317,14 @@ class Reader:
         found = self._take(chunk, offset)
         return Sample(sample, lane, index, *found, ()) if found else None
 
-    def _take(self, chunk: _Chunk, offset: int) -> Payload | None:
-        """A good sample out of a chunk that is here. Only a replacement would need it again."""
-        samples = chunk.ready.result()
-        found = samples[offset]
-        if not isinstance(found, Payload):
-            return None
-        samples[offset] = None
-        chunk.held_bytes -= len(found.data)
-        self._held_bytes -= len(found.data)
+    def _take(self, chunk: Chunk, offset: int) -> Payload | None:
+        found = chunk.take(offset)
+        self._held_bytes -= len(found.data) if found else 0
         return found
 
     async def _sample(self, lane: int, index: int, replaced: tuple[int, ...]) -> Sample:
         """The sample of a place of the order, or the first replacement after those in `replaced` that can be had."""
-        held = self._holding(lane, index) or self._laid_out(lane, index)
+        held = self._holding(lane, index) or lay_out(self._order, lane, index)
         place, size = index - held.window.first_index, held.window.size
         for k in range(len(replaced), REPLACEMENTS + 1):
             there = replacement_place(place, size, k) if k else place
@@ -388,7 +342,7 @@ class Reader:
             f"in {self._where(replaced[-1])[0]}; the set needs repair, or a window more chunks (data.window_chunks)"
         )
 
-    async def _payload(self, chunk: _Chunk | None, offset: int, sample: int, own: bool) -> Fetched:
+    async def _payload(self, chunk: Chunk | None, offset: int, sample: int, own: bool) -> Fetched:
         """A sample of a chunk; by itself when the chunk is not wanted for more, or has given the sample away.
 
         So too one that stands in for another, out of a chunk that waits for memory: only the next steps make room.

@@ -1,7 +1,4 @@
-"""S3 through s3fs: each request is tried until it is answered or its time is over, and each failure has a name.
-
-s3fs and botocore would try again too; theirs is off, so that one place decides how often and how long.
-"""
+"""S3: each request is tried until it is answered or its time is over, and each failure has a name."""
 
 import asyncio
 import base64
@@ -15,14 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import s3fs
-from aiobotocore.credentials import AioCredentials
-from aiobotocore.session import AioSession
 from botocore import exceptions as boto
-from botocore.httpsession import get_cert_path
-from botocore.utils import get_environ_proxies
 
-from data_shards.direct import Direct, Take
+from data_shards.direct import Take
+from data_shards.s3_bucket import Bucket
 from data_shards.s3_errors import Transient, code_of, is_passing, named
 from data_shards.store import (
     AlreadyExists,
@@ -51,16 +44,12 @@ class S3:
     """One bucket. Lives on one event loop."""
 
     def __init__(self, bucket: str, retry_seconds: float, connections: int) -> None:
-        self.bucket = bucket
         self.retry_seconds = retry_seconds
-        self.connections = connections
         self.counters = Counters()
-        self._client: s3fs.S3FileSystem | None = None
-        self._direct: Direct | None = None
+        self._bucket = Bucket(bucket, connections)
         self._direct_from = 0.0  # monotonic; before, reads go by the ordinary client
         self._urls: dict[str, tuple[str, float]] = {}  # signed ones, and until when (monotonic) they are used
         self._free = asyncio.Semaphore(connections)
-        self._connecting = asyncio.Lock()
         self._key_worked = False
 
     async def read(self, key: str, start: int | None, end: int | None) -> bytes:
@@ -87,7 +76,7 @@ class S3:
         wanted = {} if whole else {"Range": f"bytes={start or 0}-{'' if end is None else end - 1}"}
         answer_s = self._answer_s(self.retry_seconds)
         async with asyncio.timeout(answer_s):
-            answer = await self._call("get_object", Key=key, **wanted)
+            answer = await self._bucket.call("get_object", Key=key, **wanted)
         try:
             async with asyncio.timeout(answer_s + answer["ContentLength"] / SLOWEST_BYTES_S):
                 data: bytes = await answer["Body"].read()
@@ -101,22 +90,22 @@ class S3:
 
     async def _read_directly(self, key: str, start: int, end: int, take: Take) -> bool:
         """False when the answer takes the ordinary client, which is then asked alone for a while."""
-        client = await self._connected()
-        if self._direct is None or time.monotonic() < self._direct_from:
+        direct = await self._bucket.direct()
+        if direct is None or time.monotonic() < self._direct_from:
             return False
-        right = await self._direct.get(await self._signed_url(client, key), start, end, take)
+        right = await direct.get(await self._signed_url(key), start, end, take)
         if not right:
             self._direct_from = time.monotonic() + REFUSED_S
             self._urls.clear()
         return right
 
-    async def _signed_url(self, client: "s3fs.S3FileSystem", key: str) -> str:
+    async def _signed_url(self, key: str) -> str:
         """The same one for a while: signing takes as long as receiving a megabyte."""
         url, until = self._urls.get(key, ("", 0.0))
         if time.monotonic() >= until:
             if len(self._urls) >= URLS:
                 self._urls.clear()
-            url = await client.s3.generate_presigned_url("get_object", Params={"Bucket": self.bucket, "Key": key})
+            url = await self._bucket.sign(key)
             self._urls[key] = url, time.monotonic() + URL_S
         return url
 
@@ -126,7 +115,7 @@ class S3:
             raise Transient(f"sent {given or 'the whole object'} instead of the bytes from {start}")
         total = int(given.rpartition("/")[2])
         if end is not None and total < end:
-            raise Truncated(f"{self.url(key)}: ends at byte {total}, bytes {start} to {end} were asked for")
+            raise Truncated(f"{self._bucket.url(key)}: ends at byte {total}, bytes {start} to {end} were asked for")
         if f"{given} ".split("/")[0] != f"bytes {start}-{(end or total) - 1}":
             raise Transient(f"sent {given} instead of the bytes {start} to {end or total}")
 
@@ -135,7 +124,7 @@ class S3:
         condition = {"IfNoneMatch": "*", "Metadata": {"writer": mark}} if create_only else {}
         whole = {"Key": key, "Body": data, "ContentMD5": await asyncio.to_thread(_md5, data)}
         try:
-            await self._tried(partial(self._call, "put_object", **whole, **condition), key, len(data))
+            await self._tried(partial(self._bucket.call, "put_object", **whole, **condition), key, len(data))
         except AlreadyExists:
             # A first try may have got through and only its answer been lost (aiohttp, too, asks again by itself).
             if (await self._head(key)).get("Metadata", {}).get("writer") != mark:
@@ -149,7 +138,7 @@ class S3:
             return
         each = max(PART_BYTES, -(-size // 10_000))  # 10,000 parts is S3's limit
         mark = {"writer": secrets.token_hex(8)}
-        begun = await self._tried(partial(self._call, "create_multipart_upload", Key=key, Metadata=mark), key)
+        begun = await self._tried(partial(self._bucket.call, "create_multipart_upload", Key=key, Metadata=mark), key)
         whole = {"Key": key, "UploadId": begun["UploadId"]}
         gate = asyncio.Semaphore(4)  # parts in memory
         try:
@@ -160,7 +149,9 @@ class S3:
                 ]
             parts = {"Parts": [task.result() for task in tasks]}
             try:
-                await self._tried(partial(self._call, "complete_multipart_upload", **whole, MultipartUpload=parts), key)
+                await self._tried(
+                    partial(self._bucket.call, "complete_multipart_upload", **whole, MultipartUpload=parts), key
+                )
             except NotFound:  # no such upload: as after a first try of which only the answer was lost
                 if (await self._head(key)).get("Metadata", {}).get("writer") != mark["writer"]:
                     raise
@@ -172,20 +163,22 @@ class S3:
         """Free what an upload in parts has left, if that can be done soon; if not, `abandon` does."""
         with contextlib.suppress(Exception):
             async with asyncio.timeout(CHECK_S):
-                await self._call("abort_multipart_upload", **whole)
+                await self._bucket.call("abort_multipart_upload", **whole)
 
     async def abandon(self, folder: str) -> int:
         uploads: list[dict[str, Any]] = []
         mark: dict[str, str] = {}
         while True:
-            page = await self._tried(partial(self._call, "list_multipart_uploads", Prefix=f"{folder}/", **mark), folder)
+            page = await self._tried(
+                partial(self._bucket.call, "list_multipart_uploads", Prefix=f"{folder}/", **mark), folder
+            )
             uploads += page.get("Uploads", [])
             if not page.get("IsTruncated"):
                 break
             mark = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
         for upload in uploads:
             whole = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
-            await self._tried(partial(self._call, "abort_multipart_upload", **whole), upload["Key"])
+            await self._tried(partial(self._bucket.call, "abort_multipart_upload", **whole), upload["Key"])
         return len(uploads)
 
     async def _part(
@@ -194,7 +187,7 @@ class S3:
         async with gate:
             data = await asyncio.to_thread(_slice, local, start, size)
             md5 = await asyncio.to_thread(_md5, data)
-            call = partial(self._call, "upload_part", **whole, PartNumber=number, Body=data, ContentMD5=md5)
+            call = partial(self._bucket.call, "upload_part", **whole, PartNumber=number, Body=data, ContentMD5=md5)
             answer = await self._tried(call, whole["Key"], len(data))
             self.counters.bytes_written += len(data)
             return {"PartNumber": number, "ETag": answer["ETag"]}
@@ -224,12 +217,12 @@ class S3:
 
     async def _asked_head(self, key: str) -> Any:
         try:
-            return await self._call("head_object", Key=key)
+            return await self._bucket.call("head_object", Key=key)
         except OSError as error:
             if not isinstance(error.__cause__, boto.ClientError) or code_of(error.__cause__) != "400":
                 raise
             # No body tells the reason, such as that a token has expired. The answer to a GET has one.
-            (await self._call("get_object", Key=key))["Body"].close()
+            (await self._bucket.call("get_object", Key=key))["Body"].close()
             raise Transient("400, though a GET is answered") from error
 
     async def find(self, folder: str, more: str | None) -> tuple[list[Entry], str | None]:
@@ -245,7 +238,7 @@ class S3:
 
     async def _page(self, folder: str, more: str | None, **which: str) -> tuple[dict[str, Any], str | None]:
         where = {**which, "ContinuationToken": more} if more else which
-        page = await self._tried(partial(self._call, "list_objects_v2", **where), folder, patient=True)
+        page = await self._tried(partial(self._bucket.call, "list_objects_v2", **where), folder, patient=True)
         return page, page["NextContinuationToken"] if page.get("IsTruncated") else None
 
     async def delete(self, keys: list[str]) -> None:
@@ -254,29 +247,25 @@ class S3:
 
     async def _delete(self, keys: list[str]) -> None:
         names = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
-        for error in (await self._call("delete_objects", Delete=names)).get("Errors", []):
+        for error in (await self._bucket.call("delete_objects", Delete=names)).get("Errors", []):
             code, said = error.get("Code", ""), error.get("Message")
             if is_passing(code):
                 raise Transient(f"{code} of {error['Key']}")
-            raise StoreError(f"{self.url(error['Key'])}: not deleted: {said or code}")
+            raise StoreError(f"{self._bucket.url(error['Key'])}: not deleted: {said or code}")
 
     async def check(self) -> None:
-        ask = partial(self._call, "list_objects_v2", MaxKeys=1)
+        ask = partial(self._bucket.call, "list_objects_v2", MaxKeys=1)
         await self._tried(ask, "", retry_seconds=min(CHECK_S, self.retry_seconds))
 
     async def keeps_versions(self) -> bool | None:
         try:
-            answer = await self._tried(partial(self._call, "get_bucket_versioning"), "", retry_seconds=CHECK_S)
+            answer = await self._tried(partial(self._bucket.call, "get_bucket_versioning"), "", retry_seconds=CHECK_S)
         except StoreError:
             return None  # not every key may ask, not every server knows
         return "Status" in answer  # also of a bucket that no longer makes them
 
     async def close(self) -> None:
-        if self._client is not None:
-            client, self._client = self._client, None
-            if self._direct is not None:
-                self._direct.close()
-            await client._s3creator.__aexit__(None, None, None)
+        await self._bucket.close()
 
     async def _tried(
         self,
@@ -303,7 +292,7 @@ class S3:
                 self._key_worked = True
                 return answer
             except Exception as error:
-                known = await named(error, key, self)
+                known = await named(error, key, self._bucket)
                 waited = time.monotonic() - start
                 may_change = isinstance(known, Transient) or (
                     isinstance(known, Denied) and self._key_worked and (patient or known.expired)
@@ -315,7 +304,7 @@ class S3:
                     raise self._give_up(known, key, waited) from error
             self.counters.retries += 1
             if isinstance(known, Denied):
-                await self._renew_key()
+                await self._bucket.renew_key()
             await asyncio.sleep(pause)
         raise AssertionError  # a million pauses are over any limit
 
@@ -324,84 +313,18 @@ class S3:
 
     async def _once(self, call: Callable[[], Awaitable[T]], limit_s: float | None) -> T:
         async with self._free:  # waiting for a free connection, or making a client, is not the store's fault
-            await self._connected()
+            await self._bucket.client()
             with self.counters.request():
                 async with asyncio.timeout(limit_s):
                     return await call()
-
-    async def _call(self, method: str, **parameters: Any) -> Any:
-        client = await self._connected()
-        return await client._call_s3(method, Bucket=self.bucket, **parameters)
-
-    async def _connected(self) -> "s3fs.S3FileSystem":
-        async with self._connecting:
-            if self._client is None:
-                client = s3fs.S3FileSystem(
-                    asynchronous=True,
-                    loop=asyncio.get_running_loop(),
-                    skip_instance_cache=True,
-                    use_listings_cache=False,
-                    session=AioSession(),
-                    config_kwargs={
-                        "max_pool_connections": self.connections,
-                        "retries": {"total_max_attempts": 1},
-                        "signature_version": "s3v4",  # of urls too; theirs is an older one in some regions
-                        "request_checksum_calculation": "when_required",
-                        "response_checksum_validation": "when_required",
-                    },
-                )
-                client.retries = 1
-                await client.set_session()
-                self._client, self._direct = client, _direct(client)
-        return self._client
-
-    def url(self, key: str) -> str:
-        return f"s3://{self.bucket}/{key}" if key else f"s3://{self.bucket}"
-
-    @property
-    def host(self) -> str:
-        return str(self._client.s3.meta.endpoint_url) if self._client is not None else "S3"
 
     def _give_up(self, known: Exception, key: str, waited: float) -> StoreError:
         if isinstance(known, Denied):
             return known
         return Unavailable(
-            f"{self.url(key)}: {self.host} has not answered for {waited:.0f} s ({known}); check that it runs, and "
-            f"endpoint_url in the AWS profile or AWS_ENDPOINT_URL"
+            f"{self._bucket.url(key)}: {self._bucket.host} has not answered for {waited:.0f} s ({known}); check that "
+            f"it runs, and endpoint_url in the AWS profile or AWS_ENDPOINT_URL"
         )
-
-    async def buckets(self) -> str:
-        client = await self._connected()
-        try:
-            names = [bucket["Name"] for bucket in (await client.s3.list_buckets())["Buckets"]]
-        except Exception:  # noqa: BLE001  # it may be forbidden; the sentence is right without it
-            return ""
-        return f"; it has: {', '.join(names[:20])}" if names else "; it has none"
-
-    async def _renew_key(self) -> None:
-        """Take the key that the profile's files hold by now. What a role or SSO gives, botocore renews itself."""
-        held = await (await self._connected()).session.get_credentials()
-        with contextlib.suppress(boto.BotoCoreError):  # the files may be half written
-            found = await AioSession().get_credentials()
-            if type(held) is type(found) is AioCredentials:
-                held.access_key, held.secret_key, held.token = found.access_key, found.secret_key, found.token
-
-    async def key_id(self) -> str:
-        """Which key, so that its owner knows it and nobody else learns it."""
-        session = (await self._connected()).session
-        found = await session.get_credentials()
-        if found is None:
-            return "no key; set AWS_PROFILE"
-        source = "the environment" if found.method == "env" else f"profile {session.profile or 'default'}"
-        key = await found.get_frozen_credentials()  # those that expire have no other way to it
-        return f"key id {key.access_key[:4]}.. from {source}"
-
-
-def _direct(client: "s3fs.S3FileSystem") -> Direct | None:
-    """None where a proxy stands between."""
-    if client.s3.meta.config.proxies or get_environ_proxies(client.s3.meta.endpoint_url):
-        return None
-    return Direct(get_cert_path(client.session.get_config_variable("ca_bundle") or True))
 
 
 def _md5(data: bytes) -> str:

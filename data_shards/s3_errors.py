@@ -39,53 +39,51 @@ class Transient(Exception):
 class Asked(Protocol):
     """The bucket that an error came from, which knows more about it."""
 
-    bucket: str
-
     @property
     def host(self) -> str: ...
     def url(self, key: str) -> str: ...
-    async def buckets(self) -> str: ...
+    async def others(self) -> str: ...
     async def key_id(self) -> str: ...
 
 
-async def named(error: Exception, key: str, store: Asked) -> Exception:
+async def named(error: Exception, key: str, bucket: Asked) -> Exception:
     """What went wrong: a StoreError, or Transient when it may be otherwise next time. Anything else stays."""
     if isinstance(error, StoreError | Transient):
         return error
     if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError | boto.ProfileNotFound):
-        return Denied(f"{store.url(key)}: {error}; set AWS_PROFILE to a profile with keys (and its files' places)")
+        return Denied(f"{bucket.url(key)}: {error}; set AWS_PROFILE to a profile with keys (and its files' places)")
     origin = error if isinstance(error, boto.ClientError) else error.__cause__
     if isinstance(origin, boto.ClientError):
-        return await _answer(origin, key, store)
+        return await _answer(origin, key, bucket)
     if isinstance(error, TimeoutError):
         return Transient("time-out")
     if isinstance(error, _TRANSIENT):
         return Transient(_short(error))
     if isinstance(error, boto.BotoCoreError | ValueError):
-        return StoreError(f"{store.url(key)}: {_short(error)}")
+        return StoreError(f"{bucket.url(key)}: {_short(error)}")
     return error
 
 
-async def _answer(error: Any, key: str, store: Asked) -> Exception:
+async def _answer(error: Any, key: str, bucket: Asked) -> Exception:
     code = code_of(error)
     status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     if code == "NoSuchBucket":
-        return StoreError(f"s3://{store.bucket}: no such bucket at {store.host}{await store.buckets()}")
+        return StoreError(f"{bucket.url('')}: no such bucket at {bucket.host}{await bucket.others()}")
     if is_passing(code) or status in (408, 429) or (status >= 500 and status != 501):
         return Transient(f"{status} {code}")
     if code in ("PreconditionFailed", "412"):
-        return AlreadyExists(f"{store.url(key)}: is there already")
+        return AlreadyExists(f"{bucket.url(key)}: is there already")
     if status == 404:
-        return NotFound(f"{store.url(key)}: no such object at {store.host}")
+        return NotFound(f"{bucket.url(key)}: no such object at {bucket.host}")
     if code == "InvalidRange" or status == 416:
-        return Truncated(f"{store.url(key)}: ends before the bytes that were asked for")
+        return Truncated(f"{bucket.url(key)}: ends before the bytes that were asked for")
     if code in _DENIED | _EXPIRED or status in (401, 403):
         hint = "; renew it where it comes from and start again" if code in _EXPIRED else ""
-        whose = await store.key_id()
-        denied = Denied(f"{store.url(key)}: access denied at {store.host} for {whose} ({code}){hint}")
+        whose = await bucket.key_id()
+        denied = Denied(f"{bucket.url(key)}: access denied at {bucket.host} for {whose} ({code}){hint}")
         denied.expired = code in _EXPIRED
         return denied
-    return StoreError(f"{store.url(key)}: {store.host} answers {status} {code}: {_short(error)}")
+    return StoreError(f"{bucket.url(key)}: {bucket.host} answers {status} {code}: {_short(error)}")
 
 
 def code_of(error: Any) -> str:

@@ -10,7 +10,7 @@ import re
 import stat
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
@@ -59,22 +59,35 @@ def list_sources(
     """The sources of a folder (here or in a store), of archives, of WebDataset shards, or of a list.
 
     src: also several by `*`, `?` or `{000..099}`. Archives within a folder are opened, too.
-    ignored: counts members of archives that are no images, by extension.
+    ignored: counts members of archives that are no images, by extension, and links to folders.
     Raises UserError when `src` is not there, is empty, or cannot be read as what it is.
     """
     options = options or SourceOptions()
+    ignored = Counter() if ignored is None else ignored
     source = None
-    for source in _listed(src, options, Counter() if ignored is None else ignored):
+    for source in _listed(src, options, ignored):
         yield source
     if source is None:
-        raise UserError(f"{src}: there is no file in it; make shards SRC=/folder/of/images DST=...")
+        besides = f" (left out: {tally(ignored)})" if ignored else ""
+        raise UserError(f"{src}: there is no file in it{besides}; make shards SRC=/folder/of/images DST=...")
+
+
+def tally(ignored: Mapping[str, int]) -> str:
+    """What a listing has left out, in words."""
+    return ", ".join(f"{count:,} {kind}" for kind, count in ignored.items())
+
+
+def one_spelling(src: str) -> str:
+    """The same text for a source however it is typed, from whatever folder; a set knows by it what it was made of."""
+    return src.rstrip("/") if is_remote(src) else _local(src)
 
 
 def list_tars(src: str) -> list[str]:
     """The tars that `src` stands for: a folder of them, a pattern, or one. Raises UserError when there is none."""
     found = []
     for url, _ in _expanded(src):
-        found += [file for file, name, _ in _files(url) if name.endswith(".tar")] if _is_folder(url) else [url]
+        files = _files(url, Counter()) if _is_folder(url) else [(url, ".tar", None)]
+        found += [file for file, name, _ in files if name.endswith(".tar")]
     if not found:
         raise UserError(f"{src}: there is no .tar in it; make shards SRC=s3://bucket/shards IN_PLACE=1 DST=...")
     return found
@@ -142,7 +155,7 @@ def _listed(src: str, options: SourceOptions, ignored: Counter[str]) -> Iterator
         if not _is_folder(url):
             yield from _contents(url, prefix, options, ignored)
             continue
-        for file, name, size in _files(url):
+        for file, name, size in _files(url, ignored):
             if _ARCHIVE.search(name):
                 yield from _contents(file, f"{prefix}{name}/", options, ignored)
             else:
@@ -163,7 +176,14 @@ def _expanded(src: str) -> Iterator[tuple[str, str]]:
 
 
 def _local(src: str) -> str:
-    return str(Path(src.removeprefix("file://")).expanduser().absolute())
+    """An absolute path without `..`, which behind a link leads out of what that points to, as the system takes it."""
+    path = Path("/")
+    for part in Path(src.removeprefix("file://")).expanduser().absolute().parts[1:]:
+        if part == "..":
+            path = (Path(os.path.realpath(path)) if os.path.islink(path) else path).parent  # noqa: PTH114  never raises
+        else:
+            path /= part
+    return str(path)
 
 
 def _matches(pattern: str) -> list[str]:
@@ -200,10 +220,10 @@ def _is_folder(url: str) -> bool:
         raise UserError(f"{url}: {error.strerror}") from error
 
 
-def _files(folder: str) -> Iterator[tuple[str, str, int | None]]:
+def _files(folder: str, ignored: Counter[str]) -> Iterator[tuple[str, str, int | None]]:
     """All files below a folder: url, name from there, bytes (in a store)."""
     if (place := store_of(folder)) is None:
-        yield from ((path, name, None) for path, name in _walk(folder, ""))
+        yield from ((path, name, None) for path, name in _walk(folder, "", ignored))
         return
     store, path = place
     cut = len(path.rstrip("/")) + 1 if path.rstrip("/") else 0
@@ -211,8 +231,8 @@ def _files(folder: str) -> Iterator[tuple[str, str, int | None]]:
         yield f"{store.url}/{entry.path}", entry.path[cut:], entry.size
 
 
-def _walk(folder: str, name: str) -> Iterator[tuple[str, str]]:
-    """Files and their names from there on, sorted as whole names are; links to folders are left out."""
+def _walk(folder: str, name: str, ignored: Counter[str]) -> Iterator[tuple[str, str]]:
+    """Files and their names from there on, sorted as whole names are; links to folders are only counted."""
     try:
         with os.scandir(folder) as found:
             entries = sorted((os.fsencode(e.name) + b"/" * e.is_dir(follow_symlinks=False), e.is_dir()) for e in found)
@@ -221,8 +241,10 @@ def _walk(folder: str, name: str) -> Iterator[tuple[str, str]]:
     for entry, is_folder in entries:
         child = os.fsdecode(entry)
         if entry.endswith(b"/"):
-            yield from _walk(f"{folder}/{child[:-1]}", name + child)
-        elif not is_folder:
+            yield from _walk(f"{folder}/{child[:-1]}", name + child, ignored)
+        elif is_folder:
+            ignored["links to folders"] += 1
+        else:
             yield f"{folder}/{child}", name + child
 
 

@@ -7,6 +7,7 @@ committed is not done again, and what is not is done anew.
 
 import json
 import multiprocessing
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,6 +28,7 @@ from data_shards.store import NotFound, Store
 
 READERS = 8  # threads of a process that read sources
 READ_TOGETHER = 4  # sources that one of them reads before it hands them over
+READ_AHEAD_BYTES = 256 * 2**20  # above that, and what is on its way, a source is read when its turn comes
 
 Count = Callable[[int, bool], None]  # bytes of a source, and whether it was refused
 
@@ -123,27 +125,52 @@ def _examine(source: Source, data: bytes, rules: Rules) -> Photo | Refusal:
         return Refusal(source.name, refused.reason, refused.detail)
 
 
-def _read(sources: Sequence[Source], asked: Asked) -> list[bytes | Refusal]:
-    found: list[bytes | Refusal] = []
-    for source in sources:
-        try:
-            found.append(read_source(source, asked.settings.max_bytes, skip_unreachable=asked.options.skip_unreachable))
-        except Refused as refused:
-            found.append(Refusal(source.name, refused.reason, refused.detail))
-    return found
+def _read(source: Source, asked: Asked) -> bytes | Refusal:
+    try:
+        return read_source(source, asked.settings.max_bytes, skip_unreachable=asked.options.skip_unreachable)
+    except Refused as refused:
+        return Refusal(source.name, refused.reason, refused.detail)
+
+
+class _Ahead:
+    """Reads sources before their turn, in threads; knows how many bytes of them wait."""
+
+    def __init__(self, asked: Asked) -> None:
+        self._asked, self._bytes, self._lock = asked, 0, threading.Lock()
+
+    def read(self, sources: Sequence[Source]) -> list[bytes | Refusal | None]:
+        """None for those that there is no room for."""
+        return [self._read(source) if self._bytes < READ_AHEAD_BYTES else None for source in sources]
+
+    def _read(self, source: Source) -> bytes | Refusal:
+        data = _read(source, self._asked)
+        self._count(len(data) if isinstance(data, bytes) else 0)
+        return data
+
+    def hand_over(
+        self, sources: Sequence[Source], found: Sequence[bytes | Refusal | None]
+    ) -> Iterator[tuple[Source, bytes | Refusal]]:
+        for source, data in zip(sources, found, strict=True):
+            yield source, _read(source, self._asked) if data is None else data
+        self._count(-sum(len(data) for data in found if isinstance(data, bytes)))
+
+    def _count(self, size: int) -> None:
+        with self._lock:
+            self._bytes += size
 
 
 def _read_ahead(sources: Iterable[Source], asked: Asked) -> Iterator[tuple[Source, bytes | Refusal]]:
     """What the sources hold, in their order; threads read a few ahead, several at a time to trouble each other less."""
-    rest, waiting = iter(sources), deque[tuple[list[Source], Future[list[bytes | Refusal]]]]()
+    rest, waiting = iter(sources), deque[tuple[list[Source], Future[list[bytes | Refusal | None]]]]()
+    ahead = _Ahead(asked)
     with ThreadPoolExecutor(READERS) as threads:
         while some := list(islice(rest, READ_TOGETHER)):
-            waiting.append((some, threads.submit(_read, some, asked)))
+            waiting.append((some, threads.submit(ahead.read, some)))
             if len(waiting) > READERS:
                 first, found = waiting.popleft()
-                yield from zip(first, found.result(), strict=True)
+                yield from ahead.hand_over(first, found.result())
         for some, found in waiting:
-            yield from zip(some, found.result(), strict=True)
+            yield from ahead.hand_over(some, found.result())
 
 
 def _find_commit(store: Store, plan: Plan, shard: int) -> Commit | None:

@@ -76,7 +76,6 @@ def _pack(options: argparse.Namespace, dst: "Store", plan: "Plan") -> None:
 
 def parse_settings(text: str) -> "tuple[PackSettings, SourceOptions]":
     """`min_side=64 label=none` as settings. Raises UserError, a line for each mistake."""
-    import yaml
     from pydantic import ValidationError
 
     from data_shards.pack import PackSettings, SourceOptions
@@ -89,8 +88,11 @@ def parse_settings(text: str) -> "tuple[PackSettings, SourceOptions]":
         if section is None:
             valid = ", ".join(name for one in sections for name in one.model_fields)
             errors.append(f"SET: found {word!r}; valid is name=value of: {valid}")
-        else:
-            sections[section][name] = yaml.safe_load(value)
+            continue
+        try:
+            sections[section][name] = _value(name, value)
+        except UserError as error:
+            errors.append(str(error))
     made = []
     for section, values in sections.items():
         try:
@@ -100,3 +102,14 @@ def parse_settings(text: str) -> "tuple[PackSettings, SourceOptions]":
     if errors:
         raise UserError("\n".join(errors))
     return made[0], made[1]
+
+
+def _value(name: str, text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(
+            f"SET: {name}: found {text!r}; YAML needs special signs in quotes ({name}='@x'), without spaces"
+        ) from None

@@ -1,5 +1,6 @@
 """Adding to a shard set: only what is new, as shards behind the old ones, which stay as they are."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from data_shards.errors import UserError
 from data_shards.index import Manifest, ShardSet
-from data_shards.pack import PackSettings, pack
+from data_shards.pack import PackSettings, pack, prepare
 from data_shards.plan import forgotten, load_plans
 from data_shards.store import Store
 from tests.photos import write_tiles
@@ -87,6 +88,42 @@ def test_another_source_is_added_whole_even_when_its_names_are_the_same(folder: 
     shutil.copytree(folder, tmp_path / "copy")
     assert pack(tmp_path / "copy", store, PackSettings(shard_bytes=2**20), append=True).samples == 80
     assert [plan.number for plan in load_plans(store)] == [1, 2]
+
+
+@pytest.mark.parametrize("spelling", ["src/", "src/.", "/{root}/src", "file://{root}/src/", "dst/../src", "link"])
+def test_a_local_source_is_the_same_one_however_it_is_typed(
+    spelling: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(f"file://{folder.parent}/dst")
+    pack(folder, store, SMALL)
+    monkeypatch.chdir(folder.parent)
+    (folder.parent / "link").symlink_to(folder)
+    assert pack(spelling.format(root=folder.parent), store, SMALL, append=True).already_there
+    more(folder, 5)
+    assert pack(spelling.format(root=folder.parent), store, SMALL, append=True).samples == 45
+
+
+def test_a_source_in_a_store_is_the_same_one_with_a_slash_at_its_end(folder: Path) -> None:
+    photos, store = Store("memory://spelled/photos"), Store(f"file://{folder.parent}/dst")
+    for path in folder.rglob("*.jpg"):
+        photos.put(path.relative_to(folder).as_posix(), path.read_bytes())
+    assert pack(photos.url, store, SMALL).samples == 40
+    assert pack(f"{photos.url}/", store, SMALL, append=True).already_there
+    assert pack(f"{photos.url}/", store, SMALL).already_there
+
+
+@pytest.mark.parametrize("spelling", ["{folder}/", "{folder}/../src", "file://{folder}"])
+def test_a_set_whose_plan_has_another_spelling_of_the_source_is_gone_on_with_and_added_to(
+    spelling: str, folder: Path
+) -> None:
+    store = Store(f"file://{folder.parent}/dst")
+    prepare(folder, store, SMALL)
+    plan = json.loads(store.get("plans/1/PLAN.json"))
+    plan["asked"][0] = spelling.format(folder=folder)
+    store.put("plans/1/PLAN.json", json.dumps(plan).encode())
+    assert pack(folder, store, SMALL).samples == 40
+    more(folder, 5)
+    assert pack(folder, store, SMALL, append=True).samples == 45
 
 
 def test_a_name_that_the_plan_has_forgotten_is_still_not_added_again(folder: Path) -> None:

@@ -66,6 +66,36 @@ def test_links_to_folders_are_left_out_so_that_a_circle_ends(tmp_path: Path) -> 
     assert names(tmp_path) == ["a/x.jpg", "link.jpg"]
 
 
+def test_links_to_folders_are_counted_among_what_is_left_out(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "src" / name).mkdir(parents=True)
+        (tmp_path / "src" / name / "again").symlink_to(tmp_path)
+        (tmp_path / "src" / name / "gone").symlink_to(tmp_path / "nowhere")
+    ignored = Counter[str]()
+    assert len(list(list_sources(str(tmp_path / "src"), ignored=ignored))) == 2
+    assert ignored == {"links to folders": 2}
+
+
+def test_a_folder_of_nothing_but_links_to_folders_is_said_to_be_one(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "link").symlink_to(tmp_path)
+    with pytest.raises(UserError, match=r"there is no file in it \(left out: 1 links to folders\); make shards SRC="):
+        list(list_sources(str(tmp_path / "src")))
+
+
+def test_two_dots_lead_to_the_folder_above_and_behind_a_link_out_of_what_it_points_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("here/work", "there/deep"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder).with_name("photos").mkdir()
+        (tmp_path / folder).with_name("photos").joinpath(folder.replace("/", "-")).write_bytes(b"x")
+    (tmp_path / "here/link").symlink_to(tmp_path / "there/deep")
+    monkeypatch.chdir(tmp_path / "here/work")
+    assert [source.url for source in list_sources("../photos")] == [f"{tmp_path}/here/photos/here-work"]
+    assert [source.url for source in list_sources("../link/../photos")] == [f"{tmp_path}/there/photos/there-deep"]
+
+
 def test_listing_does_not_hold_what_it_has_listed(tmp_path: Path) -> None:
     for folder in range(20):
         (tmp_path / f"{folder:02d}").mkdir()

@@ -10,11 +10,13 @@ import sys
 import tarfile
 import textwrap
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from data_shards import files, work
 from data_shards.errors import UserError
 from data_shards.index import Manifest, ShardSet, shard_path
 from data_shards.pack import PackSettings, Source, pack
@@ -185,6 +187,27 @@ def test_a_store_that_cannot_be_written_is_told_before_anything_is_listed(tiles:
     with pytest.raises(UserError, match="file:///proc/farseer") as error:
         pack(tiles, Store("file:///proc/farseer"), SMALL, progress=lambda *_, **__: pytest.fail("it lists"))
     assert "\n" not in str(error.value)
+
+
+def test_of_large_sources_no_more_bytes_are_read_ahead_than_are_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work, "READ_AHEAD_BYTES", 6 * 2**20)
+    size, photos = 2**20, Store("memory://large")
+    for number in range(60):
+        photos.put(f"{number:02d}", b"x" * size)
+    (read, _), ahead = files.store_of(f"{photos.url}/00") or pytest.fail("none"), []
+    before = read.counters.bytes_read
+
+    def progress(what: str, done: int, total: int, *, bytes: int = 0, refused: int = 0) -> None:
+        if what == "images" and done:
+            time.sleep(0.02)  # as examining takes, while others read
+            ahead.append(read.counters.bytes_read - before - bytes)
+
+    with pytest.raises(UserError, match="no image to pack"):
+        pack(photos.url, Store(f"file://{tmp_path}"), PackSettings(), workers=1, progress=progress)
+    assert len(ahead) >= 60
+    assert 4 * size <= max(ahead) <= 6 * size + work.READERS * size
 
 
 def test_a_shard_without_any_accepted_image_is_empty_and_its_set_can_be_read(tiles: Path, tmp_path: Path) -> None:

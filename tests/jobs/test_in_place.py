@@ -29,6 +29,14 @@ def test_tars_are_indexed_and_a_sentence_says_what_their_order_means(
     assert (found["samples"], found["already_there"], found["about"]) == (6, True, about)
 
 
+def test_a_tar_may_be_named_from_the_folder_above(
+    tar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path / "tiles")
+    assert main(["shards", f"../{tar.name}", f"file://{tmp_path}/dst", "--in-place"]) == 0
+    assert "6 images in 1 shards" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "option", [["--append"], ["--dali-index"], ["--set", "drop_exif=true"], ["--set", "longest_side=9"]]
 )

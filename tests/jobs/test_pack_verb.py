@@ -40,6 +40,8 @@ def test_it_packs_appends_and_says_when_all_is_there(folder: Path, capsys: pytes
         ("src", "src/photo-0/00000.jpg/dst", [], "Not a directory"),
         ("src", "dst", ["--set", "min_sid=3"], "found 'min_sid=3'; valid is name=value of: min_side, "),
         ("src", "dst", ["--set", "min_side=-3 shard_bytes=x"], "min_side: found -3; "),
+        ("src", "dst", ["--set", "label=@x min_side=40"], "SET: label: found '@x'; "),
+        ("src", "dst", ["--set", "label=["], "SET: label: found '['; "),
         ("src", "dst", ["--append"], "holds no finished shard set to append to"),
     ],
 )

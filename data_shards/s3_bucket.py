@@ -1,0 +1,119 @@
+"""A bucket through s3fs: its client, made at the first use, and what it tells of itself when something goes wrong.
+
+s3fs and botocore would try again by themselves; that is off, so that one place (data_shards.s3) decides how often and
+how long. Keys and endpoint come from the AWS chain.
+"""
+
+import asyncio
+import contextlib
+from typing import Any
+
+import s3fs
+from aiobotocore.credentials import AioCredentials
+from aiobotocore.session import AioSession
+from botocore import exceptions as boto
+from botocore.httpsession import get_cert_path
+from botocore.utils import get_environ_proxies
+
+from data_shards.direct import Direct
+
+
+class Bucket:
+    """Lives on one event loop."""
+
+    def __init__(self, name: str, connections: int) -> None:
+        self.name = name
+        self._connections = connections
+        self._client: s3fs.S3FileSystem | None = None
+        self._direct: Direct | None = None
+        self._connecting = asyncio.Lock()
+
+    async def call(self, method: str, **parameters: Any) -> Any:
+        """botocore's answer to a request, asked for once."""
+        client = await self.client()
+        return await client._call_s3(method, Bucket=self.name, **parameters)
+
+    async def direct(self) -> Direct | None:
+        """The shorter way for reads; None where a proxy stands between."""
+        await self.client()
+        return self._direct
+
+    async def sign(self, key: str) -> str:
+        """A url to read an object by, good for an hour."""
+        client = await self.client()
+        url: str = await client.s3.generate_presigned_url("get_object", Params={"Bucket": self.name, "Key": key})
+        return url
+
+    async def client(self) -> "s3fs.S3FileSystem":
+        async with self._connecting:
+            if self._client is None:
+                client = _unconnected(self._connections)
+                await client.set_session()
+                self._client, self._direct = client, _direct(client)
+        return self._client
+
+    async def close(self) -> None:
+        if self._client is not None:
+            client, self._client = self._client, None
+            if self._direct is not None:
+                self._direct.close()
+            await client._s3creator.__aexit__(None, None, None)
+
+    def url(self, key: str) -> str:
+        return f"s3://{self.name}/{key}" if key else f"s3://{self.name}"
+
+    @property
+    def host(self) -> str:
+        return str(self._client.s3.meta.endpoint_url) if self._client is not None else "S3"
+
+    async def others(self) -> str:
+        """Which buckets there are at its host, as the end of a sentence."""
+        client = await self.client()
+        try:
+            names = [bucket["Name"] for bucket in (await client.s3.list_buckets())["Buckets"]]
+        except Exception:  # noqa: BLE001  # it may be forbidden; the sentence is right without it
+            return ""
+        return f"; it has: {', '.join(names[:20])}" if names else "; it has none"
+
+    async def renew_key(self) -> None:
+        """Take the key that the profile's files hold by now. What a role or SSO gives, botocore renews itself."""
+        held = await (await self.client()).session.get_credentials()
+        with contextlib.suppress(boto.BotoCoreError):  # the files may be half written
+            found = await AioSession().get_credentials()
+            if type(held) is type(found) is AioCredentials:
+                held.access_key, held.secret_key, held.token = found.access_key, found.secret_key, found.token
+
+    async def key_id(self) -> str:
+        """Which key, so that its owner knows it and nobody else learns it."""
+        session = (await self.client()).session
+        found = await session.get_credentials()
+        if found is None:
+            return "no key; set AWS_PROFILE"
+        source = "the environment" if found.method == "env" else f"profile {session.profile or 'default'}"
+        key = await found.get_frozen_credentials()  # those that expire have no other way to it
+        return f"key id {key.access_key[:4]}.. from {source}"
+
+
+def _unconnected(connections: int) -> "s3fs.S3FileSystem":
+    client = s3fs.S3FileSystem(
+        asynchronous=True,
+        loop=asyncio.get_running_loop(),
+        skip_instance_cache=True,
+        use_listings_cache=False,
+        session=AioSession(),
+        config_kwargs={
+            "max_pool_connections": connections,
+            "retries": {"total_max_attempts": 1},
+            "signature_version": "s3v4",  # of urls too; theirs is an older one in some regions
+            "request_checksum_calculation": "when_required",
+            "response_checksum_validation": "when_required",
+        },
+    )
+    client.retries = 1
+    return client
+
+
+def _direct(client: "s3fs.S3FileSystem") -> Direct | None:
+    if client.s3.meta.config.proxies or get_environ_proxies(client.s3.meta.endpoint_url):
+        return None
+    return Direct(get_cert_path(client.session.get_config_variable("ca_bundle") or True))
