@@ -20,7 +20,7 @@ from data_shards.errors import UserError
 from data_shards.progress import Progress
 from jobs import slurm
 from jobs.launch import exports, guarded, sbatch_options, write_snapshot
-from jobs.site import INHERITED, ROOT, Site
+from jobs.site import INHERITED, ROOT, SECRETS, Site
 
 POLL_S = 2.0
 
@@ -80,7 +80,7 @@ class Array:
         while (now := left()) and not over:
             progress(self.what, total - now, total)
             time.sleep(POLL_S)
-            over = slurm.job_state(job) is None
+            over = _is_over(job)
         if now:
             said = [path.read_text() for path in sorted(self.errors.iterdir())]
             why = said[0] if said else f"{self.folder / 'logs'} says why"
@@ -132,13 +132,17 @@ class Array:
             signal_delay_s=site.signal_delay_s,
             array_parallelism=workers,
             stderr_to_stdout=True,
-            setup=[*exports(site, self.folder), *guarded(site.setup, self._setup_failed())],
+            setup=[
+                f"unset {' '.join(SECRETS)}",  # a login profile may have set them; the job's come from files
+                *exports(site, self.folder),
+                *guarded(site.setup, self._setup_failed()),
+            ],
             srun_args=["--open-mode=append", f"--cpus-per-task={site.cpus_per_rank}"],
             additional_parameters={
                 "requeue": True,
                 "chdir": str(self.folder / "snapshot"),  # python -m looks there first
                 "export": ",".join(INHERITED),
-                **site.extra,
+                **{name: value for name, value in site.extra.items() if value is not False},
             },
             **{name: value for name, value in optional.items() if value is not None},
             **sbatch_options(site),
@@ -149,3 +153,10 @@ class Array:
         """The shell line by which a task tells of a site's setup that fails, as `Task` does of what a user can mend."""
         said = "the site's setup: $2 failed on $SLURMD_NODENAME (exit code $1)"
         return f'echo "{said}" | tee {shlex.quote(str(self.errors))}/setup-$SLURM_JOB_ID >&2'
+
+
+def _is_over(job: str) -> bool:
+    try:
+        return slurm.job_state(job) is None
+    except slurm.SlurmError:  # busy: it will be asked again
+        return False

@@ -9,6 +9,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,18 @@ def lost(start: Start) -> str | None:
     return hosts[int(found[1])] if found and int(found[1]) < len(hosts) else None
 
 
+def out_of_memory(start: Start) -> str | None:
+    """What srun said of a rank of this start that had no memory left, None where it said nothing of the kind."""
+    full = (found for found in _LEFT.finditer(_log(start)) if "Out Of Memory" in found[2])
+    return next((found[0].replace("error: ", "").strip() for found in full), None)
+
+
 def _log(start: Start) -> str:
-    """What the batch script, srun and rank 0 have said in this start."""
+    """What the batch script, srun and rank 0 have said in this start, "" if it did not come to its first line."""
     log = start.run_dir / "logs" / f"{start.job}_0_log.out"
     text = log.read_text(errors="replace") if log.exists() else ""
-    return text[max(text.rfind(START_LINE), 0) :]
+    begun = text.rfind(f"{START_LINE} {start.number} of job {start.job} ")
+    return text[begun:] if begun >= 0 else ""
 
 
 def suspects(start: Start, failures: Sequence[Failure]) -> dict[str, str]:
@@ -52,7 +60,7 @@ def suspects(start: Start, failures: Sequence[Failure]) -> dict[str, str]:
     for failure in failures:
         if failure.host not in named:  # who stood still, and wakes up as all are ended, finds the others silent
             named |= {host: str(failure) for host in failure.suspects if host not in named}
-    if named:
+    if named or out_of_memory(start):  # too little was asked for, or too much is used
         return named
     if gone := lost(start):
         broken, how = gone, f"srun has lost {gone}: its step's daemon is gone"
@@ -60,21 +68,32 @@ def suspects(start: Start, failures: Sequence[Failure]) -> dict[str, str]:
         broken, how = left[0], f"a rank on {left[0]} left first, without a word ({left[1]})"
     else:
         return {}
-    told = broken in {failure.host for failure in failures}
-    return {} if told or "Out Of Memory" in how else {broken: how}  # too little was asked for, or too much is used
+    return {} if broken in {failure.host for failure in failures} else {broken: how}
 
 
 def blame(shared_dir: Path, run: str, hosts: dict[str, str]) -> None:
     """Note the hosts for all runs of the site."""
     lines = [{"time": time.time(), "host": host, "run": run, "reason": reason} for host, reason in hosts.items()]
     if lines:
-        append_lines(shared_dir / f"hosts-{os.getuid()}.jsonl", lines)
+        path = shared_dir / f"hosts-{os.getuid()}.jsonl"
+        append_lines(path, lines)
+        with suppress(OSError):
+            path.chmod(0o644)  # others read it, whatever this user's umask is
 
 
 def blamed(shared_dir: Path) -> list[dict[str, Any]]:
-    """All blames of the site's runs, the oldest first."""
-    lines = [line for path in shared_dir.glob("hosts-*.jsonl") for line in read_lines(path)]
+    """All blames of the site's runs that this user can read, the oldest first."""
+    lines: list[dict[str, Any]] = []
+    for path in shared_dir.glob("hosts-*.jsonl"):
+        with suppress(OSError):
+            lines += filter(_is_blame, read_lines(path))
     return sorted(lines, key=lambda line: float(line["time"]))
+
+
+def _is_blame(line: dict[str, Any]) -> bool:
+    """Other users, and other versions of this program, write these files too."""
+    words = all(isinstance(line.get(name), str) for name in ("host", "run", "reason"))
+    return words and isinstance(line.get("time"), int | float)
 
 
 def excluded(shared_dir: Path, hours: float) -> list[str]:

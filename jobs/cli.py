@@ -4,6 +4,7 @@ Each verb imports what it needs when it is called, so that `farseer --help` is t
 """
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -112,7 +113,9 @@ def supervise(options: argparse.Namespace) -> int:
     decision = supervise.after(start, options.exit, store, options.max_cycles)
     sys.stderr.write(f"farseer: {decision.action}: {decision.reason}\n")
     if decision.action == "requeue":
-        hosts = blame.excluded(start.run_dir.parent, options.exclude_hours)
+        hosts: list[str] = []
+        with contextlib.suppress(Exception):  # whatever other users have put there, the run goes on
+            hosts = blame.excluded(start.run_dir.parent, options.exclude_hours)
         try:
             slurm.requeue_without(start.job, hosts, list(filter(None, [options.exclude])), options.constraint)
         except UserError as error:

@@ -4,8 +4,8 @@ import argparse
 from typing import Any
 
 from jobs.run_verbs import run_folder, run_option
-from jobs.shard_verbs import add_set_verb, use_keys
-from jobs.verbs import add_verb, json_option, progress, say_found, site_option
+from jobs.shard_verbs import add_set_verb
+from jobs.verbs import add_verb, json_option, progress, say_found, site_option, use_keys
 
 
 def curate_verbs(verbs: Any) -> None:

@@ -7,6 +7,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import submitit
+
 from jobs import slurm
 from jobs.daemons import wait_until
 from jobs.doctor import Finding
@@ -84,16 +86,24 @@ def look_at_nodes(site: Site, url: str) -> Iterator[Finding]:
     folder = site.run_dir(name)
     folder.mkdir(parents=True)
     (folder / "snapshot").symlink_to(ROOT)
+    try:
+        job = _submitted(site, name, url)
+        try:
+            yield from _probed(site, folder, job)
+        finally:
+            slurm.cancel(job)
+            wait_until(lambda: slurm.job_state(job) is None, ANSWER_S, 0.5)
+    except submitit.core.utils.FailedJobError as error:
+        yield Finding("nodes", False, f"SLURM refused the probe: {' '.join(str(error).split())}")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _submitted(site: Site, name: str, url: str) -> str:
     alone = site.model_copy(update={"ranks_per_node": 1, "time_limit_min": 5, "signal_delay_s": 60})
     executor = slurm_executor(alone, name, url)
     executor.update_parameters(teardown=[])
-    job = executor.submit(probe, str(folder), url, START_S + ANSWER_S).job_id
-    try:
-        yield from _probed(site, folder, job)
-    finally:
-        slurm.cancel(job)
-        wait_until(lambda: slurm.job_state(job) is None, ANSWER_S, 0.5)
-        shutil.rmtree(folder, ignore_errors=True)
+    return str(executor.submit(probe, str(site.run_dir(name)), url, START_S + ANSWER_S).job_id)
 
 
 def _probed(site: Site, folder: Path, job: str) -> Iterator[Finding]:

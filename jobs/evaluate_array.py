@@ -22,7 +22,6 @@ class Evaluation(Task):
     size: int
     workers: int
     threads: int
-    keep: bool
 
     def work(self, worker: int) -> None:
         exam = open_exam(Store(self.run), self.bank, self.held_out, self.step, self.size)
@@ -32,16 +31,14 @@ class Evaluation(Task):
         if exam.found() is not None or exam.left():
             return
         try:
-            exam.score(self.keep)
+            exam.score()
         except NotFound:  # another that ended at the same time was quicker, and has deleted the features
             if exam.found() is None:
                 raise
 
 
-def evaluate_array(
-    site: Site, exam: Exam, workers: int, keep: bool = False, progress: Progress = quiet, code: Path = ROOT
-) -> Score:
-    """Have an exam done by an array of so many tasks, or follow the one that is at it.
+def evaluate_array(site: Site, exam: Exam, workers: int, progress: Progress = quiet, code: Path = ROOT) -> Score:
+    """Have an exam that was begun done by an array of so many tasks, or follow the one that is at it.
 
     Raises UserError when SLURM refuses it, or with what the first task said that failed.
     """
@@ -56,7 +53,6 @@ def evaluate_array(
         exam.bank.size,
         workers,
         site.cpus_per_rank,
-        keep,
     )
     array.run(task, workers, lambda: 0 if exam.found() else len(exam.left()) + 1, progress, code)
     score = exam.found()

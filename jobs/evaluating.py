@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_shards.errors import UserError
 from data_shards.progress import Progress, quiet
-from data_shards.store import Store
+from data_shards.store import NotFound, Store
 from jobs.runs import Job, state
 from jobs.site import Site
+from jobs.slurm import SlurmError
 from jobs.verbs import complain
 from pipeline import commit
 from pipeline.evaluate.exam import Exam, Score, open_exam
@@ -29,7 +31,7 @@ class Question:
     run: Store
     bank: str
     held_out: str
-    site: Site
+    site: Site | None
     wandb: Path
     size: int | None = None
     workers: int | None = None
@@ -38,10 +40,12 @@ class Question:
     def answer(self, step: int | None = None, progress: Progress = quiet) -> tuple[Exam, Score]:
         """The score of a step, by default the newest checkpoint's; without any work where it was asked before."""
         exam = open_exam(self.run, self.bank, self.held_out, step, self.size)
+        if self.keep and exam.left():  # they went when the score was there
+            exam.forget()
         if (score := exam.found()) is None:
-            exam.begin()
+            exam.begin(self.keep)
             score = self._work(exam, progress)
-            show(score, self.run, exam.config.monitor, self.wandb, lambda why: complain(f"W&B: {why}"))
+        self._show(exam, score)
         return exam, score
 
     def follow(self, job: Callable[[], Job], every: int, progress: Progress = quiet) -> Iterator[tuple[Exam, Score]]:
@@ -49,25 +53,50 @@ class Question:
 
         job: asks for the run's newest job, which may be another by then.
         """
-        last = 0
-        while True:
-            over, step = state(job()) is None, self._newest()
-            if over or (step is not None and step >= last + every):
-                exam, score = self.answer(step, progress)
-                if exam.step > last:
-                    yield exam, score
-                last = exam.step
-            if over:
-                return
-            time.sleep(LOOK_S)
+        last, answered, over = 0, False, False
+        while not over:
+            step = None
+            try:
+                over, step = state(job()) is None, self._newest()
+                if over or (step is not None and step >= last + every):
+                    exam, score = self.answer(step, progress)
+                    if exam.step > last:
+                        yield exam, score
+                    last, answered = exam.step, True
+            except UserError as error:
+                if over or not (answered or error.passing or isinstance(error, SlurmError)):
+                    raise
+                complain(f"{error}; looking again")
+                last = last if error.passing or step is None else step  # or the next checkpoint may be better
+            if not over:
+                time.sleep(LOOK_S)
 
     def _work(self, exam: Exam, progress: Progress) -> Score:
-        if self.workers is None or self.site.executor == "local":
-            exam.extract(exam.left(), os.cpu_count() or 1, progress)
-            return exam.score(self.keep)
+        if self.workers is None or self.site is None or self.site.executor == "local":
+            return _work_here(exam, progress)
         from jobs.evaluate_array import evaluate_array
 
-        return evaluate_array(self.site, exam, self.workers, self.keep, progress)
+        return evaluate_array(self.site, exam, self.workers, progress)
+
+    def _show(self, exam: Exam, score: Score) -> None:
+        """In W&B, once."""
+        shown = f"{exam.path.removesuffix('.json')}.shown"
+        if not self.run.exists(shown) and show(
+            score, self.run, exam.config.monitor, self.wandb, lambda why: complain(f"W&B: {why}")
+        ):
+            self.run.put(shown, b"")
 
     def _newest(self) -> int | None:
         return next((place.step for place in commit.committed(commit.survey(self.run))), None)
+
+
+def _work_here(exam: Exam, progress: Progress) -> Score:
+    threads = os.cpu_count() or 1
+    exam.extract(exam.left(), threads, progress)
+    try:
+        return exam.score()
+    except NotFound:  # another that ended at the same time has deleted features
+        if (score := exam.found()) is not None:
+            return score
+    exam.extract(exam.left(), threads, progress)
+    return exam.score()

@@ -157,7 +157,7 @@ def _exclude_of(site: Site) -> str:
 def _excluded(site: Site) -> list[str]:
     """Hosts that were to blame, as long as enough others are left."""
     hosts = excluded(Path(site.shared_dir), site.exclude_hours)
-    return hosts[: slurm.spare_nodes(site.partition, site.nodes, site.constraint)] if hosts else []
+    return slurm.spared(hosts, site.partition, site.nodes, site.constraint)
 
 
 def script_text(site: Site, run: str, store: str) -> str:

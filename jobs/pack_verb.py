@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from data_shards.errors import UserError
-from jobs.verbs import add_verb, json_option, progress, say_found
+from jobs.verbs import add_verb, json_option, progress, say_found, use_keys
 
 if TYPE_CHECKING:
     from data_shards.pack import PackSettings, SourceOptions
@@ -31,7 +31,6 @@ def pack_verb(verbs: Any) -> None:
 def shards(options: argparse.Namespace) -> int:
     from data_shards.pack import prepare, report
     from data_shards.store import Store
-    from jobs.shard_verbs import use_keys
 
     use_keys(options.site)
     settings, source_options = parse_settings(options.set + (" dali_index=true" if options.dali_index else ""))

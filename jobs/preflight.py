@@ -1,7 +1,8 @@
 """A look at this node before the first step: a bad host is named, so that the supervisor can keep off it.
 
 Each rank tries its own GPU; the first one of a node also the disk, the store and the clock. A good node leaves word in
-the start's folder, `preflight-<host>.json`: a node that cannot reach the store learns from it that others can.
+the start's folder, `preflight-<host>.json`: a node that is not fit learns from it whether that is its own fault, or so
+everywhere.
 """
 
 import contextlib
@@ -15,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_shards.errors import UserError
-from data_shards.store import Store, Unavailable
+from data_shards.store import Store, StoreError
+from jobs.daemons import wait_until
 from jobs.doctor_store import ahead_of_store_s, put_and_get
 from jobs.start import Start, this_host, write_json
 
@@ -26,6 +28,7 @@ WRITE_BYTES = 4 * 2**20  # to the disk for local saves
 ROOM_BYTES = 2**30  # less there is an alarm and no error: a save that finds no room is left out, and told
 CLOCK_S = 60.0  # from the store's; whole events would be told in another order
 ANSWER_S = 90.0  # a store that others reach answers within; one may be away for a minute just after they asked
+OTHERS_S = 20.0  # other nodes, which have begun when this one did, have looked by then
 SIDE = 256  # of the matrices: exact in every format that multiplies
 
 
@@ -39,8 +42,14 @@ class BadHost(UserError):
         self.hosts = (this_host(),)
 
 
+class Unfit(UserError):
+    """This host cannot do its part, and it may be so everywhere: nobody is to blame."""
+
+    passing = True
+
+
 def preflight(start: Start, store: str, config: "Config", local_rank: int, gpus: int) -> None:
-    """Raise BadHost when this node is not fit. Unavailable, Denied and the like when the store is so for all.
+    """Raise BadHost when this node is not fit. Unfit, Unavailable, Denied and the like when it may be so for all.
 
     store: the run's folder in the store. gpus: how many a node of the site has.
     """
@@ -52,7 +61,7 @@ def preflight(start: Start, store: str, config: "Config", local_rank: int, gpus:
     local = config.checkpoint.folder(start.run_dir)
     try_disk(local, start)
     try_store(store, start, config.reader.retry_seconds)
-    ahead = try_clock(store)
+    ahead = try_clock(store, start)
     took = time.monotonic() - begun
     write_json(start.folder / f"preflight-{this_host()}.json", {"seconds": took, "ahead_s": ahead})
     clock = "" if ahead is None else f", clock {ahead:+.1f} s from the store's"
@@ -101,28 +110,30 @@ def try_disk(local: Path, start: Start) -> None:
         free = room.f_bavail * room.f_frsize
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise BadHost(f"{local} (local saves) cannot be written: {error.strerror or error}") from None
+            raise unfit(f"{local} (local saves) cannot be written: {error.strerror or error}", start) from None
         free = 0
     if free < ROOM_BYTES:
         start.note("alarm", reason=f"{this_host()}: only {free / 1e9:.1f} GB free in {local}, for local saves")
 
 
 def try_store(url: str, start: Start, patience_s: float) -> None:
-    """The store answers from here. One that is away for all is asked again for `patience_s`, and nobody is to blame."""
+    """The store answers from here. One that is away for all is asked again for `patience_s`, and nobody is to blame.
+
+    What it refuses may be refused to this node alone: its clock may be off, or a file with keys not be there.
+    """
     store, deadline = Store(url, retry_seconds=min(ANSWER_S, patience_s)), time.monotonic() + patience_s
     with contextlib.closing(store):
         while True:
             try:
                 return put_and_get(store)
-            except Unavailable as error:
-                fit = [path.stem.removeprefix("preflight-") for path in start.folder.glob("preflight-*.json")]
-                if fit:
+            except StoreError as error:
+                if fit := fit_nodes(start, 0.0 if error.passing else OTHERS_S):
                     raise BadHost(f"{error}; {', '.join(fit[:3])} can reach it") from None
-                if time.monotonic() >= deadline:
+                if not error.passing or time.monotonic() >= deadline:
                     raise
 
 
-def try_clock(url: str) -> float | None:
+def try_clock(url: str, start: Start) -> float | None:
     """Seconds that this clock is ahead of the store's; None when the store does not say."""
     if not url.startswith("s3://"):
         return None
@@ -131,5 +142,21 @@ def try_clock(url: str) -> float | None:
     except Exception:  # noqa: BLE001 - botocore has many, and it has just answered: the clock is not worth a start
         return None
     if ahead is not None and abs(ahead) > CLOCK_S:
-        raise BadHost(f"its clock is {ahead:+.0f} s from the store's; start chrony or ntpd on it")
+        raise unfit(f"its clock is {ahead:+.0f} s from the store's; start chrony or ntpd on it", start)
     return ahead
+
+
+def unfit(what: str, start: Start) -> UserError:
+    """BadHost where another node is fit; else the same words, and no host is named as bad."""
+    return BadHost(what) if fit_nodes(start, OTHERS_S) else Unfit(f"{this_host()}: {what}")
+
+
+def fit_nodes(start: Start, patience_s: float) -> list[str]:
+    """Nodes that have found themselves fit in this start; the first one is waited for, where there are others."""
+
+    def found() -> list[str]:
+        return [path.stem.removeprefix("preflight-") for path in sorted(start.folder.glob("preflight-*.json"))]
+
+    if int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) > 1:
+        wait_until(lambda: bool(found()), patience_s, 0.2)
+    return found()

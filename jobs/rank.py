@@ -43,8 +43,8 @@ def run(config: dict[str, Any], store: str, signal_delay_s: int, gpus: int, time
     start, here = Start.here(), submitit.JobEnvironment()
     rank = here.global_rank
     _handle_early_signals(start, rank, 60 * time_limit_min - signal_delay_s)
-    start.begin(rank, str(here.paths.stdout))
     try:
+        start.begin(rank, str(here.paths.stdout))
         from pipeline.config import parse
 
         settings = parse(config, f"{store}/config.yaml")
@@ -113,12 +113,21 @@ def _handle_early_signals(start: Start, rank: int, time_s: float) -> None:
 
 
 def _fail(start: Start, rank: int, error: Exception) -> NoReturn:
-    """Leave word, and the process, whatever its other threads wait for."""
-    start.fail(rank, error)
+    """Leave word where there is room for it, and the process, whatever its other threads wait for."""
+    try:
+        _tell(start, rank, error)
+        if blame.kind(str(error)) == "collective":
+            time.sleep(WITNESS_S)
+    finally:
+        os._exit(error.exit_code if isinstance(error, UserError) else 1)
+
+
+def _tell(start: Start, rank: int, error: Exception) -> None:
+    """On the shared disk and in the log, each of which may be full."""
+    with suppress(OSError):
+        start.fail(rank, error)
     said = f"farseer: {error}\n" if isinstance(error, UserError) else "".join(traceback.format_exception(error))
-    with suppress(RuntimeError):  # as a signal's handler this may have cut off a write to the same stream
+    with suppress(RuntimeError, OSError):  # as a signal's handler this may have cut off a write to the same stream
         sys.stdout.flush()
-    os.write(sys.stderr.fileno(), said.encode())
-    if blame.kind(str(error)) == "collective":
-        time.sleep(WITNESS_S)
-    os._exit(error.exit_code if isinstance(error, UserError) else 1)
+    with suppress(OSError):
+        os.write(sys.stderr.fileno(), said.encode())

@@ -6,7 +6,7 @@ from typing import Any
 
 from data_shards.errors import UserError
 from jobs.run_verbs import newest_job, run_folder, run_option
-from jobs.verbs import add_verb, json_option, progress, say, say_found, site_option
+from jobs.verbs import add_verb, json_option, positive, progress, say, say_found, site_option
 
 
 def result_verbs(verbs: Any) -> None:
@@ -14,10 +14,10 @@ def result_verbs(verbs: Any) -> None:
         add_verb(verbs, "evaluate", evaluate, "how well a frozen trunk tells labelled images apart")
     )
     evaluating.add_argument("--step", type=int, help="of the checkpoint; by default the newest")
-    evaluating.add_argument("--size", type=int, help="of the images, in pixels; by default that of the largest crops")
-    evaluating.add_argument("--workers", type=int, help="tasks of SLURM, a GPU each; without it all is done here")
+    evaluating.add_argument("--size", type=positive, help="of the images, in pixels; by default the largest crops'")
+    evaluating.add_argument("--workers", type=positive, help="tasks of SLURM, a GPU each; without it all is done here")
     evaluating.add_argument(
-        "--every", type=int, help="again with each checkpoint so many steps later, to the run's end"
+        "--every", type=positive, help="again with each checkpoint so many steps later, to the run's end"
     )
     evaluating.add_argument("--keep-features", action="store_true", help="leave them in the run's folder, under eval/")
     json_option(evaluating)
@@ -52,7 +52,7 @@ def evaluate(options: argparse.Namespace) -> int:
     asked = Question(
         run,
         *sets,
-        load_site(options.site),
+        load_site(options.site) if options.workers else None,
         _wandb_folder(options),
         options.size,
         options.workers,

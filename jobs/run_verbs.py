@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from jobs.verbs import add_verb, duration, json_option, say, site_option, table
+from jobs.verbs import add_verb, duration, json_option, say, site_option, table, use_keys
 
 if TYPE_CHECKING:
     from data_shards.store import Store
@@ -188,11 +188,10 @@ def newest_job(options: argparse.Namespace) -> "Job":
 def run_folder(options: argparse.Namespace) -> "Store":
     """The folder of the run in the store. The run is a name that the site knows, or that folder's url."""
     from data_shards.store import Store
-    from jobs.site import load_site
 
     if "://" not in options.name:
         return Store(newest_job(options).store)
-    load_site(options.site).activate()
+    use_keys(None if options.site == "local" else options.site)  # another machine may have trained it, and this none
     return Store(options.name)
 
 

@@ -5,7 +5,7 @@ import os
 from typing import Any
 
 from jobs.pack_verb import pack_verb
-from jobs.verbs import Verb, add_verb, json_option, progress, say_found
+from jobs.verbs import Verb, add_verb, json_option, progress, say_found, use_keys
 
 VERIFY_CONNECTIONS = 64  # its requests are small and many
 
@@ -112,12 +112,3 @@ def dedup(options: argparse.Namespace) -> int:
 def _file_name(url: str) -> str:
     """s3://bucket/folder -> bucket-folder."""
     return url.partition("://")[2].strip("/").replace("/", "-")
-
-
-def use_keys(site: str | None) -> None:
-    """Those of a site; without one those that the environment names, else the local site's if it is up."""
-    from jobs.site import LOCAL, load_site
-
-    named = any(name.startswith("AWS_") for name in os.environ)
-    if site or (LOCAL.exists() and not named):
-        load_site(site or "local").activate()

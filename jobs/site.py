@@ -7,6 +7,7 @@ never a secret: what it holds travels into the batch script, which others can re
 import os
 import re
 import shlex
+from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -42,6 +43,9 @@ CARRIED = (
 )
 # What no job has in its environment, wherever it would come from.
 SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "WANDB_API_KEY")
+# SLURM takes these from whoever submits as options, whatever the script says, and hands SLURM_* on to the new job.
+_OF_ANOTHER_JOB = ("SLURM_", "SBATCH_", "SRUN_")
+_DEFAULTS = ("account", "partition", "qos")  # of the user's, where the site leaves them open
 _SECRET = re.compile(r"SECRET|(^|_)TOKEN(_|$)|PASSWORD|API_?KEY|ACCESS_KEY", re.IGNORECASE)
 _FILE = re.compile(r"_(FILE|PATH|DIR)$", re.IGNORECASE)  # of a secret, which may be named
 
@@ -52,7 +56,7 @@ class Site(Section):
     affects_results: ClassVar[bool] = False
     name: str = ""  # taken from the file
     executor: Literal["slurm", "local"] = "slurm"
-    shared_dir: str  # a folder that every node sees: snapshots, logs, a run's local files
+    shared_dir: str  # an absolute path (or ~/, $HOME/) that every node sees: snapshots, logs, a run's local files
     nodes: PositiveInt = 1
     ranks_per_node: PositiveInt = 1
     cpus_per_rank: PositiveInt = 1
@@ -76,6 +80,17 @@ class Site(Section):
     images_per_s: PositiveFloat | None = None  # of all ranks, where no earlier run tells
     price_per_gpu_hour: PositiveFloat | None = None  # in your currency
     failures_per_node_day: NonNegativeFloat = 2 / 128  # OPT-175B's logbook: two a day among 124 to 128 nodes
+
+    @field_validator("shared_dir")
+    @classmethod
+    def _is_the_same_everywhere(cls, path: str) -> str:
+        """Jobs begin in another folder than the one who submits them."""
+        full = Path(os.path.expandvars(path))
+        with suppress(RuntimeError):  # of a user whom this machine does not know, the path stays as it is
+            full = full.expanduser()
+        if not full.is_absolute() or "$" in str(full):  # a variable that is not set stays too
+            raise ValueError("an absolute path, such as /shared/farseer or ~/farseer, of variables that are set")
+        return str(full)
 
     @field_validator("environment")
     @classmethod
@@ -103,7 +118,12 @@ class Site(Section):
 
         A site that says where the store's keys are says all of it: nothing inherited overrules it. Otherwise what this
         process has by name (CARRIED) goes along with the job. Raises UserError for a key itself, which does not.
+        Of a SLURM job in which this process may be, only where SLURM is stays; of SBATCH_*, what the site leaves open.
         """
+        if self.executor == "slurm":
+            own = {"SLURM_CONF", *(f"SBATCH_{key.upper()}" for key in _DEFAULTS if getattr(self, key) is None)}
+            for name in [name for name in os.environ if name.startswith(_OF_ANOTHER_JOB) and name not in own]:
+                del os.environ[name]
         if any(name.startswith("AWS_") for name in self.environment):
             for name in [name for name in os.environ if name.startswith("AWS_")]:
                 del os.environ[name]

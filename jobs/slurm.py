@@ -110,35 +110,47 @@ def requeue_without(job: str, hosts: Sequence[str], always: Sequence[str], const
     Raises SlurmError when SLURM does not requeue the job; on which nodes it runs matters less.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    spared = hosts[: _spare_here(constraint)] if hosts else []
+    off = _spared_here(hosts, constraint) if hosts else []
     requeue(job, PATIENCE_S)
     try:
-        _call(["scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join([*always, *spared])}"])
+        _call(["scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join([*always, *off])}"])
     except SlurmError as error:
-        sys.stderr.write(f"farseer: requeued, but not kept off {', '.join(spared) or 'any host'}: {error}\n")
+        sys.stderr.write(f"farseer: requeued, but not kept off {', '.join(off) or 'any host'}: {error}\n")
 
 
-def _spare_here(constraint: str | None) -> int:
+def _spared_here(hosts: Sequence[str], constraint: str | None) -> list[str]:
     try:
-        return spare_nodes(os.environ["SLURM_JOB_PARTITION"], int(os.environ["SLURM_JOB_NUM_NODES"]), constraint)
+        return spared(hosts, os.environ["SLURM_JOB_PARTITION"], int(os.environ["SLURM_JOB_NUM_NODES"]), constraint)
     except SlurmError:
-        return 0  # SLURM is busy: better a suspect host than none
+        return []  # SLURM is busy: better a suspect host than none
 
 
-def spare_nodes(partition: str | None, needed: int, constraint: str | None) -> int:
-    """How many usable nodes of a partition (of the default one, without) a job that needs so many can do without.
+def spared(hosts: Sequence[str], partition: str | None, needed: int, constraint: str | None) -> list[str]:
+    """The hosts that a job of so many nodes can do without, the first ones first; none that SLURM does not know.
 
-    constraint: a feature that they must have; of an expression it is not known which nodes have it: none is spare.
+    SLURM refuses a whole list for one name that it does not know. partition: without, the default one. constraint: a
+    feature that the nodes must have; of an expression it is not known which nodes have it: none is spared.
     """
+    if not hosts:
+        return []
     where = ["--partition", partition] if partition else []
-    lines = _call(["sinfo", "--noheader", "--Node", f"--states={USABLE}", *where, "--format", "%N|%P|%f"]).splitlines()
-    rows = [line.split("|") for line in lines]
+    usable = _nodes(f"--states={USABLE}", *where)
     fit = {
         node
-        for node, of, features in rows
+        for node, of, features in usable
         if (partition or of.endswith("*")) and (constraint is None or constraint in features.split(","))
     }
-    return max(0, len(fit) - needed)
+    if len(fit) < needed:
+        return []
+    known, here = ({node for node, _, _ in rows} for rows in (_nodes(*where), usable))
+    away = [host for host in hosts if host in known - here]  # it may come back before the job starts
+    return [host for host in hosts if host in fit][: len(fit) - needed] + away
+
+
+def _nodes(*which: str) -> list[list[str]]:
+    """Name, partition and features of nodes, a row for each partition that one is in."""
+    lines = _call(["sinfo", "--noheader", "--Node", *which, "--format", "%N|%P|%f"]).splitlines()
+    return [line.split("|") for line in lines]
 
 
 def signal_ranks(job: str, name: str = "USR2") -> None:

@@ -45,12 +45,14 @@ def decide(
     stalled: int = 0,
     max_cycles: int = 3,
     suspects: Mapping[str, str] | None = None,
+    memory: str | None = None,
 ) -> Decision:
     """Judge a start that has ended.
 
     exit_code: srun's, the highest of all ranks. outcome: what rank 0 left, None when it could not. failures: what ranks
     said, the first one first. stalled: failed starts just before this one, and with it, without a new checkpoint.
-    suspects: hosts that may be to blame, and for each what happened.
+    suspects: hosts that may be to blame, and for each what happened. memory: what SLURM said of a rank that had none
+    left.
     """
     if outcome is not None and (outcome.outcome in ("finished", "cancelled") or outcome.requeued):
         return Decision("end", outcome.outcome)
@@ -58,9 +60,10 @@ def decide(
         return Decision("end", "cancelled")
     if outcome is not None:  # preempted or terminated, and nobody has asked SLURM yet
         return Decision("requeue", outcome.outcome)
-    if (final := _final(failures, alone=not suspects)) is not None:
+    if (final := _final(failures, alone=not suspects and memory is None)) is not None:
         return Decision("stop", str(final))
-    words = [*(suspects or {}).values(), *map(str, failures)]  # whom the others wait for knows better than they do
+    # whom the others wait for knows better than they do; one that was killed says nothing itself
+    words = [*filter(None, [memory]), *(suspects or {}).values(), *map(str, failures)]
     cause = words[0] if words else f"the ranks left without a word ({_in_words(exit_code)})"
     if stalled >= max_cycles:
         return Decision(
@@ -73,7 +76,7 @@ def _final(failures: Sequence[Failure], alone: bool) -> Failure | None:
     """The failure that another start would meet again, if one is.
 
     What a user can mend is one, whichever rank says it. An error of the code (exit code 1) is one if it came first and
-    no host is suspect (`alone`): when others have left, code goes wrong that is right.
+    no other rank is known to have gone (`alone`): when others have left, code goes wrong that is right.
     """
     first = failures[0] if failures and alone and failures[0].exit_code is not None else None
     return first or next((failure for failure in failures if (failure.exit_code or 0) > CODE_ERROR), None)
@@ -106,8 +109,10 @@ def after(start: Start, exit_code: int, store: Store, max_cycles: int) -> Decisi
     committed = _newest(store, noted)
     stalled = stalled_starts(noted, committed)
     failures = start.failures()
-    suspects = blame.suspects(start, failures)
-    decision = decide(exit_code, None, failures, stalled=stalled, max_cycles=max_cycles, suspects=suspects)
+    suspects, memory = blame.suspects(start, failures), blame.out_of_memory(start)
+    decision = decide(
+        exit_code, None, failures, stalled=stalled, max_cycles=max_cycles, suspects=suspects, memory=memory
+    )
     event = "requeued" if decision.action == "requeue" else "failed"
     start.note(event, reason=decision.reason, committed=committed, **({"suspects": [*suspects]} if suspects else {}))
     blame.blame(start.run_dir.parent, start.run_dir.name, suspects)

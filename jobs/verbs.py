@@ -27,6 +27,22 @@ def site_option(options: argparse.ArgumentParser) -> None:
     )
 
 
+def use_keys(site: str | None) -> None:
+    """Take the keys of a site; without one those that the environment names, else the local site's if it is up."""
+    from jobs.site import LOCAL, load_site
+
+    named = any(name.startswith("AWS_") for name in os.environ)
+    if site or (LOCAL.exists() and not named):
+        load_site(site or "local").activate()
+
+
+def positive(text: str) -> int:
+    """A number of an option that is no switch: 0 would mean something else than it says."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
 def json_option(options: argparse.ArgumentParser) -> None:
     options.add_argument("--json", action="store_true", help="for scripts")
 

@@ -123,7 +123,17 @@ class Config(Section):
                 f"{timeout_s:g} s is not longer than reader.retry_seconds ({retry_s:g} s): while one rank waits for "
                 f"the store, the others would give it up"
             )
-        return wrong
+        return wrong | self._folders_refused()
+
+    def _folders_refused(self) -> dict[str, str]:
+        """Those of the nodes that would be others in a job, which begins in a folder and an environment of its own."""
+        folders = {"checkpoint.local_dir": self.checkpoint.local_dir, "reader.cache_dir": self.reader.cache_dir}
+        valid = "an absolute path on the node's own disk, without variables"
+        return {
+            key: f"found {folder!r}; valid is {valid}"
+            for key, folder in folders.items()
+            if folder is not None and (not Path(folder).is_absolute() or "$" in folder)
+        }
 
     def dump(self) -> dict[str, Any]:
         """Plain values, as YAML or JSON takes them; `Config.model_validate` reads them back."""
@@ -164,7 +174,7 @@ def load(path: str | Path, overrides: str | Sequence[str] = ()) -> Config:
     Raises ConfigError with one line for each mistake.
     """
     source = _read_file(Path(path), seen=())
-    for override in shlex.split(overrides) if isinstance(overrides, str) else overrides:
+    for override in _split(overrides, source) if isinstance(overrides, str) else overrides:
         _override(source, override)
     try:
         config = Config.model_validate(source.values)
@@ -246,6 +256,15 @@ def _merge(base: _Source, over: _Source) -> _Source:
         return right
 
     return _Source(join(base.values, over.values), {**base.places, **over.places}, [*base.errors, *over.errors])
+
+
+def _split(overrides: str, source: _Source) -> list[str]:
+    try:
+        return shlex.split(overrides)
+    except ValueError as error:
+        hint = 'put the value between quotes of the other kind, such as train.start_from="it\'s.torch"'
+        source.errors.append(f"SET: found {overrides!r}: {str(error).lower()}; {hint}")
+        return []
 
 
 def _override(source: _Source, text: str) -> None:

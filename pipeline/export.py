@@ -24,6 +24,7 @@ from pipeline.weights import trained_trunk
 
 UNKNOWN_TO_TIMM = ("custom", "regnety_10b")
 TIMM_STAGES = 4
+UNFINISHED = "export-is-not-finished"  # an object that is there until all others are
 BASE = "regnety_002"  # of which those are variants, with numbers of their own
 
 
@@ -61,11 +62,13 @@ def export_run(store: Store, target: Store, step: int | None = None) -> Exported
     described = describe(config.model, config.augment, trunk.width)
     described["farseer"] = origin | {"fingerprint": record.fingerprint if record else None}
     _refuse_another(target, described)
+    target.put(UNFINISHED, b"")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / IN_FOLDER
         snapshot.write(dict(trunk.state_dict()), file)
         target.upload(file, IN_FOLDER)
     target.put("config.json", json.dumps(described, indent=2).encode())
+    target.delete([UNFINISHED])
     parameters = sum(parameter.numel() for parameter in trunk.parameters())
     return Exported(target.url, store.url, place.step, config.model.trunk, parameters, trunk.width)
 
@@ -107,5 +110,6 @@ def _refuse_another(target: Store, described: dict[str, Any]) -> None:
         same = "config.json" in names and json.loads(target.get("config.json")) == described
     except ValueError:
         same = False
-    if not same and names - {IN_FOLDER}:
+    cut_off = UNFINISHED in names and not names - {UNFINISHED, IN_FOLDER}
+    if names and not same and not cut_off:
         raise UserError(f"{target.url}: holds something else already; choose another TO=, or delete it first")

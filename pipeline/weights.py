@@ -136,5 +136,8 @@ def trained_trunk(store: Store, config: Config, step: int | None = None) -> tupl
         return trunk, place
     if not places:
         raise UserError(f"{store.url}: no checkpoint yet; make status shows how far the run is")
-    wanted = "is whole" if step is None else f"of step {step} is there and whole"
-    raise UserError(f"{store.url}: no checkpoint {wanted}; there are those of {_steps(places)}")
+    others = _steps([place for place in places if place.step != step])
+    if step in {place.step for place in places}:
+        raise UserError(f"{store.url}: the checkpoint of step {step} is damaged; STEP= takes another: {others}")
+    wanted = "is whole" if step is None else f"of step {step}"
+    raise UserError(f"{store.url}: no checkpoint {wanted}; there are those of {others}")

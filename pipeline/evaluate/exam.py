@@ -72,12 +72,19 @@ class Exam:
     bank: Features
     held_out: Features
 
+    @cached_property
+    def name(self) -> str:
+        """Of the question, the same for all steps. It tells apart what could make the figures others.
+
+        That is images, labels, what was removed, and the size. Raises UserError where the sets cannot be asked about.
+        """
+        sets = [(one.shards.manifest.contents_id, one.removed.hash) for one in (self.bank, self.held_out)]
+        return blake2b(json.dumps([sets, self.labels.digest, self.bank.size]).encode(), digest_size=6).hexdigest()
+
     @property
     def path(self) -> str:
-        """Of the score. It tells apart what could make the figures others."""
-        sets = [(one.shards.manifest.layout_id, one.removed.hash) for one in (self.bank, self.held_out)]
-        digest = blake2b(json.dumps([sets, self.bank.size]).encode(), digest_size=6).hexdigest()
-        return f"eval/step-{self.step:09d}/score-{digest}.json"
+        """Of the score."""
+        return f"eval/step-{self.step:09d}/score-{self.name}.json"
 
     @cached_property
     def parts(self) -> list[tuple[Features, int]]:
@@ -95,11 +102,14 @@ class Exam:
         except NotFound:
             return None
 
-    def begin(self) -> None:
-        """Check what can be known to fail, and keep the checkpoint from being deleted. Raises UserError."""
-        _ = self.labels
+    def begin(self, keep: bool = False) -> None:
+        """Keep the checkpoint from being deleted. keep: also the features, when the score is there."""
         for features in (self.bank, self.held_out):
-            features.begin()
+            features.begin(self.name, keep)
+
+    def forget(self) -> None:
+        """Let it be asked again."""
+        self.run.delete([self.path])
 
     def left(self) -> list[int]:
         """The parts whose features are not there yet, by their numbers."""
@@ -117,8 +127,11 @@ class Exam:
             parts = list(of_set)
             extract(parts[0][0], [group for _, group in parts], trunk, self.config.augment, threads, progress)
 
-    def score(self, keep: bool = False) -> Score:
-        """Ask, write the score to the run's folder, and delete the features unless they are to be kept."""
+    def score(self) -> Score:
+        """Ask, write the score to the run's folder, and delete the features unless they are to be kept.
+
+        Raises NotFound when another evaluation was quicker, and has deleted features.
+        """
         (of_bank, bank), (of_held_out, held_out) = (one.read(_device()) for one in (self.bank, self.held_out))
         labels, asked = (
             torch.from_numpy(numbers[ids]).to(bank.device)
@@ -139,9 +152,8 @@ class Exam:
             right=by_neighbours(bank, labels, held_out, asked, classes) | by_probe(probe, held_out, asked),
         )
         self.run.put(self.path, json.dumps(asdict(score)).encode())
-        if not keep:
-            self.bank.delete()
-            self.held_out.delete()
+        for features in (self.bank, self.held_out):
+            features.release(self.name)
         return score
 
     def history(self) -> list[Score]:

@@ -1,7 +1,9 @@
 """Features of a labelled set of any size under a frozen trunk, a group of shards at a time, kept in the run's folder.
 
-    eval/step-000001000/features-<layout>-224/about.json           put first: which set, how looked at
-                                              00003.safetensors    ids (n,) int64, features (n, C) float16
+    eval/step-000001000/features-<set>-224/about.json           put first: which set, how looked at
+                                           for-<exam>           who needs them: the last of these deletes them all
+                                           keep-<exam>          who wants them kept
+                                           00003.safetensors    ids (n,) int64, features (n, C) float16
 
 A group that is there is not made again, so that the work may be dealt to any number of processes and go on after any of
 them has died. An image is seen as timm and torchvision show it to a classifier: its shorter side is resized to
@@ -16,6 +18,7 @@ from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 
@@ -60,7 +63,9 @@ class Features:
 
     @property
     def folder(self) -> str:
-        return f"eval/step-{self.step:09d}/features-{self.shards.manifest.layout_id}-{self.size}"
+        manifest = self.shards.manifest  # its layout is of names and places: other images may lie there
+        pixels = blake2b(f"{manifest.layout_id} {manifest.contents_id}".encode(), digest_size=16).hexdigest()
+        return f"eval/step-{self.step:09d}/features-{pixels}-{self.size}"
 
     @cached_property
     def groups(self) -> list[range]:
@@ -81,10 +86,13 @@ class Features:
         whole = self.groups[group]
         return np.setdiff1d(np.arange(whole.start, whole.stop), self.removed.ids.astype(np.int64))
 
-    def begin(self) -> None:
-        """Say what is to come; from then on the checkpoint stays."""
-        about = {"set": self.shards.store.url, "layout_id": self.shards.manifest.layout_id, "size": self.size}
-        self.run.put(f"{self.folder}/about.json", json.dumps(about | {"step": self.step}).encode())
+    def begin(self, exam: str, keep: bool = False) -> None:
+        """Say what is to come and for which exam; from then on the checkpoint stays. keep: so do the features."""
+        manifest = self.shards.manifest
+        ids = {"layout_id": manifest.layout_id, "contents_id": manifest.contents_id}
+        about = {"set": self.shards.store.url, **ids, "size": self.size, "step": self.step}
+        self.run.put(f"{self.folder}/about.json", json.dumps(about).encode())
+        self.run.put(f"{self.folder}/{'keep' if keep else 'for'}-{exam}", b"")
 
     def left(self) -> list[int]:
         """The groups that are not there yet."""
@@ -118,8 +126,11 @@ class Features:
             done += len(ids)
         return np.concatenate(wanted), features
 
-    def delete(self) -> None:
-        self.run.delete(entry.path for entry in self.run.list(self.folder))
+    def release(self, exam: str) -> None:
+        """Delete them, unless another exam needs them or one wants them kept."""
+        there, own = [entry.path for entry in self.run.list(self.folder)], f"{self.folder}/for-{exam}"
+        wanted = {path for path in there if path.startswith((f"{self.folder}/for-", f"{self.folder}/keep-"))}
+        self.run.delete([own] if wanted - {own} else there)
 
     def _path(self, group: int) -> str:
         return f"{self.folder}/{group:05d}.safetensors"

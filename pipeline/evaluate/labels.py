@@ -1,6 +1,7 @@
 """What the images of two labelled sets show, as numbers that both share."""
 
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,14 @@ class Labels:
     bank: NDArray[np.int64]
     held_out: NDArray[np.int64]
     names: list[str]
+
+    @property
+    def digest(self) -> str:
+        """A hash of them all."""
+        hashed = blake2b("\n".join(self.names).encode(), digest_size=8)
+        for numbers in (self.bank, self.held_out):
+            hashed.update(numbers.tobytes())
+        return hashed.hexdigest()
 
 
 def read_labels(bank: ShardSet, held_out: ShardSet) -> Labels:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 
+from data_shards.errors import UserError
 from data_shards.index import ShardSet
 from data_shards.store import Store
 from pipeline.config import Config
@@ -21,12 +22,18 @@ def evaluate_run(store: Store, bank_url: str, held_out_url: str) -> Evaluation:
     """Evaluate and keep the figures in the run's folder, `eval/step-<step>/report.json`.
 
     store: the run's folder. bank_url, held_out_url: labelled shard sets.
-    Raises UserError when the run or a set is not there, or the run has no checkpoint yet.
+    Raises UserError when the run or a set is not there, the run has no checkpoint yet, or an image does not decode.
     """
     config = read_config(store)
     trained, place = trained_trunk(store, config)
     bank, held_out = open_tiles(bank_url), open_tiles(held_out_url)
-    views = render_views(bank, held_out, config.augment)
+    try:
+        views = render_views(bank, held_out, config.augment)
+    except ValueError as error:  # of render
+        raise UserError(
+            f"{bank_url} or {held_out_url}: an image {error}; make verify DST=<the set> FULL=1 names it, make remove "
+            "takes it out, and the same command goes on"
+        ) from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     evaluation = evaluate(trained.to(device), untrained_trunk(config).to(device), bank, held_out, views)
     made_of = {"step": place.step, "bank_url": bank_url, "held_out_url": held_out_url}

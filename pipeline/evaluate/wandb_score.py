@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
+from hashlib import blake2b
 from pathlib import Path
 
 from data_shards.store import Store
@@ -11,14 +12,14 @@ from pipeline.run import read_record
 from pipeline.wandb_client import end_service, one_line, open_client
 
 
-def show(score: Score, run: Store, settings: MonitorSettings, folder: Path, said: Callable[[str], None]) -> None:
-    """Send a score; W&B's files go to folder/wandb. What keeps W&B from it is said, and no error.
+def show(score: Score, run: Store, settings: MonitorSettings, folder: Path, said: Callable[[str], None]) -> bool:
+    """Send a score; W&B's files go to folder/wandb. Returns whether it was: what keeps W&B from it is said.
 
-    Its run is called <run>-evaluate and is of the training's group; its figures, by the held-out set.
+    Its run is called <run>-evaluate and is of the training's group, one for each pair of sets and size of images.
     """
     record = read_record(run)
     if record is None or settings.wandb == "disabled":
-        return
+        return False
     name, of_set = run.url.rsplit("/", 1)[-1], score.held_out_url.partition("://")[2].strip("/")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -26,7 +27,7 @@ def show(score: Score, run: Store, settings: MonitorSettings, folder: Path, said
             settings.wandb,
             folder,
             said,
-            id=f"{record.wandb_id}-evaluate",
+            id=f"{record.wandb_id}-evaluate-{_asked(score)}",
             name=f"{name}-evaluate",
             group=name,
             job_type="evaluate",
@@ -36,7 +37,14 @@ def show(score: Score, run: Store, settings: MonitorSettings, folder: Path, said
         )
         client.log({"step": score.step, **{f"{of_set}/{key}": right for key, right in score.right.items()}})
         client.finish()
+        return True
     except Exception as error:  # noqa: BLE001 - the score is in the store, whatever befalls W&B
         said(f"{one_line(error)}; the score is in the run's folder")
+        return False
     finally:
         end_service()
+
+
+def _asked(score: Score) -> str:
+    """What the scores of a curve have in common, in a few letters."""
+    return blake2b(f"{score.bank_url} {score.held_out_url} {score.size}".encode(), digest_size=4).hexdigest()

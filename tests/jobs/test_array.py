@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 
 from data_shards.errors import UserError
+from data_shards.progress import quiet
+from jobs import array as arrays
 from jobs.array import Array, Task
 from jobs.site import Site
+from jobs.slurm import SlurmError
 
 
 def parameters(gpus: int, **of_site: int) -> dict[str, object]:
@@ -46,3 +49,26 @@ def test_what_a_user_can_mend_is_left_for_who_submitted_and_the_task_fails(
     with pytest.raises(ZeroDivisionError):
         Failing(str(tmp_path), ZeroDivisionError())(8)
     assert not (tmp_path / "0008").exists()
+
+
+def test_a_task_s_script_has_no_secret_of_a_login_profile_and_no_option_that_is_switched_off() -> None:
+    site = Site(name="here", shared_dir="/nowhere", extra={"exclusive": False, "mail-type": "END"})
+    asked = Array(site, "pack", "1", "parts", "s3://x")._executor(3).parameters
+    assert asked["setup"][0].startswith("unset AWS_ACCESS_KEY_ID ")
+    assert "exclusive" not in asked["additional_parameters"]
+    assert asked["additional_parameters"]["mail-type"] == "END"
+
+
+def test_work_whose_state_slurm_does_not_tell_is_not_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    array = Array(Site(name="here", shared_dir=str(tmp_path)), "pack", "1", "parts", "s3://x")
+    asked, left = list[str](), [2, 2, 1, 0]
+
+    def silent(job: str) -> str | None:
+        asked.append(job)
+        raise SlurmError("SLURM does not answer")
+
+    monkeypatch.setattr(arrays.slurm, "job_state", silent)
+    monkeypatch.setattr(arrays, "POLL_S", 0.0)
+    monkeypatch.setattr(Array, "_at_work", lambda _: "7")
+    array.run(Failing("", Exception()), 1, lambda: left.pop(0), quiet)
+    assert asked == ["7"] * 2

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.blame import START_LINE, blame, excluded, kind, last_words, suspects
+from jobs.blame import START_LINE, blame, excluded, kind, last_words, lost, out_of_memory, suspects
 from jobs.start import Failure, Start
 
 LOG = f"""{START_LINE} 0 of job 7 on node1,node2
@@ -24,6 +24,10 @@ def start(tmp_path: Path) -> Start:
     return Start(tmp_path / "run", "7", 1)
 
 
+def said(start: Start, text: str) -> None:
+    (start.run_dir / "logs" / "7_0_log.out").write_text(text)
+
+
 def failure(host: str, *named: str) -> Failure:
     return Failure(0, host, 1.0, "gloo", "", None, named)
 
@@ -40,16 +44,15 @@ def test_silent_hosts_are_suspect_then_the_one_that_left_without_a_word(start: S
 
 
 @pytest.mark.parametrize(
-    "said",
+    "words",
     [
         "_server_write write failed: Bad file descriptor\nsrun: error: Aborting, io error and missing step on node 1",
         "step_launch_notify_io_failure: aborting, io error with slurmstepd on node 1",
         "Cannot communicate with node 1.  Aborting job.",
     ],
 )
-def test_a_host_that_srun_has_lost_is_suspect_and_not_the_one_that_srun_ended_for_it(start: Start, said: str) -> None:
-    with (start.run_dir / "logs" / "7_0_log.out").open("w") as log:
-        log.write(f"{START_LINE} 1 of job 7 on node1,node2\nsrun: error: {said}\nsrun: error: node1: task 0: Killed\n")
+def test_a_host_that_srun_has_lost_is_suspect_and_not_the_one_that_srun_ended_for_it(start: Start, words: str) -> None:
+    said(start, f"{START_LINE} 1 of job 7 on node1,node2\nsrun: error: {words}\nsrun: error: node1: task 0: Killed\n")
     assert suspects(start, []) == {"node2": "srun has lost node2: its step's daemon is gone"}
     assert list(suspects(start, [failure("node1")])) == ["node2"]
     assert list(suspects(start, [failure("node1", "node3")])) == ["node3"]
@@ -57,9 +60,30 @@ def test_a_host_that_srun_has_lost_is_suspect_and_not_the_one_that_srun_ended_fo
 
 
 def test_a_job_that_asked_for_too_little_memory_is_no_fault_of_its_host(start: Start) -> None:
-    with (start.run_dir / "logs" / "7_0_log.out").open("w") as log:
-        log.write(f"{START_LINE} 1 of job 7 on node1,node2\nsrun: error: node2: task 1: Out Of Memory\n")
+    said(
+        start,
+        f"{START_LINE} 1 of job 7 on node1,node2\nsrun: error: node1: task 0: Killed\n"
+        "srun: error: node2: task 1: Out Of Memory\n",
+    )
     assert suspects(start, []) == {}
+
+
+def test_what_srun_says_of_memory_is_found_wherever_it_says_it(start: Start) -> None:
+    assert out_of_memory(start) is None
+    said(start, LOG + "srun: error: node2: tasks 1,3-4: Out Of Memory\n")
+    assert out_of_memory(start) == "srun: node2: tasks 1,3-4: Out Of Memory"
+    assert kind(str(out_of_memory(start))) == "out of memory"
+
+
+@pytest.mark.parametrize("next_start", [Start(Path(), "7", 2), Start(Path(), "7", 11), Start(Path(), "71", 1)])
+def test_a_start_that_did_not_come_to_its_ranks_blames_nobody_out_of_an_earlier_ones_log(
+    start: Start, next_start: Start
+) -> None:
+    with (start.run_dir / "logs" / "7_0_log.out").open("a") as log:
+        log.write("module: command not found\n")
+    later = Start(start.run_dir, next_start.job, next_start.number)
+    (start.run_dir / "logs" / f"{later.job}_0_log.out").write_text(LOG)
+    assert (last_words(later), lost(later), suspects(later, [])) == (None, None, {})
 
 
 def test_blames_that_the_disk_does_not_take_are_told_and_hold_nothing_up(
@@ -68,6 +92,26 @@ def test_blames_that_the_disk_does_not_take_are_told_and_hold_nothing_up(
     (tmp_path / f"hosts-{os.getuid()}.jsonl").mkdir()  # as good as another's file: it cannot be written
     blame(tmp_path, "a", {"node2": "x"})
     assert '"node2"' in capsys.readouterr().err
+
+
+def test_a_list_that_cannot_be_read_or_holds_something_else_takes_nothing_from_the_others(tmp_path: Path) -> None:
+    for _ in range(2):
+        blame(tmp_path, "a", {"node2": "x"})
+    (tmp_path / "hosts-another.jsonl").mkdir()  # as good as a file of mode 600
+    (tmp_path / "hosts-1.jsonl").write_text(
+        '{"host": "node3"}\n{"time": "now", "host": 3, "run": "a", "reason": "b"}\n'
+    )
+    assert excluded(tmp_path, 12) == ["node2"]
+
+
+def test_others_can_read_a_list_whatever_the_umask_of_its_writer(tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        blame(tmp_path, "a", {"node2": "x"})
+    finally:
+        os.umask(before)
+    (path,) = tmp_path.iterdir()
+    assert path.stat().st_mode & 0o777 == 0o644
 
 
 def test_a_host_that_was_named_and_wakes_up_blames_no_other(start: Start) -> None:

@@ -143,6 +143,18 @@ def test_nodes_that_do_not_reach_each_other_are_bad_and_say_why(monkeypatch):
     assert doctor_slurm._network(site, []).ok is False
 
 
+def test_a_probe_that_slurm_refuses_is_a_finding_and_leaves_nothing_behind(site, tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    for name, script in {"srun": "", "sbatch": "echo 'sbatch: error: Invalid account' >&2; exit 1"}.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
+    (said,) = doctor_slurm.look_at_nodes(site, f"file://{tmp_path}/store")
+    assert (said.what, said.ok) == ("nodes", False)
+    assert said.says == "SLURM refused the probe: sbatch: error: Invalid account"
+    assert list((tmp_path / "shared").iterdir()) == []
+
+
 def test_the_slowest_node_is_the_speed_of_all():
     told = [Reduced("node1", "nccl", 40.0, None), Reduced("node2", "nccl", 20.0, None)]
     said = doctor_slurm._network(Site(shared_dir="/x", nodes=2), told)

@@ -1,16 +1,20 @@
 """Following a run: its newest checkpoint is asked about whenever it is far enough, and the last one at the end."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from data_shards.errors import UserError
+from data_shards.store import Unavailable
 from jobs import evaluating
 from jobs.daemons import Process
 from jobs.evaluating import Question
 from jobs.runs import Job
 from jobs.site import Site
+from jobs.slurm import SlurmError
+from pipeline.evaluate.exam import Exam, Score
 from tests.pipeline.evaluate.sets import labelled
 from tests.pipeline.test_export import a_run
 
@@ -72,3 +76,81 @@ def test_a_run_that_ends_without_a_checkpoint_says_so(
     played(monkeypatch, tmp_path, ("RUNNING", None), (None, None))
     with pytest.raises(UserError, match="no checkpoint yet"):
         list(question.follow(lambda: job(tmp_path), every=3))
+
+
+def test_what_passes_or_ails_one_checkpoint_does_not_end_the_following(
+    question: Question, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    looks = [("RUNNING", None), ("RUNNING", 5), ("RUNNING", 7), (None, 9)]
+    played(monkeypatch, tmp_path, *looks)
+    state, newest = evaluating.state, question._newest
+    hiccups: list[UserError | None] = [SlurmError("SLURM does not answer"), None, None, Unavailable("no answer"), None]
+
+    def unwell(of: Job) -> str | None:
+        if hiccups and (error := hiccups.pop(0)):
+            raise error
+        now = state(of)
+        if newest() == 7:
+            damage(tmp_path, 7)
+        return now
+
+    monkeypatch.setattr(evaluating, "state", unwell)
+    assert [score.step for _, score in question.follow(lambda: job(tmp_path), every=2)] == [3, 5, 9]
+    told = capsys.readouterr().err
+    assert "SLURM does not answer; looking again" in told
+    assert "no answer; looking again" in told
+    assert "the checkpoint of step 7 is damaged" in told
+
+
+def test_what_cannot_be_asked_ends_the_following_at_once(
+    question: Question, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    played(monkeypatch, tmp_path, *[("RUNNING", None)] * 3)
+    with pytest.raises(UserError, match="no MANIFEST"):
+        list(replace(question, bank=f"file://{tmp_path}/nowhere").follow(lambda: job(tmp_path), every=2))
+
+
+def damage(tmp_path: Path, step: int) -> None:
+    file = tmp_path / "runs" / "first" / "checkpoints" / f"step-{step:09d}-a1" / "rank-0.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+
+
+def test_features_that_are_to_stay_are_made_again_where_only_the_score_is_there(question: Question) -> None:
+    exam, score = question.answer()
+    assert len(exam.left()) == len(exam.parts)
+    again, same = replace(question, keep=True).answer()
+    assert same == score
+    assert again.left() == []
+
+
+def test_features_that_another_evaluation_has_deleted_are_made_again(
+    question: Question, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    extract = Exam.extract
+
+    def deleted(exam: Exam, numbers: list[int], *rest: Any) -> None:
+        extract(exam, numbers, *rest)
+        made.append(len(numbers))
+        if len(made) == 1:
+            exam.run.delete(entry.path for entry in exam.run.list(exam.bank.folder))
+
+    monkeypatch.setattr(Exam, "extract", deleted)
+    exam, score = question.answer()
+    assert exam.found() == score
+    assert len(made) == 2
+
+
+def test_a_score_that_w_and_b_has_not_taken_is_sent_by_the_next_call_and_then_no_more(
+    question: Question, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers, sent = [False, True], list[int]()
+
+    def show(score: Score, *_: Any) -> bool:
+        sent.append(score.step)
+        return answers.pop(0)
+
+    monkeypatch.setattr(evaluating, "show", show)
+    for _ in range(3):
+        question.answer()
+    assert sent == [3, 3]

@@ -8,6 +8,7 @@ import yaml
 
 from data_shards.errors import UserError
 from jobs import launch as launching
+from jobs.blame import blame
 from jobs.launch import batch_script, guarded, launch, slurm_executor
 from jobs.site import CARRIED, Site
 from jobs.start import events
@@ -105,6 +106,16 @@ def site(tmp_path: Path, monkeypatch) -> Site:
 def test_the_batch_script_is_this_one(site):
     executor = slurm_executor(site, "first", "s3://runs/first")
     assert executor._make_submission_file_text(executor._submitit_command_str, "0") == SCRIPT
+
+
+def test_a_host_that_was_to_blame_is_kept_out_and_one_that_slurm_no_longer_knows_is_not_named(site, tmp_path):
+    sinfo = tmp_path / "bin" / "sinfo"
+    sinfo.write_text("#!/bin/sh\nprintf 'node1|gpu|h200\\nnode2|gpu|h200\\nnode3|gpu|h200\\n'\n")
+    sinfo.chmod(0o755)
+    for _ in range(2):
+        blame(tmp_path, "a", {"node2": "x", "gone17": "GPU 3 does not work"})
+    executor = slurm_executor(site.model_copy(update={"shared_dir": str(tmp_path)}), "first", "s3://runs/first")
+    assert executor.parameters["exclude"] == "node9,node2"
 
 
 def test_the_batch_script_is_valid_shell(site):

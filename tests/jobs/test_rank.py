@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,21 @@ class Signalling(io.RawIOBase):
 _handle_early_signals(Start.here(), int(sys.argv[1]), float(sys.argv[2]))
 sys.stdout = io.TextIOWrapper(io.BufferedWriter(Signalling()))
 print("a line", flush=True)
+"""
+STUCK = """
+import resource, sys, threading, time
+from jobs.rank import _fail
+from jobs.start import Start
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # no file takes a byte
+threading.Thread(target=_fail, args=(Start.here(), int(sys.argv[1]), RuntimeError("stood still"))).start()
+time.sleep(float(sys.argv[2]))
+"""
+TRAINING = """
+import sys
+from jobs.rank import run
+
+run({}, "file:///nowhere", 60, 0, 60)
 """
 LONG_S, SHORT_S = 3600.0, 60.0  # of a job whose time limit is far away, and of one whose signal is that of its limit
 
@@ -81,6 +97,25 @@ def test_a_time_limit_that_is_too_short_to_begin_is_a_failure_of_which_the_super
     assert (failure.rank, failure.exit_code, start.outcome()) == (1, None, None)
     assert "before the first step; set the site's time_limit_min higher" in failure.message
     assert json.loads((start.folder / "failure-0001.json").read_text())["trace"] == ""
+
+
+def test_a_full_disk_does_not_keep_a_rank_that_hangs_in_its_place(start: Start, tmp_path: Path) -> None:
+    begun = time.monotonic()
+    with (tmp_path / "out").open("w") as full:  # the log is on that disk too
+        stuck = launched(start, STUCK, 1, 30)
+        ended = subprocess.run(**stuck, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (ended.returncode, time.monotonic() - begun < 25) == (1, True)
+    assert "RuntimeError: stood still" in ended.stderr
+
+
+def test_a_rank_that_cannot_say_who_it_is_says_why_it_leaves(start: Start) -> None:
+    (start.folder / "rank-0001.json" / "in the way").mkdir(parents=True)
+    rank = launched(start, TRAINING, 1, 0)
+    rank["env"] |= {"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_JOB_ID": "1", "SUBMITIT_FOLDER": str(start.run_dir)}
+    rank["env"] |= {"SUBMITIT_LOCAL_GLOBALID": "1", "SUBMITIT_LOCAL_LOCALID": "1", "MASTER_ADDR": "127.0.0.1"}
+    assert subprocess.run(**rank, stderr=subprocess.PIPE, check=False).returncode == 1
+    (failure,) = start.failures()
+    assert "rank-0001.json" in failure.message
 
 
 def test_a_signal_in_the_middle_of_a_line_of_the_log_is_heeded_all_the_same(start: Start) -> None:

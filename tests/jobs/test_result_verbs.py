@@ -40,7 +40,8 @@ def test_a_run_is_evaluated_once_a_step_and_shown_beside_its_other_steps(
 def test_features_stay_when_that_is_asked_for(command: list[str], tmp_path: Path) -> None:
     assert main([*command, "--keep-features"]) == 0
     kept = sorted(path.name for path in tmp_path.glob("runs/first/eval/step-000000006/features-*/*"))
-    assert kept == ["00000.safetensors", "00000.safetensors", "about.json", "about.json"]
+    assert kept[:4] == ["00000.safetensors", "00000.safetensors", "about.json", "about.json"]
+    assert [name.partition("-")[0] for name in kept[4:]] == ["keep", "keep"]
 
 
 def test_what_cannot_be_evaluated_is_one_line_and_exit_code_2(
@@ -52,3 +53,23 @@ def test_what_cannot_be_evaluated_is_one_line_and_exit_code_2(
     assert len(said) == 2
     assert "no checkpoint of step 4; there are 3, 6" in said[0]
     assert "/nowhere: no MANIFEST.json, so no shard set" in said[1]
+
+
+def test_a_run_in_the_store_needs_no_site(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("jobs.site.LOCAL", tmp_path / "no-cluster-here.yaml")
+    at = command.index("--site")
+    assert main([*command[:at], *command[at + 2 :]]) == 0
+    assert "40 images of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--workers", "--size", "--every"])
+@pytest.mark.parametrize("number", ["0", "-1", "x"])
+def test_a_number_that_means_nothing_is_refused(
+    command: list[str], option: str, number: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main([*command, f"{option}={number}"])
+    assert left.value.code == 2
+    assert f"argument {option}: '{number}' is no whole number above 0" in capsys.readouterr().err

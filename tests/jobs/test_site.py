@@ -43,6 +43,22 @@ def test_each_mistake_of_a_site_is_a_line_with_file_key_and_what_is_valid(tmp_pa
     assert "executor: found 'pbs'; valid is 'slurm' or 'local'" in str(refused.value)
 
 
+@pytest.mark.parametrize("said", ["~/farseer", "$HOME/farseer", "${HOME}/farseer"])
+def test_a_shared_folder_in_ones_home_is_where_the_shell_would_look(tmp_path, monkeypatch, said):
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert load_site(write(tmp_path, f"shared_dir: {said}")).run_dir("first") == Path("/home/ada/farseer/first")
+
+
+@pytest.mark.parametrize("said", ["runs", "./runs", "$NOT_SET_ANYWHERE/x", "/data/$NOT_SET_ANYWHERE", "~nobody_here/x"])
+def test_a_shared_folder_that_another_folder_or_node_would_take_for_another_one_is_refused(tmp_path, said):
+    path = write(tmp_path, f"shared_dir: {said}")
+    with pytest.raises(UserError) as refused:
+        load_site(path)
+    line = f"{path}: shared_dir: found '{said}'; valid is an absolute path, such as /shared/farseer or ~/farseer"
+    assert str(refused.value).startswith(line)
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.parametrize("text", ["", "- a", "a: b: c", "\tx"])
 def test_a_site_file_that_holds_no_settings_is_refused_in_a_line(tmp_path, text):
     path = write(tmp_path, text)
@@ -70,6 +86,19 @@ def test_a_site_that_names_a_profile_is_not_overruled_by_what_was_inherited(monk
     monkeypatch.setenv("AWS_PROFILE", "inherited")
     Site(shared_dir="/x", environment={"AWS_PROFILE": "farseer"}).activate()
     assert {name: value for name, value in os.environ.items() if name.startswith("AWS_")} == {"AWS_PROFILE": "farseer"}
+
+
+def test_a_job_that_submits_hands_nothing_of_itself_on_but_where_slurm_is(monkeypatch):
+    own = {"SLURM_MEM_PER_NODE": "4096", "SLURM_JOB_ID": "7", "SBATCH_EXPORT": "ALL", "SRUN_DEBUG": "3"}
+    own |= {"SBATCH_ACCOUNT": "mine", "SBATCH_PARTITION": "low"}
+    for name, value in {**own, "SLURM_CONF": "/etc/slurm.conf", "SLURMD_NODENAME": "node1"}.items():
+        monkeypatch.setenv(name, value)
+    Site(shared_dir="/x", executor="local").activate()
+    assert os.environ.items() >= own.items()
+    Site(shared_dir="/x", partition="gpu", environment={"SBATCH_RESERVATION": "ours"}).activate()
+    left = {name: os.environ[name] for name in os.environ if name.startswith(("SLURM_", "SBATCH_", "SRUN_"))}
+    assert left == {"SLURM_CONF": "/etc/slurm.conf", "SBATCH_RESERVATION": "ours", "SBATCH_ACCOUNT": "mine"}
+    assert os.environ["SLURMD_NODENAME"] == "node1"
 
 
 def test_a_key_in_the_environment_is_refused_for_slurm_because_it_would_not_travel(monkeypatch):

@@ -74,15 +74,42 @@ def test_a_job_that_was_requeued_but_may_come_to_a_bad_host_again_says_so(
 
 
 @pytest.mark.parametrize(
-    ("partition", "constraint", "spare"),
-    [(None, None, 1), ("gpu", None, 1), (None, "h200", 0), ("gpu", "ib", 0), ("gpu", "h200&ib", 0)],
+    ("partition", "needed", "constraint", "spared"),
+    [
+        (None, 2, None, ["node1"]),
+        ("gpu", 1, None, ["node1", "node3"]),
+        ("gpu", 3, None, []),
+        (None, 1, "h200", ["node1"]),
+        ("gpu", 2, "h200", []),
+        ("gpu", 1, "h200&ib", []),
+    ],
 )
-def test_only_usable_nodes_that_have_what_the_job_needs_are_spare(
-    fake: Fake, partition: str | None, constraint: str | None, spare: int
+def test_only_usable_nodes_that_have_what_the_job_needs_are_spared(
+    fake: Fake, partition: str | None, needed: int, constraint: str | None, spared: list[str]
 ) -> None:
     calls = fake("sinfo", SINFO)
-    assert slurm.spare_nodes(partition, 2, constraint) == spare
+    assert slurm.spared(["node1", "node3"], partition, needed, constraint) == spared
     assert "--states=idle,alloc," in lines(calls)[0]
+
+
+def test_a_node_that_slurm_no_longer_knows_is_not_named_to_it_and_one_that_is_away_is(fake: Fake) -> None:
+    others = r"printf 'node1|gpu*|a\nnode2|gpu*|a\n'"
+    fake("sinfo", rf"case $* in *--states=*) {others} ;; *) {others}; printf 'node8|gpu*|a\nnode2|low|a\n' ;; esac")
+    assert slurm.spared(["gone17", "node1", "node8"], "gpu", 1, None) == ["node1", "node8"]
+    assert slurm.spared(["gone17", "node1", "node8"], "gpu", 2, None) == ["node8"]
+    assert slurm.spared(["gone17", "node1", "node8"], "gpu", 3, None) == []  # it needs node8 to come back
+    assert slurm.spared([], "gpu", 1, None) == []
+
+
+def test_a_host_that_slurm_no_longer_knows_does_not_spoil_the_others_exclusion(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_PARTITION", "gpu")
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    fake("sinfo", SINFO)
+    calls = fake("scontrol", "")
+    slurm.requeue_without("7", ["gone17", "node2"], [], None)
+    assert lines(calls)[-1] == "update JobId=7 ExcNodeList=node2"
 
 
 def test_a_job_may_name_several_partitions(fake: Fake) -> None:

@@ -9,7 +9,7 @@ import pytest
 from data_shards.errors import UserError
 from data_shards.store import Store
 from jobs import slurm, supervise
-from jobs.blame import excluded
+from jobs.blame import START_LINE, excluded
 from jobs.cli import main
 from jobs.start import Failure, Outcome, Start, cancel_marker, events, note, this_host
 from jobs.supervise import Decision, after, before, committed_step, decide, publish, stalled_starts
@@ -56,6 +56,9 @@ def test_the_reason_names_what_failed_first_or_how_the_ranks_ended():
     assert decide(1, None, []).reason == "the ranks left without a word (exit code 1)"
     assert decide(137, None, [], suspects={"node2": "it left first"}).reason == "it left first"
     assert decide(137, None, [CODE], suspects={"node2": "it left first"}) == Decision("requeue", "it left first")
+    memory = "srun: node2: task 1: Out Of Memory"
+    assert decide(1, None, [CRASH], memory=memory).reason == memory
+    assert decide(1, None, [CODE], memory=memory) == Decision("requeue", memory)
     assert decide(1, None, [CRASH], stalled=3).reason.startswith(
         "3 starts without a new checkpoint (collective); the last one: rank 1"
     )
@@ -162,6 +165,16 @@ def test_a_setup_that_fails_is_a_failed_start_which_may_be_made_again(start, sto
     assert reason in capsys.readouterr().err
 
 
+def test_no_list_of_bad_hosts_keeps_a_run_from_its_requeue(start, store, monkeypatch):
+    asked = []
+    monkeypatch.setattr(slurm, "requeue_without", lambda *told: asked.append(told))
+    monkeypatch.setenv("FARSEER_RUN_DIR", str(start.run_dir))
+    monkeypatch.setenv("FARSEER_JOB", start.job)
+    (start.run_dir.parent / "hosts-another.jsonl").write_text("[" * 1_000_000)  # more than the parser has stack for
+    assert main(["supervise", "after", "--exit", "137", "--store", store.url]) == 0
+    assert asked == [("7", [], [], None)]
+
+
 def test_nothing_of_an_older_job_of_the_same_number_passes_for_this_start(start):
     start.end("finished")
     before(start)
@@ -191,6 +204,14 @@ def test_what_one_site_knows_of_a_run_does_not_replace_what_another_has_publishe
 def test_a_store_that_does_not_take_the_history_stops_nothing(start):
     publish(start.run_dir, start.job, Store("file:///proc/nowhere"))
     assert events(start.run_dir)[-1]["event"] == "upload failed"
+
+
+def test_a_rank_without_memory_is_the_reason_and_not_what_the_others_say_of_it_and_no_host_is_to_blame(start, store):
+    log = f"{START_LINE} 0 of job 7 on node1,node2\nsrun: error: node1: task 0: Exited with exit code 1\n"
+    (start.run_dir / "logs" / "7_0_log.out").write_text(f"{log}srun: error: node2: task 1: Out Of Memory\n")
+    start.fail(0, RuntimeError("[gloo] Connection closed by peer"))
+    assert after(start, 1, store, max_cycles=3) == Decision("requeue", "srun: node2: task 1: Out Of Memory")
+    assert "suspects" not in events(start.run_dir)[-1]
 
 
 def test_the_third_crash_without_a_new_checkpoint_stops_the_run_and_a_new_one_in_between_does_not(start, store):

@@ -82,6 +82,22 @@ def test_an_unknown_key_is_answered_with_the_valid_ones_and_the_nearest(good: Pa
         load(good, "optim.warmup_step=1")
 
 
+def test_a_quote_that_is_not_closed_in_an_override_is_a_line(good: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^SET: found \"monitor\.project=it's\": no closing quotation") as caught:
+        load(good, "monitor.project=it's")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["checkpoint.local_dir", "reader.cache_dir"])
+@pytest.mark.parametrize("folder", ["~/local", "/local/$USER", "local"])
+def test_a_nodes_folder_that_would_be_another_one_in_the_job_is_refused(good: Path, key: str, folder: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(good, [f"{key}={folder}"])
+    valid = "an absolute path on the node's own disk, without variables"
+    assert str(caught.value) == f"SET: {key}: found {folder!r}; valid is {valid}"
+    assert load(good, [f"{key}=/local"]).dump()[key.partition(".")[0]][key.partition(".")[2]] == "/local"
+
+
 def test_a_file_holds_only_what_differs_from_the_one_that_it_extends(good: Path) -> None:
     child = good.with_name("child.yaml")
     child.write_text("extends: good.yaml\ndata: {lanes: 2}\n")

@@ -15,7 +15,7 @@ from data_shards.store import Store
 from pipeline.augment import AugmentSettings
 from pipeline.checkpoint import Checkpointer, CheckpointSettings
 from pipeline.config import Config
-from pipeline.export import describe, export_run
+from pipeline.export import UNFINISHED, describe, export_run
 from pipeline.regnet import TRUNKS, ModelSettings, RegNet
 from tests.pipeline.test_regnet import import_timm
 
@@ -74,7 +74,7 @@ def test_a_step_may_be_named_and_those_that_there_are_are_told(tmp_path: Path) -
     store, trunks = a_run(tmp_path, 3, 6)
     assert export_run(store, Store(f"file://{tmp_path}/to"), step=3).step == 3
     assert torch.equal(exported(Store(f"file://{tmp_path}/to"))["stem.conv.weight"], trunks[3].stem.conv.weight)
-    with pytest.raises(UserError, match="no checkpoint of step 4 is there and whole; there are those of 3, 6"):
+    with pytest.raises(UserError, match="no checkpoint of step 4; there are those of 3, 6"):
         export_run(store, Store(f"file://{tmp_path}/to"), step=4)
 
 
@@ -83,7 +83,7 @@ def test_a_damaged_checkpoint_is_passed_over_unless_it_is_the_one_asked_for(tmp_
     file = tmp_path / "runs" / "first" / "checkpoints" / "step-000000006-a1" / "rank-0.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     assert export_run(store, Store(f"file://{tmp_path}/to")).step == 3
-    with pytest.raises(UserError, match="no checkpoint of step 6 is there and whole"):
+    with pytest.raises(UserError, match="the checkpoint of step 6 is damaged; STEP= takes another: 3"):
         export_run(store, Store(f"file://{tmp_path}/to"), step=6)
 
 
@@ -94,10 +94,17 @@ def test_the_same_export_may_be_repeated_and_another_folder_is_never_written_ove
     first = target.get("config.json")
     export_run(store, target, step=3)
     target.delete(["config.json"])  # as a killed export leaves it
+    target.put(UNFINISHED, b"")
     export_run(store, target, step=3)
     assert target.get("config.json") == first
+    assert sorted(entry.path for entry in target.list()) == ["config.json", "model.safetensors"]
     with pytest.raises(UserError, match="holds something else already; choose another TO="):
         export_run(store, target, step=6)
+    downloaded = Store(f"file://{tmp_path}/downloaded")
+    downloaded.put("model.safetensors", b"somebody else's")
+    with pytest.raises(UserError, match="holds something else"):
+        export_run(store, downloaded)
+    assert downloaded.get("model.safetensors") == b"somebody else's"
     other = Store(f"file://{tmp_path}/other")
     other.put("config.json", b"not json")
     with pytest.raises(UserError, match="holds something else"):

@@ -70,7 +70,8 @@ def test_an_array_gives_the_score_of_one_process_and_goes_on_after_a_task_was_ki
         evaluate_array(site, exam, 8, progress=kill_one)
     assert killed
     assert exam.found() is None
-    evaluate_array(site, exam, 8, keep=True)
+    exam.begin(keep=True)
+    evaluate_array(site, exam, 8)
     score = exam.found()
     assert score is not None
     assert score.held_out == 60
@@ -86,6 +87,6 @@ def test_what_stops_a_task_is_told_by_the_command_in_one_line(site: Site, sets: 
     for entry in run.list("checkpoints"):
         if entry.path.endswith(".safetensors"):
             run.put(entry.path, run.get(entry.path)[:-1] + b"?")
-    with pytest.raises(UserError, match=r"job \d+ is over .* no checkpoint of step 6 is there and whole") as error:
+    with pytest.raises(UserError, match=r"job \d+ is over .* the checkpoint of step 6 is damaged") as error:
         evaluate_array(site, exam, 2)
     assert "\n" not in str(error.value)

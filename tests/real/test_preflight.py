@@ -15,7 +15,7 @@ from jobs.blame import excluded
 from jobs.local_slurm import Record
 from jobs.preflight import BadHost, try_clock
 from jobs.runs import status
-from jobs.start import events
+from jobs.start import Start, events
 from pipeline.journal import read_events
 from tests.real.test_submit import Scene, alone, ended, said, tails, wait
 
@@ -54,12 +54,15 @@ def test_a_node_whose_local_disk_fails_is_named_and_the_run_ends_on_others(alone
 
 
 def test_a_clock_that_is_off_by_more_than_a_minute_is_the_hosts_fault(
-    s3: Any, runs: str, monkeypatch: pytest.MonkeyPatch
+    s3: Any, runs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ahead = try_clock(runs)
+    start = Start(tmp_path / "run", "7", 0)
+    ahead = try_clock(runs, start)
     assert ahead is not None
     assert abs(ahead) < 2
     here = time.time
     monkeypatch.setattr("jobs.doctor_store.time.time", lambda: here() - 90)
+    start.begin(0, "log")
+    (start.folder / "preflight-node1.json").write_text("{}")
     with pytest.raises(BadHost, match=r"its clock is -(89|9\d) s from the store's"):
-        try_clock(runs)
+        try_clock(runs, start)

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from data_shards.errors import UserError
+from data_shards.pack import Source
 from pipeline.evaluate import extract as extracting
 from pipeline.evaluate.exam import TITLES, by_neighbours, by_probe, lines, open_exam
 from pipeline.evaluate.probe import fit
-from tests.pipeline.evaluate.sets import labelled
+from tests.photos import write_tiles
+from tests.pipeline.evaluate.sets import labelled, packed
 from tests.pipeline.test_export import a_run
 
 
@@ -69,7 +71,7 @@ def test_an_exam_goes_on_where_it_was_is_kept_and_stands_beside_those_of_other_s
     urls = [shards.store.url for shards in labelled(tmp_path, 120)]
     exam = open_exam(run, *urls, size=48)
     assert (exam.step, exam.bank.size, exam.found()) == (6, 48, None)
-    exam.begin()
+    exam.begin(keep=True)
     assert run.exists(f"{exam.bank.folder}/about.json")
     assert len(exam.left()) == len(exam.parts) > 3
     exam.extract([0, 3])
@@ -77,18 +79,20 @@ def test_an_exam_goes_on_where_it_was_is_kept_and_stands_beside_those_of_other_s
     assert 0 not in again.left()
     assert len(again.left()) == len(exam.parts) - 2
     again.extract(again.left(), threads=2)
-    score = again.score(keep=True)
+    score = again.score()
     assert score == exam.found()
     assert (score.bank, score.held_out, score.classes) == (80, 40, 6)
     assert score.right.keys() == TITLES.keys()
     assert score.right["knn1"] > 0.5  # six photographs whose tiles look alike: also an untrained trunk sees that
     assert exam.left() == []
     assert again.score() == score
-    assert len(exam.left()) == len(exam.parts)  # deleted
+    assert exam.left() == []  # kept
 
     earlier = open_exam(run, *urls, step=3, size=48)
+    earlier.begin()
     earlier.extract(earlier.left())
     earlier.score()
+    assert len(earlier.left()) == len(earlier.parts)  # deleted
     assert [one.step for one in exam.history()] == [3, 6]
     other = open_exam(run, *urls, size=32)
     assert other.path != exam.path
@@ -112,3 +116,33 @@ def test_what_cannot_be_asked_is_told_in_a_line(tmp_path: Path) -> None:
         open_exam(fresh, bank, held_out)
     with pytest.raises(UserError, match="no such run"):
         open_exam(run.at("other"), bank, held_out)
+
+
+def test_other_pixels_or_labels_under_the_same_names_are_asked_anew(tmp_path: Path) -> None:
+    run, _ = a_run(tmp_path, 3)
+    files = sorted(write_tiles(tmp_path / "photos", 30, 72).glob("*/*.jpg"))
+    sources = [Source(str(file), name=file.name, label=file.parent.name) for file in files]
+    coarse = [source._replace(label=str(n % 2)) for n, source in enumerate(sources)]
+    sets = {
+        "plain": packed(tmp_path / "plain", sources),
+        "small": packed(tmp_path / "small", sources, longest_side=40),
+        "coarse": packed(tmp_path / "coarse", coarse),
+    }
+    exams = {name: open_exam(run, of.store.url, of.store.url, size=32) for name, of in sets.items()}
+    assert len({exam.path for exam in exams.values()}) == 3
+    assert exams["small"].bank.folder != exams["plain"].bank.folder
+    assert exams["coarse"].bank.folder == exams["plain"].bank.folder  # pixels are the same
+
+
+def test_features_stay_while_another_exam_needs_them(tmp_path: Path) -> None:
+    run, _ = a_run(tmp_path, 3)
+    bank, held_out = (shards.store.url for shards in labelled(tmp_path, 60))
+    one, other = open_exam(run, bank, held_out, size=32), open_exam(run, bank, bank, size=32)
+    for exam in (one, other):
+        exam.begin()
+        exam.extract(exam.left())
+    one.score()
+    assert other.left() == []
+    other.score()
+    assert run.list("eval/step-000000003")
+    assert not [entry.path for entry in run.list("eval") if "/features-" in entry.path]

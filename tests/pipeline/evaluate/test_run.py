@@ -1,0 +1,22 @@
+"""Evaluating a run for its report: what stops it is one line."""
+
+from pathlib import Path
+
+import pytest
+
+from data_shards.errors import UserError
+from data_shards.pack import Source
+from pipeline.evaluate.run import evaluate_run
+from tests.photos import write_tiles
+from tests.pipeline.evaluate.sets import packed
+from tests.pipeline.test_export import a_run
+
+
+def test_an_image_that_does_not_decode_is_told_with_what_to_type(tmp_path: Path) -> None:
+    run, _ = a_run(tmp_path, 3)
+    files = sorted(write_tiles(tmp_path / "photos", 30, 72).glob("*/*.jpg"))
+    files[7].write_bytes(files[7].read_bytes()[:-400])
+    sources = [Source(str(file), name=file.name, label=file.parent.name) for file in files]
+    url = packed(tmp_path / "set", sources, decode="header").store.url
+    with pytest.raises(UserError, match=r"set: an image does not decode: .*; make verify DST=<the set> FULL=1 names"):
+        evaluate_run(run, url, url)
