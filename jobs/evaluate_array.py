@@ -3,12 +3,16 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_shards.errors import UserError
 from data_shards.progress import Progress, quiet
 from data_shards.store import NotFound, Store
 from jobs.array import Array, Task
 from jobs.site import ROOT, Site
 from jobs.verbs import ProgressLine
+from pipeline import commit
 from pipeline.evaluate.exam import Exam, Score, open_exam
+
+_DAMAGED = "damaged"  # beside what tasks say of their errors: that it is the checkpoint
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,12 @@ class Evaluation(Task):
         exam = open_exam(Store(self.run), self.bank, self.held_out, self.step, self.size)
         if exam.found() is not None:
             return
-        exam.extract([part for part in exam.left() if part % self.workers == worker], self.threads, ProgressLine())
+        mine = [part for part in exam.left() if part % self.workers == worker]
+        try:
+            exam.extract(mine, self.threads, ProgressLine())
+        except commit.Damaged:
+            Path(self.errors, _DAMAGED).touch()
+            raise
         if exam.found() is not None or exam.left():
             return
         try:
@@ -40,7 +49,8 @@ class Evaluation(Task):
 def evaluate_array(site: Site, exam: Exam, workers: int, progress: Progress = quiet, code: Path = ROOT) -> Score:
     """Have an exam that was begun done by an array of so many tasks, or follow the one that is at it.
 
-    Raises UserError when SLURM refuses it, or with what the first task said that failed.
+    Raises UserError when SLURM refuses it, or with what the first task said that failed; commit.Damaged when that was
+    the checkpoint.
     """
     array = Array(site, "evaluate", f"{exam.run.url} {exam.path}", "parts of the evaluation", exam.run.url, gpus=1)
     workers = min(workers, len(exam.parts))
@@ -54,7 +64,12 @@ def evaluate_array(site: Site, exam: Exam, workers: int, progress: Progress = qu
         workers,
         site.cpus_per_rank,
     )
-    array.run(task, workers, lambda: 0 if exam.found() else len(exam.left()) + 1, progress, code)
+    try:
+        array.run(task, workers, lambda: 0 if exam.found() else len(exam.left()) + 1, progress, code)
+    except UserError as error:
+        if Path(array.errors, _DAMAGED).exists():
+            raise commit.Damaged(str(error)) from None
+        raise
     score = exam.found()
     assert score is not None
     return score

@@ -38,15 +38,21 @@ class Question:
     keep: bool = False
 
     def answer(self, step: int | None = None, progress: Progress = quiet) -> tuple[Exam, Score]:
-        """The score of a step, by default the newest checkpoint's; without any work where it was asked before."""
+        """The score of a step, by default the newest whole checkpoint's; without any work where it was asked before."""
         exam = open_exam(self.run, self.bank, self.held_out, step, self.size)
-        if self.keep and exam.left():  # they went when the score was there
-            exam.forget()
-        if (score := exam.found()) is None:
-            exam.begin(self.keep)
-            score = self._work(exam, progress)
-        self._show(exam, score)
-        return exam, score
+        while True:
+            try:
+                score = self._score(exam, progress)
+            except commit.Damaged as error:
+                exam.release()
+                older = next((one for one in self._steps() if one < exam.step), None)
+                if step is not None or older is None:
+                    raise
+                complain(f"{error}; asking about step {older:,} now")
+                exam = open_exam(self.run, self.bank, self.held_out, older, self.size)
+            else:
+                self._show(exam, score)
+                return exam, score
 
     def follow(self, job: Callable[[], Job], every: int, progress: Progress = quiet) -> Iterator[tuple[Exam, Score]]:
         """The same of the newest checkpoint whenever it is so many steps further, and of the last one at the end.
@@ -57,19 +63,28 @@ class Question:
         while not over:
             step = None
             try:
-                over, step = state(job()) is None, self._newest()
+                over, step = state(job()) is None, next(iter(self._steps()), None)
                 if over or (step is not None and step >= last + every):
-                    exam, score = self.answer(step, progress)
+                    exam, score = self.answer(None if over else step, progress)
                     if exam.step > last:
                         yield exam, score
                     last, answered = exam.step, True
             except UserError as error:
-                if over or not (answered or error.passing or isinstance(error, SlurmError)):
+                passing = error.passing or isinstance(error, SlurmError)
+                if not passing and (over or not answered):
                     raise
                 complain(f"{error}; looking again")
-                last = last if error.passing or step is None else step  # or the next checkpoint may be better
+                over = False
+                last = last if passing or step is None else step  # or the next checkpoint may be better
             if not over:
                 time.sleep(LOOK_S)
+
+    def _score(self, exam: Exam, progress: Progress) -> Score:
+        if self.keep or exam.found() is None:
+            exam.begin(self.keep)
+        if self.keep and exam.left():  # they went when the score was there
+            exam.forget()
+        return exam.found() or self._work(exam, progress)
 
     def _work(self, exam: Exam, progress: Progress) -> Score:
         if self.workers is None or self.site is None or self.site.executor == "local":
@@ -86,8 +101,9 @@ class Question:
         ):
             self.run.put(shown, b"")
 
-    def _newest(self) -> int | None:
-        return next((place.step for place in commit.committed(commit.survey(self.run))), None)
+    def _steps(self) -> list[int]:
+        """Of the checkpoints, the newest first."""
+        return [place.step for place in commit.committed(commit.survey(self.run))]
 
 
 def _work_here(exam: Exam, progress: Progress) -> Score:

@@ -13,7 +13,7 @@ def result_verbs(verbs: Any) -> None:
     evaluating = run_option(
         add_verb(verbs, "evaluate", evaluate, "how well a frozen trunk tells labelled images apart")
     )
-    evaluating.add_argument("--step", type=int, help="of the checkpoint; by default the newest")
+    evaluating.add_argument("--step", type=positive, help="of the checkpoint; by default the newest that is whole")
     evaluating.add_argument("--size", type=positive, help="of the images, in pixels; by default the largest crops'")
     evaluating.add_argument("--workers", type=positive, help="tasks of SLURM, a GPU each; without it all is done here")
     evaluating.add_argument(
@@ -28,13 +28,13 @@ def result_verbs(verbs: Any) -> None:
         options.add_argument("held_out", metavar="HELD_OUT", help="labelled shards to ask about")
         site_option(options)
     options = run_option(add_verb(verbs, "export", export, "the trunk of a run as a folder that timm reads"))
-    options.add_argument("--step", type=int, help="of the checkpoint; by default the newest that is whole")
+    options.add_argument("--step", type=positive, help="of the checkpoint; by default the newest that is whole")
     options.add_argument("--to", help="s3://bucket/folder, or a folder here; by default var/export/<run>")
     site_option(options)
     json_option(options)
 
     options = run_option(add_verb(verbs, "replay", replay, "what a run saw at a step: its images and crops, one page"))
-    options.add_argument("--step", type=int, required=True, help="as the rows of metrics count, from 1")
+    options.add_argument("--step", type=positive, required=True, help="as the rows of metrics count, from 1")
     options.add_argument("--to", help="the page's file; by default var/replay-<run>-<step>.html")
     options.add_argument("--device", choices=("cpu", "cuda", "auto"), default="auto", help="that makes the crops")
     site_option(options)

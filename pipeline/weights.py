@@ -3,6 +3,7 @@
 A run may also begin with a trunk from a file made elsewhere, which pipeline.pretrained reads.
 """
 
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,15 +30,29 @@ def fill(store: Store, place: Place, state: dict[str, Tensor], beside: Path | No
     """Fill the given tensors in place from a checkpoint of the run whose folder `store` is; what else it holds is left.
 
     beside: the folder that has room for all of it meanwhile; by default the system's for temporary files.
-    Raises commit.Damaged, and UserError when a tensor is missing or has another shape or type.
+    Raises commit.Damaged, and UserError when that folder has no room, or a tensor is missing or has another shape or
+    type.
     """
+    files = commit.read_manifest(store, place).files
+    _check_room(f"{store.url}/{place.path}", sum(file.size for file in files), beside)
     with tempfile.TemporaryDirectory(dir=beside) as folder:
-        for file in commit.read_manifest(store, place).files:
+        for file in files:
             commit.fetch(store, place, file, Path(folder))
         saved = Saved(Path(folder))
         if (mismatch := saved.mismatch(state)) is not None:
             raise UserError(f"{store.url}/{place.path}: {mismatch}; use it with the program and config that trained it")
         saved.read_into(state)
+
+
+def _check_room(checkpoint: str, needed: int, beside: Path | None) -> None:
+    """A disk that fills up on the way would be told as an error of the store's object."""
+    folder = beside or Path(tempfile.gettempdir())
+    if (free := shutil.disk_usage(folder).free) < needed:
+        elsewhere = "TMPDIR=... is a folder elsewhere (of a site: environment: {TMPDIR: ...})"
+        raise UserError(
+            f"{folder}: has {free / 1e9:,.1f} GB free, and {checkpoint} takes {needed / 1e9:,.1f} GB meanwhile; "
+            + ("make room there" if beside else elsewhere)
+        )
 
 
 def fill_all(read: Callable[[dict[str, Tensor]], None], state: Mapping[str, Tensor], ranks: Ranks) -> None:
@@ -122,7 +137,8 @@ def _steps(places: list[Place]) -> str:
 def trained_trunk(store: Store, config: Config, step: int | None = None) -> tuple[RegNet, Place]:
     """The trunk of a run and the checkpoint that it is from: the newest that is whole, or that of the step.
 
-    store: the run's folder. Raises UserError, with the steps that there are, when there is no such checkpoint.
+    store: the run's folder. Raises commit.Damaged when the step's is not whole, and UserError when there is no such
+    checkpoint, with the steps that there are.
     """
     trunk = RegNet(config.model)
     places = commit.committed(commit.survey(store))
@@ -138,6 +154,6 @@ def trained_trunk(store: Store, config: Config, step: int | None = None) -> tupl
         raise UserError(f"{store.url}: no checkpoint yet; make status shows how far the run is")
     others = _steps([place for place in places if place.step != step])
     if step in {place.step for place in places}:
-        raise UserError(f"{store.url}: the checkpoint of step {step} is damaged; STEP= takes another: {others}")
+        raise commit.Damaged(f"{store.url}: the checkpoint of step {step} is damaged; STEP= takes another: {others}")
     wanted = "is whole" if step is None else f"of step {step}"
     raise UserError(f"{store.url}: no checkpoint {wanted}; there are those of {others}")

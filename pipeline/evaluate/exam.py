@@ -111,13 +111,21 @@ class Exam:
         """Let it be asked again."""
         self.run.delete([self.path])
 
+    def release(self) -> None:
+        """Of no more use to this exam are features from now on."""
+        for features in (self.bank, self.held_out):
+            features.release(self.name)
+
     def left(self) -> list[int]:
         """The parts whose features are not there yet, by their numbers."""
         missing = {(one.folder, group) for one in (self.bank, self.held_out) for group in one.left()}
         return [number for number, (one, group) in enumerate(self.parts) if (one.folder, group) in missing]
 
     def extract(self, numbers: Iterable[int], threads: int = 1, progress: Progress = quiet) -> None:
-        """Make the features of these parts, on a GPU where there is one. Raises UserError."""
+        """Make the features of these parts, on a GPU where there is one.
+
+        Raises commit.Damaged when the checkpoint is, and UserError.
+        """
         wanted = [self.parts[number] for number in numbers]
         if not wanted:
             return
@@ -152,8 +160,7 @@ class Exam:
             right=by_neighbours(bank, labels, held_out, asked, classes) | by_probe(probe, held_out, asked),
         )
         self.run.put(self.path, json.dumps(asdict(score)).encode())
-        for features in (self.bank, self.held_out):
-            features.release(self.name)
+        self.release()
         return score
 
     def history(self) -> list[Score]:
@@ -174,7 +181,7 @@ def open_exam(run: Store, bank_url: str, held_out_url: str, step: int | None = N
         raise UserError(f"{run.url}: no checkpoint yet; make status shows how far the run is")
     if step is not None and step not in steps:
         raise UserError(f"{run.url}: no checkpoint of step {step}; there are {', '.join(map(str, sorted(set(steps))))}")
-    step, size = step or steps[0], size or max(crop.size for crop in config.augment.crops)
+    step, size = steps[0] if step is None else step, size or max(crop.size for crop in config.augment.crops)
     bank, held_out = (Features(run, step, ShardSet.open(Store(url)), size) for url in (bank_url, held_out_url))
     return Exam(run, config, step, bank, held_out)
 

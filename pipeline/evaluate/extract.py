@@ -37,6 +37,7 @@ from data_shards.removed import Removed, read_removed
 from data_shards.store import Store
 from pipeline import snapshot
 from pipeline.augment import AugmentSettings, Draws
+from pipeline.evaluate.tiles import unusable
 from pipeline.evaluate.views import plain
 from pipeline.pixels import Encoded, Graph, UndecodableError
 
@@ -219,11 +220,7 @@ def _culprit(made: Features, ids: Ids, work: Encoded, augment: AugmentSettings) 
 
 
 def _unusable(made: Features, sample: int, reason: str) -> UserError:
-    url, key = made.shards.store.url, sample_key(*made.shards.locate(sample))
-    return UserError(
-        f"{url}: image {key}: {reason}; make verify DST={url} FULL=1 lists all of the kind, make remove takes them "
-        "out, and the same command goes on"
-    )
+    return unusable(made.shards.store.url, sample_key(*made.shards.locate(sample)), reason)
 
 
 def _encoded(made: Features, batches: Iterable[Ids]) -> Generator[tuple[Ids, Encoded], None, None]:

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import torch
 
-from data_shards.errors import UserError
 from data_shards.index import ShardSet
 from data_shards.store import Store
 from pipeline.config import Config
@@ -27,13 +26,7 @@ def evaluate_run(store: Store, bank_url: str, held_out_url: str) -> Evaluation:
     config = read_config(store)
     trained, place = trained_trunk(store, config)
     bank, held_out = open_tiles(bank_url), open_tiles(held_out_url)
-    try:
-        views = render_views(bank, held_out, config.augment)
-    except ValueError as error:  # of render
-        raise UserError(
-            f"{bank_url} or {held_out_url}: an image {error}; make verify DST=<the set> FULL=1 names it, make remove "
-            "takes it out, and the same command goes on"
-        ) from error
+    views = render_views(bank, held_out, config.augment)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     evaluation = evaluate(trained.to(device), untrained_trunk(config).to(device), bank, held_out, views)
     made_of = {"step": place.step, "bank_url": bank_url, "held_out_url": held_out_url}

@@ -19,13 +19,15 @@ STAMP = "stamp-"  # labels of cut-outs on a plain ground begin so; all others na
 class Tiles:
     """N encoded images in the order of their ids. sizes: (N, 2), height and width in pixels.
 
-    ids: (N,), in their set; empty when they are of none.
+    ids: (N,), in their set, whose url and keys of them are those; all empty when they are of none.
     """
 
     images: Sequence[bytes]
     labels: Sequence[str]
     sizes: NDArray[np.int64]
     ids: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    url: str = ""
+    keys: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -64,4 +66,13 @@ def read_tiles(shards: ShardSet) -> Tiles:
         store, path = shards.tar(shard)
         data = store.get(path)
         images += [data[offset : offset + size] for _, offset, size in group]
-    return Tiles(images, labels, np.column_stack([table["height"], table["width"]]).astype(np.int64), ids)
+    sizes = np.column_stack([table["height"], table["width"]]).astype(np.int64)
+    return Tiles(images, labels, sizes, ids, shards.store.url, table["key"])
+
+
+def unusable(url: str, key: str, reason: str) -> UserError:
+    """What to say of an image of a set that stops an evaluation: figures of what is left would be others."""
+    return UserError(
+        f"{url}: image {key}: {reason}; make verify DST={url} FULL=1 lists all of the kind, make remove takes them "
+        "out, and the same command goes on"
+    )

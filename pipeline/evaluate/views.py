@@ -4,7 +4,6 @@ Distortions are drawn by the augmentation's own rule from a seed of their own, o
 asked about the same pixels.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -12,13 +11,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from data_shards.errors import UserError
 from pipeline.augment import AugmentSettings, CropSettings, Draws, draw
-from pipeline.evaluate.tiles import Tiles
+from pipeline.evaluate.tiles import Tiles, unusable
 from pipeline.loader import LoaderSettings, render
 
 SIZE = 96  # pixels; figures at another size are not comparable
 SEED = 20  # of the distortions
 PART = 256  # images decoded at once: a whole set of them, in full size, is more than memory holds
+
+Places = NDArray[np.integer]  # in the tiles
 
 
 @dataclass(frozen=True)
@@ -37,15 +39,18 @@ class Views:
 
 
 def render_views(bank: Tiles, held_out: Tiles, augment: AugmentSettings) -> Views:
-    """Decode and draw all views. augment: the run's own, of which the mean and std are kept."""
+    """Decode and draw all views. augment: the run's own, of which the mean and std are kept.
+
+    Raises UserError for an image that does not decode.
+    """
     photographs = held_out.photographs()
-    sizes = held_out.sizes[photographs]
+    sizes, every = held_out.sizes[photographs], np.arange(len(held_out))
     grey = replace(plain(sizes), saturation=np.zeros(len(sizes), np.float32))
     return Views(
-        bank=_show(bank.images, bank.sizes, plain(bank.sizes), augment),
-        held_out=_show(held_out.images, held_out.sizes, plain(held_out.sizes), augment),
+        bank=_show(bank, np.arange(len(bank)), plain(bank.sizes), augment),
+        held_out=_show(held_out, every, plain(held_out.sizes), augment),
         distorted=render_distorted(held_out, augment, np.arange(len(photographs))),
-        grey=_show([held_out.images[i] for i in photographs], sizes, grey, augment),
+        grey=_show(held_out, photographs, grey, augment),
         mean=augment.mean,
         std=augment.std,
     )
@@ -56,16 +61,35 @@ def render_distorted(held_out: Tiles, augment: AugmentSettings, which: NDArray[n
     chosen = held_out.photographs()[which]
     settings, sizes = distortion(augment), held_out.sizes[chosen]
     draws = draw(settings, SEED, np.zeros_like(chosen), which.astype(np.int64), sizes[:, 0], sizes[:, 1])[0]
-    return _show([held_out.images[i] for i in chosen], sizes, draws, settings)
+    return _show(held_out, chosen, draws, settings)
 
 
-def _show(images: Sequence[bytes], sizes: NDArray[np.int64], draws: Draws, augment: AugmentSettings) -> Tensor:
+def _show(tiles: Tiles, places: Places, draws: Draws, augment: AugmentSettings) -> Tensor:
     shown = [torch.empty(0, 3, SIZE, SIZE)]
-    for first in range(0, len(images), PART):
+    for first in range(0, len(places), PART):
         part = slice(first, first + PART)
-        (crops,) = render(images[part], sizes[part], augment, [_part(draws, part)], LoaderSettings(device="cpu"))
-        shown.append(crops[:, 0])
+        try:
+            shown.append(_crops(tiles, places[part], _part(draws, part), augment))
+        except ValueError as error:
+            raise _culprit(tiles, places[part], augment) or UserError(f"{tiles.url}: an image {error}") from error
     return torch.cat(shown).contiguous(memory_format=torch.channels_last)
+
+
+def _crops(tiles: Tiles, places: Places, draws: Draws, augment: AugmentSettings) -> Tensor:
+    images = [tiles.images[place] for place in places]
+    (crops,) = render(images, tiles.sizes[places], augment, [draws], LoaderSettings(device="cpu"))
+    return crops[:, 0]
+
+
+def _culprit(tiles: Tiles, places: Places, augment: AugmentSettings) -> UserError | None:
+    """The first of these that does not decode alone either."""
+    for n, place in enumerate(places.tolist()):
+        alone = places[n : n + 1]
+        try:
+            _crops(tiles, alone, plain(tiles.sizes[alone]), augment)
+        except ValueError as error:
+            return unusable(tiles.url, tiles.keys[place] if tiles.keys else f"{place}", str(error))
+    return None
 
 
 def _part(draws: Draws, part: slice) -> Draws:

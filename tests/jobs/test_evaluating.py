@@ -14,7 +14,7 @@ from jobs.evaluating import Question
 from jobs.runs import Job
 from jobs.site import Site
 from jobs.slurm import SlurmError
-from pipeline.evaluate.exam import Exam, Score
+from pipeline.evaluate.exam import Exam, Score, open_exam
 from tests.pipeline.evaluate.sets import labelled
 from tests.pipeline.test_export import a_run
 
@@ -83,14 +83,14 @@ def test_what_passes_or_ails_one_checkpoint_does_not_end_the_following(
 ) -> None:
     looks = [("RUNNING", None), ("RUNNING", 5), ("RUNNING", 7), (None, 9)]
     played(monkeypatch, tmp_path, *looks)
-    state, newest = evaluating.state, question._newest
+    state = evaluating.state
     hiccups: list[UserError | None] = [SlurmError("SLURM does not answer"), None, None, Unavailable("no answer"), None]
 
     def unwell(of: Job) -> str | None:
         if hiccups and (error := hiccups.pop(0)):
             raise error
         now = state(of)
-        if newest() == 7:
+        if question._steps()[0] == 7:
             damage(tmp_path, 7)
         return now
 
@@ -110,6 +110,64 @@ def test_what_cannot_be_asked_ends_the_following_at_once(
         list(replace(question, bank=f"file://{tmp_path}/nowhere").follow(lambda: job(tmp_path), every=2))
 
 
+def test_a_store_that_is_away_at_the_end_of_a_run_is_asked_again(
+    question: Question, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    played(monkeypatch, tmp_path, ("RUNNING", None), (None, 5), (None, None))
+    work, away = Question._work, [False, True, False]
+
+    def sometimes(of: Question, exam: Exam, progress: Any) -> Score:
+        if away.pop(0):
+            raise Unavailable("no answer")
+        return work(of, exam, progress)
+
+    monkeypatch.setattr(Question, "_work", sometimes)
+    assert [score.step for _, score in question.follow(lambda: job(tmp_path), every=2)] == [3, 5]
+    assert "no answer; looking again" in capsys.readouterr().err
+
+
+def test_a_checkpoint_at_which_slurm_does_not_answer_is_asked_about_at_the_next_look(
+    question: Question, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    played(monkeypatch, tmp_path, ("RUNNING", None), ("RUNNING", 5), ("RUNNING", None), (None, 6))
+    work, silent = Question._work, [False, True, False, False]
+
+    def sometimes(of: Question, exam: Exam, progress: Any) -> Score:
+        if silent.pop(0):
+            raise SlurmError("SLURM does not answer")
+        return work(of, exam, progress)
+
+    monkeypatch.setattr(Question, "_work", sometimes)
+    assert [score.step for _, score in question.follow(lambda: job(tmp_path), every=2)] == [3, 5, 6]
+
+
+def test_without_a_step_the_newest_whole_checkpoint_is_asked_about_and_the_damaged_one_left_to_be_deleted(
+    question: Question, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a_run(tmp_path, 5, 7)
+    for step in (5, 7):
+        damage(tmp_path, step)
+    _, score = question.answer()
+    assert score.step == 3
+    assert capsys.readouterr().err.splitlines() == [
+        f"farseer: {question.run.url}: the checkpoint of step {step} is damaged; STEP= takes another: {others}; "
+        f"asking about step {older} now"
+        for step, others, older in ((7, "3, 5", 5), (5, "3, 7", 3))
+    ]
+    assert {entry.path.split("/")[1] for entry in question.run.list("eval")} == {"step-000000003"}
+    with pytest.raises(UserError, match="the checkpoint of step 7 is damaged"):
+        question.answer(step=7)
+
+
+def test_a_run_whose_last_checkpoint_is_damaged_ends_the_following_with_what_is_whole(
+    question: Question, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_run(tmp_path, 5)
+    damage(tmp_path, 5)
+    played(monkeypatch, tmp_path, (None, None))
+    assert [score.step for _, score in question.follow(lambda: job(tmp_path), every=2)] == [3]
+
+
 def damage(tmp_path: Path, step: int) -> None:
     file = tmp_path / "runs" / "first" / "checkpoints" / f"step-{step:09d}-a1" / "rank-0.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"?")
@@ -121,6 +179,20 @@ def test_features_that_are_to_stay_are_made_again_where_only_the_score_is_there(
     again, same = replace(question, keep=True).answer()
     assert same == score
     assert again.left() == []
+
+
+def test_features_that_are_to_stay_do_not_go_with_another_evaluation_that_has_them_now(question: Question) -> None:
+    exam, _ = question.answer()
+    other = replace(question, held_out=question.bank)
+    theirs = open_exam(other.run, other.bank, other.held_out, size=32)
+    for one in (exam, theirs):  # all features are there, and only the other evaluation needs them
+        one.begin()
+        one.extract(one.left())
+        one.bank.release(exam.name) if one is exam else None
+    assert exam.left() == []
+    kept, _ = replace(question, keep=True).answer()
+    other.answer()
+    assert kept.left() == []
 
 
 def test_features_that_another_evaluation_has_deleted_are_made_again(

@@ -64,7 +64,7 @@ def test_a_run_in_the_store_needs_no_site(
     assert "40 images of" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("option", ["--workers", "--size", "--every"])
+@pytest.mark.parametrize("option", ["--workers", "--size", "--every", "--step"])
 @pytest.mark.parametrize("number", ["0", "-1", "x"])
 def test_a_number_that_means_nothing_is_refused(
     command: list[str], option: str, number: str, capsys: pytest.CaptureFixture[str]

@@ -1,7 +1,10 @@
 """What FROM= may name, and what is asked of it before a run is submitted."""
 
 import re
+import shutil
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +16,8 @@ from pipeline import commit
 from pipeline.commit import Place
 from pipeline.config import Config
 from pipeline.regnet import RegNet
-from pipeline.weights import check_origin, parse, point
+from pipeline.run import read_config
+from pipeline.weights import check_origin, fill, parse, point, trained_trunk
 from tests.pipeline.test_export import a_run
 
 
@@ -58,3 +62,17 @@ def test_what_a_run_would_begin_with_is_asked_for_before(tmp_path: Path) -> None
     torch.save({}, tmp_path / "nothing.pt")
     with pytest.raises(UserError, match="it holds no RegNet"):
         check_origin(config(f"file://{tmp_path}/nothing.pt"), 1)
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_named_with_what_takes_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, _ = a_run(tmp_path, 3)
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    told = rf"{tmp_path}/tmp: has 0\.0 GB free, .*step-000000003-a1 takes 0\.\d GB"
+    with pytest.raises(UserError, match=rf"^{told}.* meanwhile; TMPDIR=\.\.\. is a folder elsewhere"):
+        trained_trunk(store, read_config(store))
+    with pytest.raises(UserError, match=rf"^{tmp_path}/beside: has .* meanwhile; make room there$"):
+        fill(store, Place(3, 1), {}, tmp_path / "beside")

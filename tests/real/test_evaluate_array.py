@@ -14,6 +14,7 @@ from jobs import slurm as slurm_commands
 from jobs.daemons import wait_until
 from jobs.evaluate_array import evaluate_array
 from jobs.site import Site
+from pipeline import commit
 from pipeline.evaluate.exam import open_exam
 from tests.photos import write_tiles
 from tests.pipeline.test_export import a_run
@@ -81,12 +82,14 @@ def test_an_array_gives_the_score_of_one_process_and_goes_on_after_a_task_was_ki
     assert exam.score().right == pytest.approx(score.right)
 
 
-def test_what_stops_a_task_is_told_by_the_command_in_one_line(site: Site, sets: list[str], run: Store) -> None:
+def test_a_damaged_checkpoint_that_stops_a_task_is_told_by_the_command_in_one_line(
+    site: Site, sets: list[str], run: Store
+) -> None:
     exam = open_exam(run, *sets, size=48)
     exam.begin()
     for entry in run.list("checkpoints"):
         if entry.path.endswith(".safetensors"):
             run.put(entry.path, run.get(entry.path)[:-1] + b"?")
-    with pytest.raises(UserError, match=r"job \d+ is over .* the checkpoint of step 6 is damaged") as error:
+    with pytest.raises(commit.Damaged, match=r"job \d+ is over .* the checkpoint of step 6 is damaged") as error:
         evaluate_array(site, exam, 2)
     assert "\n" not in str(error.value)
