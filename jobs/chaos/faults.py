@@ -151,7 +151,7 @@ def disk_full(trial: Trial) -> str:
         raise UserError("no small disk is mounted (that takes root)")
     moment = _now(trial)
     with _full(trial.scene.disk):
-        trial.wait(lambda: _told(trial, "save failed"), "a full disk")
+        trial.wait(lambda: _save_lost(trial), "a full disk")
     return moment
 
 
@@ -162,6 +162,11 @@ def _limit(trial: Trial, minutes: int) -> None:
 
 def _told(trial: Trial, event: str) -> bool:
     return any(one["event"] == event for one in runs.history(trial.run_dir))
+
+
+def _save_lost(trial: Trial) -> bool:
+    """Rank 0 found no room, or another rank did and says so in its part."""
+    return _told(trial, "save failed") or _told(trial, "save refused")
 
 
 def _saving(trial: Trial) -> bool:

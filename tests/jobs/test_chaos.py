@@ -14,7 +14,7 @@ import pytest
 
 from data_shards.errors import UserError
 from jobs.chaos.campaign import Row, campaign, draw, line, table
-from jobs.chaos.faults import FAULTS, kill_at_once, on_node
+from jobs.chaos.faults import FAULTS, _save_lost, kill_at_once, on_node
 from jobs.chaos.proxy import CUT_BYTES, Proxy
 from jobs.chaos.trial import Trial
 from jobs.daemons import Process, wait_until
@@ -160,3 +160,10 @@ def test_a_table_has_a_line_a_fault_and_counts_what_was_not_equal() -> None:
 def test_an_unknown_fault_is_refused_with_those_that_there_are(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="fault: found flood; there are: preempted by a higher partition; "):
         campaign(tmp_path, 1, 0, ["flood"], lambda _: None)
+
+
+@pytest.mark.parametrize(("event", "lost"), [("save failed", True), ("save refused", True), ("saved", False)])
+def test_a_save_is_lost_whichever_rank_found_no_room(tmp_path: Path, event: str, lost: bool) -> None:
+    (tmp_path / "a01").mkdir()
+    (tmp_path / "a01" / "events.jsonl").write_text(json.dumps({"time": 1.0, "event": event}) + "\n")
+    assert _save_lost(cast(Trial, SimpleNamespace(run_dir=tmp_path))) == lost
