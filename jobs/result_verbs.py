@@ -34,7 +34,7 @@ def result_verbs(verbs: Any) -> None:
     json_option(options)
 
     options = run_option(add_verb(verbs, "replay", replay, "what a run saw at a step: its images and crops, one page"))
-    options.add_argument("--step", type=positive, required=True, help="as the rows of metrics count, from 1")
+    options.add_argument("--step", type=int, required=True, help="as the rows of metrics count, from 1")
     options.add_argument("--to", help="the page's file; by default var/replay-<run>-<step>.html")
     options.add_argument("--device", choices=("cpu", "cuda", "auto"), default="auto", help="that makes the crops")
     site_option(options)
