@@ -61,6 +61,7 @@ def test_seers_published_figures_give_its_published_steps_and_eight_days(tmp_pat
     assert "512 ranks" in text
 
 
+@pytest.mark.slow
 def test_a_model_that_no_gpu_of_the_site_holds_is_refused_before_one_is_spent(tmp_path):
     url = put_set(tmp_path, 10**9, 120_000)
     where = site(tmp_path, nodes=64, ranks_per_node=8, gpus_per_node=8, gpu_memory_gb=80)
@@ -87,6 +88,7 @@ def test_a_node_that_cannot_hold_what_its_ranks_draw_as_they_start_is_refused(tm
         make_plan(load(SEER, [f"data.url={url}"]), node)
 
 
+@pytest.mark.slow
 def test_a_step_that_no_gpu_of_the_site_holds_is_refused_with_what_would_make_it_fit(tmp_path):
     url = put_set(tmp_path, 10**9, 120_000)
     v100 = site(tmp_path, nodes=64, ranks_per_node=8, gpus_per_node=8, gpu_memory_gb=32)

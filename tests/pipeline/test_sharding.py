@@ -190,6 +190,7 @@ def parts(rank: int) -> dict[str, Any]:
     return {"wrong": wrong, "uneven": (uneven.shape[0], len(part(uneven)), first_row(uneven)), "held": held}
 
 
+@pytest.mark.slow
 def test_each_rank_has_some_rows_of_everything_and_whole_tensors_fill_them() -> None:
     one, other = distributed.run(2, parts)
     assert one["wrong"] == other["wrong"] == []

@@ -76,6 +76,7 @@ def statuses_at_saves(rank: int, values: dict[str, Any], folder: str) -> list[st
     return seen
 
 
+@pytest.mark.slow
 def test_every_save_is_made_while_lightning_holds_the_weights_on_their_device(tiles: str, tmp_path: Path) -> None:
     """After its end they are on the host, where NCCL reaches none of them."""
     values = config(tiles, tmp_path)
@@ -246,6 +247,7 @@ def one_step(rank: int, values: dict[str, Any], folder: str) -> None:
         assert session.train() == "finished"
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_the_trunk_of_a_file_and_with_a_head_of_its_own(tiles: str, tmp_path: Path) -> None:
     """Seen after a step, whose rate is 0 as long as the warm-up has not begun."""
     values, origin = config(tiles, tmp_path), f"file://{tmp_path}/trunk.safetensors"
@@ -291,6 +293,7 @@ def out_of_memory(rank: int, values: dict[str, Any], folder: str) -> list[str]:
     return said
 
 
+@pytest.mark.slow
 def test_a_gpu_that_is_full_is_told_in_one_line_with_what_needs_less(tiles: str, tmp_path: Path) -> None:
     ((plain, checkpointing),) = distributed.run(1, out_of_memory, config(tiles, tmp_path), str(tmp_path / "full"))
     begin, end = "the GPU is full; each of these takes less of it: ", "more ranks: " + FULL.replace("\n", " ")
