@@ -19,8 +19,8 @@ import submitit
 from data_shards.errors import UserError
 from data_shards.progress import Progress
 from jobs import slurm
-from jobs.launch import exports, guarded, sbatch_options, write_snapshot
-from jobs.site import INHERITED, ROOT, SECRETS, Site
+from jobs.launch import exports, guarded, sbatch_options, switched_on, write_snapshot
+from jobs.site import INHERITED, ROOT, Site
 
 POLL_S = 2.0
 
@@ -132,17 +132,13 @@ class Array:
             signal_delay_s=site.signal_delay_s,
             array_parallelism=workers,
             stderr_to_stdout=True,
-            setup=[
-                f"unset {' '.join(SECRETS)}",  # a login profile may have set them; the job's come from files
-                *exports(site, self.folder),
-                *guarded(site.setup, self._setup_failed()),
-            ],
+            setup=[*exports(site, self.folder), *guarded(site.setup, self._setup_failed())],
             srun_args=["--open-mode=append", f"--cpus-per-task={site.cpus_per_rank}"],
             additional_parameters={
                 "requeue": True,
                 "chdir": str(self.folder / "snapshot"),  # python -m looks there first
                 "export": ",".join(INHERITED),
-                **{name: value for name, value in site.extra.items() if value is not False},
+                **switched_on(site),
             },
             **{name: value for name, value in optional.items() if value is not None},
             **sbatch_options(site),

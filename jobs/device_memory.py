@@ -70,10 +70,11 @@ def _working_bytes(net: Net, config: Config, images: int) -> int:
 def _unit_bytes(net: Net) -> Iterator[int]:
     """Of each unit, without what is in a smaller one."""
     parted: set[Tensor] = set()
-    for unit in reversed([unit for with_layers in net.units() for unit in with_layers]):
-        own = set(unit.parameters()) - parted
-        parted |= own
-        yield _bytes(own)
+    for unit_and_inner in net.units():
+        for unit in reversed(unit_and_inner):
+            own = set(unit.parameters()) - parted
+            parted |= own
+            yield _bytes(own)
 
 
 class _Living(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch's __init_subclass__

@@ -80,11 +80,15 @@ class Question:
                 time.sleep(LOOK_S)
 
     def _score(self, exam: Exam, progress: Progress) -> Score:
-        if self.keep or exam.found() is None:
-            exam.begin(self.keep)
-        if self.keep and exam.left():  # they went when the score was there
-            exam.forget()
-        return exam.found() or self._work(exam, progress)
+        if self.keep:  # said before one looks: another evaluation may have them now, and would delete them
+            exam.begin(keep=True)
+            if exam.left():  # they went when the score was there
+                exam.forget()
+        if (score := exam.found()) is not None:
+            return score
+        if not self.keep:
+            exam.begin()
+        return self._work(exam, progress)
 
     def _work(self, exam: Exam, progress: Progress) -> Score:
         if self.workers is None or self.site is None or self.site.executor == "local":

@@ -67,7 +67,6 @@ def batch_script(site: Site, run_dir: Path, store: str) -> tuple[list[str], list
     told += f" --exclude {shlex.quote(kept_out)}" if (kept_out := _exclude_of(site)) else ""
     told += f" --constraint {shlex.quote(site.constraint)}" if site.constraint else ""
     slurm_head = [
-        f"unset {' '.join(SECRETS)}",  # a login profile may have set them; the job's come from files
         *head,
         "export FARSEER_JOB=$SLURM_JOB_ID FARSEER_START=${SLURM_RESTART_COUNT:-0}",
         *guarded(site.setup, f'{supervise} after --exit "$1" --setup "$2" {told}'),
@@ -80,7 +79,7 @@ def batch_script(site: Site, run_dir: Path, store: str) -> tuple[list[str], list
 
 
 def exports(site: Site, run_dir: Path) -> list[str]:
-    """The shell lines that lead the ranks to code, run and store."""
+    """The shell lines that lead the ranks to code, run and store, and keep from them what a login profile has set."""
     threads = {"OMP_NUM_THREADS": str(site.cpus_per_rank)}
     network = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), site.interface) if site.interface else {}
     hidden = {} if site.gpus_per_node else {"CUDA_VISIBLE_DEVICES": ""}  # a site without GPUs, whatever its nodes have
@@ -88,7 +87,8 @@ def exports(site: Site, run_dir: Path) -> list[str]:
     # srun hands on what is set here, not only what sbatch was told to take along
     handed = {"SLURM_EXPORT_ENV": "ALL"} if site.executor == "slurm" else {}
     store_at = {name: os.environ[name] for name in CARRIED if name in os.environ}
-    return export_lines({**handed, **fixed, **threads, **hidden, **network, **store_at, **site.environment})
+    clean = [f"unset {' '.join(SECRETS)}"] if site.executor == "slurm" else []  # a job's keys come from files
+    return [*clean, *export_lines({**handed, **fixed, **threads, **hidden, **network, **store_at, **site.environment})]
 
 
 def guarded(setup: Sequence[str], failed: str) -> list[str]:
@@ -135,7 +135,7 @@ def slurm_executor(site: Site, run: str, store: str) -> submitit.SlurmExecutor:
             "requeue": True,
             "chdir": str(run_dir / "snapshot"),  # python -m looks there first
             "export": ",".join(INHERITED),
-            **{name: value for name, value in site.extra.items() if value is not False and name != "exclude"},
+            **{name: value for name, value in switched_on(site).items() if name != "exclude"},
         },
         **{name: value for name, value in optional.items() if value is not None},
         **sbatch_options(site),
@@ -147,6 +147,11 @@ def sbatch_options(site: Site) -> dict[str, str]:
     """Where on the cluster a job of any kind runs."""
     named = {"partition": site.partition, "account": site.account, "qos": site.qos, "constraint": site.constraint}
     return {name: value for name, value in named.items() if value is not None}
+
+
+def switched_on(site: Site) -> dict[str, str | int | bool]:
+    """The site's `extra` options; of one that is off SLURM hears nothing."""
+    return {name: value for name, value in site.extra.items() if value is not False}
 
 
 def _exclude_of(site: Site) -> str:

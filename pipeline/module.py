@@ -91,7 +91,7 @@ class SwAV(pl.LightningModule):
         convert(self.net, lanes=len(lanes), rank=rank, world_size=world_size, group_lanes=group_lanes, timeout=timeout)
         if config.efficiency.sharded:
             units = self.net.units()
-            shard(self.net, [unit for with_layers in units for unit in with_layers], world_size)
+            shard(self.net, units, world_size)
             gather_ahead(units[:-2], self.net.head)
         else:
             self.net.trunk.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub has it not

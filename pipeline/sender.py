@@ -125,7 +125,7 @@ class Sender:
 
     def _rests(self) -> bool:
         """Whether the save whose turn it is waits to be woken: those behind it do so too."""
-        first = next((save for save in self._saves if save.waiting), None)
+        first = self._first()
         return first is not None and first.resting
 
     def tidy(self, deadline: float) -> None:
@@ -171,8 +171,12 @@ class Sender:
                 self._fail(save, error)
 
     def _next(self) -> Save | None:
-        first = next((save for save in self._saves if save.waiting), None)
+        first = self._first()
         return first if first is not None and first.written and not first.resting else None
+
+    def _first(self) -> Save | None:
+        """The save whose turn it is."""
+        return next((save for save in self._saves if save.waiting), None)
 
     def _send(self, save: Save) -> None:
         if save.part.rank == 0:

@@ -5,7 +5,7 @@ gradients are averaged over the ranks as DDP does. What is learned is the same u
 first dimension's, as even as may be. Sources: ZeRO (arXiv 1910.02054), PyTorch's FSDP (arXiv 2304.11277).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import cast
 
@@ -17,15 +17,17 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def shard(module: nn.Module, units: Sequence[nn.Module], world_size: int) -> None:
+def shard(module: nn.Module, units: Iterable[Sequence[nn.Module]], world_size: int) -> None:
     """Part the module's parameters among all ranks, unit by unit; what is in no unit is one of its own.
 
-    A unit comes before those that are in it. The process group must be there; parameters go to its device. They must be
-    alike on all ranks, and contiguous.
+    units: each with those that are in it behind it. The process group must be there; parameters go to its device. They
+    must be alike on all ranks, and contiguous.
     """
     mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (world_size,))
-    for unit in (*reversed(units), module):
-        fully_shard(unit, mesh=mesh)
+    for unit_and_inner in units:
+        for unit in reversed(unit_and_inner):
+            fully_shard(unit, mesh=mesh)
+    fully_shard(module, mesh=mesh)
 
 
 def gather_ahead(trunk: Sequence[Sequence[nn.Module]], head: nn.Module) -> None:
@@ -53,11 +55,6 @@ def is_parted(tensor: Tensor) -> bool:
 def part(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor: all of one that is not parted. The same memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor put together again on every rank, a copy; one that is not parted is given back. A collective."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def norm_of_parts(norms: Tensor) -> Tensor:

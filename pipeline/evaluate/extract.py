@@ -38,7 +38,7 @@ from data_shards.store import Store
 from pipeline import snapshot
 from pipeline.augment import AugmentSettings, Draws
 from pipeline.evaluate.tiles import unusable
-from pipeline.evaluate.views import plain
+from pipeline.evaluate.views import first_undecodable, plain
 from pipeline.pixels import Encoded, Graph, UndecodableError
 
 SHARE = 0.875  # of the shorter side that is seen
@@ -209,14 +209,8 @@ def _looked_at(
 
 def _culprit(made: Features, ids: Ids, work: Encoded, augment: AugmentSettings) -> UserError | None:
     """The first image of a batch that does not decode on the host either."""
-    alone = Graph(augment, [made.size], 1, torch.device("cpu"))
-    for i, sample in enumerate(ids.tolist()):
-        size = work.sizes[i : i + 1]
-        try:
-            alone.run(Encoded([work.images[i]], size, [_seen(size, made.size)]))
-        except UndecodableError as error:
-            return _unusable(made, sample, str(error))
-    return None
+    found = first_undecodable(work.images, work.sizes, augment)
+    return found and _unusable(made, int(ids[found[0]]), found[1])
 
 
 def _unusable(made: Features, sample: int, reason: str) -> UserError:

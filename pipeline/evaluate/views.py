@@ -4,7 +4,9 @@ Distortions are drawn by the augmentation's own rule from a seed of their own, o
 asked about the same pixels.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,13 +84,23 @@ def _crops(tiles: Tiles, places: Places, draws: Draws, augment: AugmentSettings)
 
 
 def _culprit(tiles: Tiles, places: Places, augment: AugmentSettings) -> UserError | None:
-    """The first of these that does not decode alone either."""
-    for n, place in enumerate(places.tolist()):
-        alone = places[n : n + 1]
+    found = first_undecodable([tiles.images[place] for place in places], tiles.sizes[places], augment)
+    if found is None:
+        return None
+    place = int(places[found[0]])
+    return unusable(tiles.url, tiles.keys[place] if tiles.keys else f"{place}", found[1])
+
+
+def first_undecodable(
+    images: Sequence[Any], sizes: NDArray[np.int64], augment: AugmentSettings
+) -> tuple[int, str] | None:
+    """Which of these encoded images does not decode alone, on the host, and why; None when all do."""
+    for place in range(len(images)):
+        one = slice(place, place + 1)
         try:
-            _crops(tiles, alone, plain(tiles.sizes[alone]), augment)
+            render(images[one], sizes[one], augment, [plain(sizes[one])], LoaderSettings(device="cpu"))
         except ValueError as error:
-            return unusable(tiles.url, tiles.keys[place] if tiles.keys else f"{place}", str(error))
+            return place, str(error)
     return None
 
 

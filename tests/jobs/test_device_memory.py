@@ -78,7 +78,7 @@ def of_a_sharded_step(rank: int, sets: dict[str, str]) -> int:
     changed = config(**sets)
     net = Net(changed)
     units = net.units()
-    shard(net, [unit for with_layers in units for unit in with_layers], 2)
+    shard(net, units, 2)
     gather_ahead(units[:-2], net.head)
     for _ in range(2):  # the first forward finds out in which order units come
         for parameter in net.parameters():

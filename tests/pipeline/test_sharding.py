@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.distributed.tensor import DTensor
 
 from data_shards.store import Store
 from pipeline import module as module_code
@@ -19,7 +20,7 @@ from pipeline.config import Config
 from pipeline.loader import Batch
 from pipeline.module import Net, SwAV
 from pipeline.ranks import Ranks
-from pipeline.sharding import first_row, part, whole
+from pipeline.sharding import first_row, part
 from pipeline.signals import StopRequest
 from pipeline.snapshot import Saved, write
 from pipeline.train import Launch
@@ -87,6 +88,11 @@ def attempt(settings: Config, rank: int, world_size: int, folder: Path, steps: r
     batches = on(rank, world_size, [batch(step) for step in steps])
     build_trainer(settings, launch, StopRequest(), made).fit(module, Batches(batches))
     return made
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A parted tensor put together again on every rank."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def put_together(state: dict[str, Tensor]) -> dict[str, Tensor]:
