@@ -7,6 +7,7 @@ AWS_PROFILE and the files that it names, or AWS_ENDPOINT_URL.
 """
 
 import asyncio
+import atexit
 import contextlib
 import os
 import selectors
@@ -25,6 +26,7 @@ from data_shards.errors import UserError
 T = TypeVar("T")
 Consumer = TypeVar("Consumer", bound=Callable[[memoryview], object])
 Root = tuple[str, str]  # scheme and bucket: what is connected to
+END_S = 2.0  # that closing may take
 
 
 class StoreError(UserError):
@@ -333,11 +335,17 @@ class _Thread:
 
     def close(self) -> None:
         if self._close is not None:
-            self._close()
+            self.end()
             closed = self._backends
             self._reset()
             for root, backend in closed.items():
                 self.backend(root).counters = backend.counters
+
+    def end(self) -> None:
+        """Close what is open, and wait for it a little."""
+        if self._loop is not None and self._close.detach():
+            with contextlib.suppress(Exception):
+                _end(self._loop, self._backends).result(END_S)
 
     def after_fork(self) -> None:
         self._inherited.append((self._loop, self._backends))
@@ -351,8 +359,8 @@ class _Thread:
         self._selector = selectors.DefaultSelector()
         self._loop = asyncio.SelectorEventLoop(self._selector)
         threading.Thread(target=_run, args=(self._loop,), name="store", daemon=True).start()
-        # runs at close, when the store is forgotten, and before the interpreter ends
         self._close = weakref.finalize(self, _end, self._loop, self._backends)
+        self._close.atexit = False
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:
@@ -363,15 +371,22 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
 _threads: "weakref.WeakSet[_Thread]" = weakref.WeakSet()
 
 
-def _end(loop: asyncio.AbstractEventLoop, backends: dict[Root, Backend]) -> None:
+def _end(loop: asyncio.AbstractEventLoop, backends: dict[Root, Backend]) -> "Future[None]":
+    """Waits for nothing: a store that is forgotten may be collected in the midst of anything, under any lock."""
+
     async def end() -> None:
         for backend in backends.values():
             with contextlib.suppress(Exception):
                 await backend.close()
         loop.call_soon(loop.stop)
 
-    with contextlib.suppress(Exception):
-        asyncio.run_coroutine_threadsafe(end(), loop).result(timeout=2)
+    return asyncio.run_coroutine_threadsafe(end(), loop)
+
+
+@atexit.register
+def _end_all() -> None:
+    for thread in list(_threads):
+        thread.end()
 
 
 def _after_fork() -> None:

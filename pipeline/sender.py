@@ -280,10 +280,10 @@ def _write_whole(path: Path, data: bytes) -> None:
 def _make(folder: Path) -> None:
     """Again as often as another rank of this node removes the parent, which was empty, before this one is in it."""
     for _ in range(1000):
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError, FileExistsError):  # the latter: it was there, and gone at the second look
             return folder.mkdir(parents=True, exist_ok=True)
         time.sleep(random.uniform(0.0, 0.001))  # out of step with the other
-    raise FileNotFoundError(f"{folder}: removed as often as it was made")
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _remove(folder: Path) -> None:

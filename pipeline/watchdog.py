@@ -10,6 +10,7 @@ But a rank that was asked to stop leaves in time, whatever it is at: after the t
 """
 
 import faulthandler
+import gc
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import ClassVar
 
 from pydantic import PositiveFloat
@@ -180,12 +182,24 @@ class Watchdog:
 
     def _save_stacks(self) -> Path:
         path = self._folder / f"stacks-{self._rank:04d}.txt"
-        trainer = sys._current_frames().get(threading.main_thread().ident or 0)
+        trainer = "".join(traceback.format_stack(_frame_of_the_main_thread()))
         with suppress(OSError), path.open("w") as file:
-            file.write("the thread that trains:\n" + "".join(traceback.format_stack(trainer)) + "\nall threads:\n")
+            file.write(f"the thread that trains:\n{trainer}\nall threads:\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)  # a hundred of them at most
         return path
+
+
+def _frame_of_the_main_thread() -> FrameType | None:
+    """Without a collection of garbage on the way: up to Python 3.11 it runs under the lock of the list of threads, and
+    for ever when it lets another thread run that begins a third."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return sys._current_frames().get(threading.main_thread().ident or 0)
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _read(path: Path) -> Beat:

@@ -1,8 +1,11 @@
 """Stores without a server. What S3 does is in tests/real/test_store_s3.py."""
 
+import asyncio
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -114,8 +117,10 @@ def test_an_upload_to_a_folder_whose_process_was_killed_is_given_up(tmp_path: Pa
         child = os.fork()
         if not child:
             local._sync = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # written, and not yet in its place
-            store.upload(tmp_path / "file", f"{folder}/x")
-            os._exit(1)
+            try:
+                store.upload(tmp_path / "file", f"{folder}/x")
+            finally:
+                os._exit(1)
         assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert store.abandon("dead") == 2
     assert store.abandon("dead") == store.abandon("nowhere") == 0
@@ -134,6 +139,44 @@ def test_a_store_survives_pickling_and_closing(store: Store) -> None:
     store.put("a", b"1")
     store.close()
     assert store.get("a") == pickle.loads(pickle.dumps(store)).get("a") == b"1"  # noqa: S301
+
+
+def test_a_store_that_is_forgotten_holds_up_nobody_while_it_closes(monkeypatch: pytest.MonkeyPatch) -> None:
+    go, closed = threading.Event(), threading.Event()
+
+    async def close(self: object) -> None:
+        await asyncio.to_thread(go.wait)
+        closed.set()
+
+    monkeypatch.setattr(local.Memory, "close", close)
+    monkeypatch.setattr("data_shards.store.END_S", 60.0)
+    forgetting = threading.Thread(target=lambda: Store("memory://forgotten").put("a", b"1"))
+    forgetting.start()
+    forgetting.join(30)
+    held_up = forgetting.is_alive()
+    go.set()
+    assert not held_up
+    assert closed.wait(30)
+
+
+AT_THE_END = """
+import asyncio
+from data_shards import local
+from data_shards.store import Store
+
+async def close(self):
+    await asyncio.sleep(0.1)
+    print("closed")
+
+local.Memory.close = close
+store = Store("memory://open")
+store.put("a", b"1")
+"""
+
+
+def test_a_store_that_is_still_open_is_closed_before_the_interpreter_ends() -> None:
+    done = subprocess.run([sys.executable, "-c", AT_THE_END], capture_output=True, text=True, check=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("closed\n", "")
 
 
 def test_a_forked_child_reads_and_the_parent_goes_on(store: Store) -> None:

@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -598,24 +599,26 @@ def test_a_damaged_leftover_is_not_sent(tmp_path: Path) -> None:
     assert not leftover.exists()
 
 
-def test_a_rank_makes_its_folder_while_another_one_removes_the_empty_parent(tmp_path: Path) -> None:
-    mine, other = tmp_path / "step-000000001-a1" / "rank-0", tmp_path / "step-000000001-a1" / "rank-1"
-    over = threading.Event()
+def test_ranks_make_their_folders_while_another_one_removes_the_empty_parent(tmp_path: Path) -> None:
+    save, over = tmp_path / "step-000000001-a1", threading.Event()
 
     def remove_again_and_again() -> None:
         while not over.is_set():
-            sender._remove(other)
+            sender._remove(save / "rank-2")
 
-    thread = threading.Thread(target=remove_again_and_again)
-    thread.start()
-    try:
-        for _ in range(2000):
+    def make_again_and_again(mine: Path) -> None:
+        for _ in range(200):
             sender._make(mine)
             assert mine.is_dir()
             mine.rmdir()
-    finally:
-        over.set()
-        thread.join()
+
+    with ThreadPoolExecutor(3) as threads:
+        threads.submit(remove_again_and_again)
+        makers = [threads.submit(make_again_and_again, save / f"rank-{rank}") for rank in range(2)]
+        try:
+            assert [maker.result() for maker in makers] == [None, None]
+        finally:
+            over.set()
 
 
 LANES = 4

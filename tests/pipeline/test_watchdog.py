@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -63,6 +65,47 @@ def test_a_silent_rank_is_named_and_the_stacks_of_the_others_are_saved(watched: 
     assert "after step 7; silent: rank 1 on " in str(hang)
     assert len(hang.hosts) == 1
     assert "test_watchdog.py" in (watched.folder / "stacks-0000.txt").read_text()
+
+
+# A store is forgotten, and collected the later the larger `after` is, while stacks are saved and threads come and go.
+GARBAGE = """
+import faulthandler, gc, sys, threading
+from pathlib import Path
+from data_shards.store import Store
+from pipeline.watchdog import Watchdog, WatchdogSettings
+
+class Cycle:
+    def __init__(self):
+        self.itself, self.store = self, Store("memory://forgotten")
+        self.store.put("a", b"1")
+
+def come_and_go():
+    while True:
+        thread = threading.Thread(target=int)
+        thread.start()
+        thread.join()
+
+faulthandler.dump_traceback_later(30, exit=True)
+dog = Watchdog(Path(sys.argv[1]), 0, 1, "host", WatchdogSettings(), {}, print)
+threading.Thread(target=come_and_go, daemon=True).start()
+gc.disable()
+for after in range(1, 31):
+    stay = threading.Event()
+    for _ in range(20):
+        threading.Thread(target=stay.wait, daemon=True).start()
+    gc.collect()
+    Cycle()
+    gc.set_threshold(gc.get_count()[0] + after)
+    gc.enable()
+    dog._save_stacks()
+    gc.disable()
+    stay.set()
+"""
+
+
+def test_stacks_are_saved_whatever_garbage_is_collected_meanwhile(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", GARBAGE, tmp_path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_rank_that_is_stuck_but_alive_is_named_by_its_step(watched: Watched) -> None:
