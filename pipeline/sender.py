@@ -283,7 +283,7 @@ def _make(folder: Path) -> None:
         with suppress(FileNotFoundError, FileExistsError):  # the latter: it was there, and gone at the second look
             return folder.mkdir(parents=True, exist_ok=True)
         time.sleep(random.uniform(0.0, 0.001))  # out of step with the other
-    folder.mkdir(parents=True, exist_ok=True)
+    return folder.mkdir(parents=True, exist_ok=True)
 
 
 def _remove(folder: Path) -> None:
