@@ -15,13 +15,13 @@ from jobs.curate_verbs import curate_verbs
 from jobs.result_verbs import result_verbs
 from jobs.run_verbs import run_verbs
 from jobs.shard_verbs import shard_verbs
-from jobs.verbs import add_verb, say
+from jobs.verbs import Parser, add_verb, say
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit code."""
-    options = parser().parse_args(arguments)
     try:
+        options = parser().parse_args(arguments)
         code: int = options.run_verb(options)
     except UserError as error:
         sys.stderr.write(f"farseer: {error}\n")
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """All verbs and their options."""
-    root = argparse.ArgumentParser(prog="farseer", description="Train a vision model on unlabelled images, on SLURM.")
+    root = Parser(prog="farseer", description="Train a vision model on unlabelled images, on SLURM.")
     verbs = root.add_subparsers(title="verbs", required=True, metavar="VERB")
     shard_verbs(verbs)
     curate_verbs(verbs)

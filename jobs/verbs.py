@@ -8,9 +8,18 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, is_dataclass
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
+
+from data_shards.errors import UserError
 
 Verb = Callable[[argparse.Namespace], int]
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with an option in one line, as everything else is said."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; {self.prog} --help says what there is")
 
 
 def add_verb(verbs: Any, name: str, function: Verb, text: str) -> argparse.ArgumentParser:

@@ -1,6 +1,5 @@
 """Runs a function on a few processes that talk through gloo, and gives back what each returned."""
 
-import multiprocessing
 import os
 import pickle
 import tempfile
@@ -14,17 +13,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests import forking
+
 
 def run(world_size: int, function: Callable[..., Any], *arguments: object, deadline_s: float = 120.0) -> list[Any]:
     """function(rank, *arguments) on each rank, a function of a module; results in the order of ranks.
 
     Raises AssertionError with a rank's traceback when it fails, TimeoutError after the deadline; leaves no process.
     """
-    spawn = multiprocessing.get_context("spawn")
+    context = forking.context()
     with tempfile.TemporaryDirectory() as folder:
-        pipes = [spawn.Pipe(duplex=False) for _ in range(world_size)]
+        pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
         processes = [
-            spawn.Process(
+            context.Process(
                 target=_rank, args=(rank, world_size, folder, pipes[rank][1], function, arguments), daemon=True
             )
             for rank in range(world_size)
