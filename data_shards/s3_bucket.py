@@ -6,6 +6,7 @@ how long. Keys and endpoint come from the AWS chain.
 
 import asyncio
 import contextlib
+from collections.abc import AsyncIterator
 from typing import Any
 
 import s3fs
@@ -16,6 +17,9 @@ from botocore.httpsession import get_cert_path
 from botocore.utils import get_environ_proxies
 
 from data_shards.direct import Direct
+from data_shards.store import Denied
+
+KEY_S = 60.0  # for what gives a key: a credential_process may wait for somebody to type
 
 
 class Bucket:
@@ -48,7 +52,8 @@ class Bucket:
         async with self._connecting:
             if self._client is None:
                 client = _unconnected(self._connections)
-                await client.set_session()
+                async with self._in_time():
+                    await client.set_session()
                 self._client, self._direct = client, _direct(client)
         return self._client
 
@@ -78,8 +83,9 @@ class Bucket:
     async def renew_key(self) -> None:
         """Take the key that the profile's files hold by now. What a role or SSO gives, botocore renews itself."""
         held = await (await self.client()).session.get_credentials()
-        with contextlib.suppress(boto.BotoCoreError):  # the files may be half written
-            found = await AioSession().get_credentials()
+        with contextlib.suppress(boto.BotoCoreError, Denied):  # the files may be half written
+            async with self._in_time():
+                found = await AioSession().get_credentials()
             if type(held) is type(found) is AioCredentials:
                 held.access_key, held.secret_key, held.token = found.access_key, found.secret_key, found.token
 
@@ -90,8 +96,20 @@ class Bucket:
         if found is None:
             return "no key; set AWS_PROFILE"
         source = "the environment" if found.method == "env" else f"profile {session.profile or 'default'}"
-        key = await found.get_frozen_credentials()  # those that expire have no other way to it
+        async with self._in_time():
+            key = await found.get_frozen_credentials()  # those that expire have no other way to it
         return f"key id {key.access_key[:4]}.. from {source}"
+
+    @contextlib.asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(KEY_S):
+                yield
+        except TimeoutError as error:
+            raise Denied(
+                f"{self.url('')}: no key after {KEY_S:.0f} s; look at what gives it (credential_process of the AWS "
+                f"profile, or its role's service)"
+            ) from error
 
 
 def _unconnected(connections: int) -> "s3fs.S3FileSystem":

@@ -356,10 +356,11 @@ class _Thread:
         self._reset()
 
     def _start(self) -> None:
-        self._selector = selectors.DefaultSelector()
-        self._loop = asyncio.SelectorEventLoop(self._selector)
-        threading.Thread(target=_run, args=(self._loop,), name="store", daemon=True).start()
-        self._close = weakref.finalize(self, _end, self._loop, self._backends)
+        selector = selectors.DefaultSelector()
+        loop = asyncio.SelectorEventLoop(selector)
+        threading.Thread(target=_run, args=(loop,), name="store", daemon=True).start()  # where there may be one more
+        self._selector, self._loop = selector, loop
+        self._close = weakref.finalize(self, _end, loop, self._backends)
         self._close.atexit = False
 
 

@@ -8,10 +8,10 @@ import os
 import secrets
 import shutil
 import subprocess
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,9 @@ from jobs.site import Site
 
 FREE_BYTES = 10e9  # of the shared disk: code snapshots, logs, rows, and checkpoints on their way
 FREE_INODES = 10_000
+LOOK_S, NODES_S = 60.0, 240.0  # longer than what waits for SLURM, for a store that is away; for nodes
+
+Look = Callable[[], Iterator["Finding"]]
 
 
 @dataclass(frozen=True)
@@ -40,23 +43,39 @@ def examine(site: Site, runs: str, shards: Sequence[str] = (), probe: bool = Fal
     from jobs.doctor_slurm import look_at_nodes, look_at_slurm
     from jobs.doctor_store import look_at_shards, look_at_store
 
-    looks: list[Callable[[], Iterator[Finding]]] = [lambda: look_at_store(runs), lambda: look_at_shards(shards)]
+    looks: dict[str, Look] = {"store": lambda: look_at_store(runs), "sets": lambda: look_at_shards(shards)}
     if site.executor == "slurm":
-        looks.append(lambda: look_at_slurm(site))
-    asks_nodes = probe and site.executor == "slurm"
-    looks += [lambda: _disk(site), lambda: _wandb(site), lambda: _hosts(site)]
-    looks.append((lambda: look_at_nodes(site, runs)) if asks_nodes else (lambda: _gpus(site)))
-    with ThreadPoolExecutor(len(looks)) as pool:
-        return [finding for found in pool.map(_all, looks) for finding in found]
+        looks["SLURM"] = lambda: look_at_slurm(site)
+    looks |= {"shared disk": lambda: _disk(site), "W&B": lambda: _wandb(site), "hosts": lambda: _hosts(site)}
+    if probe and site.executor == "slurm":
+        looks["nodes"] = lambda: look_at_nodes(site, runs)
+    else:
+        looks["GPUs"] = lambda: _gpus(site)
+    return list(_found(looks))
 
 
-def _all(look: Callable[[], Iterator[Finding]]) -> list[Finding]:
-    found: list[Finding] = []
+def _found(looks: Mapping[str, Look]) -> Iterator[Finding]:
+    """All at once; what does not come to its end, as on a disk that does not answer, is left behind."""
+    found: dict[str, list[Finding]] = {what: [] for what in looks}
+    threads = {
+        what: threading.Thread(target=_all, args=(look, found[what]), daemon=True) for what, look in looks.items()
+    }
+    begun = time.monotonic()
+    for thread in threads.values():
+        thread.start()
+    for what, thread in threads.items():
+        limit_s = NODES_S if what == "nodes" else LOOK_S
+        thread.join(max(0.0, begun + limit_s - time.monotonic()))
+        yield from list(found[what])
+        if thread.is_alive():
+            yield Finding(what, False, f"no answer for {limit_s:.0f} s")
+
+
+def _all(look: Look, found: list[Finding]) -> None:
     try:
         found.extend(look())
     except (UserError, OSError, subprocess.SubprocessError, ValueError, KeyError) as error:
         found.append(Finding("cannot look", False, " ".join(str(error).split()) or type(error).__name__))
-    return found
 
 
 def _disk(site: Site) -> Iterator[Finding]:

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import submitit
@@ -87,4 +88,5 @@ def _stop_controller(job: submitit.Job[str]) -> None:
 
 def _kill(process: Process, number: signal.Signals) -> None:
     if process.running():
-        os.kill(process.pid, number)
+        with suppress(ProcessLookupError):  # gone since
+            os.kill(process.pid, number)

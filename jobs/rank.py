@@ -6,6 +6,7 @@ submitit pickles `run` by its name, so it is imported from the run's snapshot, n
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from contextlib import suppress
@@ -25,6 +26,8 @@ from jobs.supervise import publish
 LEAVE_S = 15  # of the time between signal and end, for what follows the last save
 EARLY_S = 90.0  # SLURM may send the signal of the time limit up to a minute early, and has begun before us
 WITNESS_S = 3.0  # whom another rank left lets it be the first to be gone: it is the one to blame
+TELL_S = 10.0  # for the last words, on a disk that may not answer
+END_S = 60.0  # from the end of the training to that of the process: W&B's, which it waits for, may stand still
 
 
 class OutOfTime(UserError):
@@ -66,13 +69,11 @@ def run(config: dict[str, Any], store: str, signal_delay_s: int, gpus: int, time
             stop_budget_s=max(1.0, signal_delay_s - LEAVE_S),
             requeue=(lambda: requeue(start)) if rank == 0 else None,
             hung=lambda why: _fail(start, rank, why),
+            over=lambda outcome: _over(start, rank, outcome),
         )
-        outcome = run_rank(settings, launch)
+        return run_rank(settings, launch)
     except Exception as error:  # noqa: BLE001 - whatever it is, the supervisor has to know
         _fail(start, rank, error)
-    if rank == 0 and start.outcome() is None:
-        start.end(outcome)
-    return outcome
 
 
 def requeue(start: Start) -> None:
@@ -96,26 +97,48 @@ def _handle_early_signals(start: Start, rank: int, time_s: float) -> None:
     begun = time.monotonic()
 
     def preempted(number: int, frame: FrameType | None) -> None:
-        if rank == 0 and start.cancelled:
-            start.end("cancelled")
-        elif time.monotonic() - begun > time_s - EARLY_S:
+        if not start.cancelled and time.monotonic() - begun > time_s - EARLY_S:
             took = f"{time.monotonic() - begun:.0f} s"
             _fail(start, rank, OutOfTime(f"the time limit came {took} after the start, before the first step; "
                                          "set the site's time_limit_min higher, or signal_delay_s lower"))  # fmt: skip
-        elif rank == 0:
-            start.note("requeued", reason="preempted before the first step")
-            requeue(start)
-        os._exit(0)
+        try:
+            _leave_early(start, rank)
+        finally:
+            os._exit(1)  # not 0: SLURM ends those with it that wait for this one already, and hear no signal there
 
     signal.signal(signal.SIGUSR2, preempted)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGCONT, signal.SIG_DFL)
 
 
+def _leave_early(start: Start, rank: int) -> None:
+    """Rank 0 speaks for all, unless it is among those that wait."""
+    if rank != 0:
+        time.sleep(WITNESS_S)
+        if start.outcome() is None:
+            start.end("cancelled" if start.cancelled else "preempted")
+    elif start.cancelled:
+        start.end("cancelled")
+    else:
+        start.note("requeued", reason="preempted before the first step")
+        requeue(start)
+
+
+def _over(start: Start, rank: int, outcome: str) -> None:
+    """The training has ended, and its watchdog: leave word, and see to it that the process ends."""
+    if rank == 0 and start.outcome() is None:
+        start.end(outcome)
+    timer = threading.Timer(END_S, os._exit, (0,))
+    timer.daemon = True
+    timer.start()
+
+
 def _fail(start: Start, rank: int, error: Exception) -> NoReturn:
     """Leave word where there is room for it, and the process, whatever its other threads wait for."""
     try:
-        _tell(start, rank, error)
+        telling = threading.Thread(target=_tell, args=(start, rank, error), daemon=True)
+        telling.start()
+        telling.join(TELL_S)
         if blame.kind(str(error)) == "collective":
             time.sleep(WITNESS_S)
     finally:
@@ -123,11 +146,9 @@ def _fail(start: Start, rank: int, error: Exception) -> NoReturn:
 
 
 def _tell(start: Start, rank: int, error: Exception) -> None:
-    """On the shared disk and in the log, each of which may be full."""
+    """On the shared disk and in the log, each of which may be full. submitit has Python buffer nothing."""
     with suppress(OSError):
         start.fail(rank, error)
     said = f"farseer: {error}\n" if isinstance(error, UserError) else "".join(traceback.format_exception(error))
-    with suppress(RuntimeError, OSError):  # as a signal's handler this may have cut off a write to the same stream
-        sys.stdout.flush()
     with suppress(OSError):
         os.write(sys.stderr.fileno(), said.encode())

@@ -18,7 +18,8 @@ class Stamped:
     """A text stream that puts the time before each line."""
 
     def __init__(self, out: TextIO) -> None:
-        self._out, self._at_start, self._lock = out, True, threading.Lock()
+        # of this thread too: a signal's handler or a destructor may write in the midst of a line
+        self._out, self._at_start, self._lock = out, True, threading.RLock()
 
     def write(self, text: str) -> int:
         with self._lock:

@@ -3,10 +3,15 @@
 Lightning 2.6 broadcasts SIGTERM with a host sync at every batch and does a collective inside its signal handler. Here a
 handler only notes the signal; ranks agree at a batch boundary through the sums that each step exchanges anyway
 (pipeline.agreement).
+
+Python calls a handler when the main thread is back from C, which it may never be where a collective hangs. What the
+interpreter does at once is to write the signal's number to a pipe; the watchdog's thread reads it there.
 """
 
+import os
 import signal
 import time
+from contextlib import suppress
 from types import FrameType
 
 import pytorch_lightning as pl
@@ -20,15 +25,28 @@ class StopRequest:
         self.preempted = False
         self.terminated = False
         self._asked_at: float | None = None
+        self._pipe: tuple[int, int] | None = None
 
     def install(self) -> None:
         """Take over USR2 and TERM of this process; submitit's and Lightning's handlers are replaced."""
         signal.signal(signal.SIGUSR2, self._note)
         signal.signal(signal.SIGTERM, self._note)
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
+        if self._pipe is None:
+            self._pipe = os.pipe()
+            for end in self._pipe:
+                os.set_blocking(end, False)
+        signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
 
     def deadline(self, budget_s: float) -> float | None:
-        """The time (monotonic) by which what was asked for must be done; None before anything was."""
+        """The time (monotonic) by which what was asked for must be done; None before anything was.
+
+        Of any thread, also while the main thread is in C.
+        """
+        if self._pipe is not None:
+            with suppress(BlockingIOError):  # there was none
+                for number in os.read(self._pipe[0], 1000):
+                    self._note(number)
         return None if self._asked_at is None else self._asked_at + budget_s
 
     @property
@@ -36,8 +54,9 @@ class StopRequest:
         """Seconds since the first signal; None before it."""
         return None if self._asked_at is None else time.monotonic() - self._asked_at
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._asked_at = self._asked_at or time.monotonic()
+    def _note(self, number: int, frame: FrameType | None = None) -> None:
+        if number in (signal.SIGUSR2, signal.SIGTERM):
+            self._asked_at = self._asked_at or time.monotonic()
         self.preempted |= number == signal.SIGUSR2
         self.terminated |= number == signal.SIGTERM
 

@@ -36,7 +36,11 @@ SAVE_S = 300.0  # a save that stops training for longer hangs
 
 @dataclass(frozen=True)
 class Launch:
-    """What the launcher knows and the trainer does not. Plain values, but for `requeue` (called on rank 0), `hung`."""
+    """What the launcher knows and the trainer does not. Plain values, but for what is called.
+
+    requeue: on rank 0, after a preemption's save. hung: in a thread; must end the process. over: when no step will come
+    any more; from then on nothing watches this process but its launcher.
+    """
 
     run_dir: str  # on the shared disk
     store: str  # the run's folder in the object store
@@ -49,7 +53,8 @@ class Launch:
     host: str = ""  # by which the launcher knows this machine, and can keep off it
     stop_budget_s: float = 60.0  # from the signal to the end: save, upload, commit
     requeue: Callable[[], None] | None = field(default=None, compare=False)
-    hung: Callable[[Exception], None] | None = field(default=None, compare=False)  # must end the process; in a thread
+    hung: Callable[[Exception], None] | None = field(default=None, compare=False)
+    over: Callable[[Outcome], None] = field(default=lambda _: None, compare=False)
 
 
 class OutOfMemory(UserError):
@@ -73,6 +78,7 @@ def run_rank(config: Config, launch: Launch) -> Outcome:
     session = Session(config, launch, request)
     with closing(session.watchdog):
         outcome = session.train()
+    launch.over(outcome)
     dist.destroy_process_group()
     return outcome
 

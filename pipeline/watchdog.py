@@ -33,6 +33,7 @@ from data_shards.section import Section
 
 MEDIANS = 20  # a step that takes so many times the median is none any more
 SILENT_BEATS = 3  # without a new one in this time a rank is silent
+CLOSE_S = 5.0  # for a beat that is just being written; a disk that does not answer holds up no end
 LATE_S = 3.0  # after the deadline of a stop: the thread that trains says better why it is not done
 
 
@@ -115,7 +116,7 @@ class Watchdog:
 
     def close(self) -> None:
         self._closed.set()
-        self._thread.join()
+        self._thread.join(CLOSE_S)
 
     def _watch(self) -> None:
         while not self._closed.wait(min(self._settings.beat_s, max(0.1, self._late_in()))):
@@ -183,7 +184,7 @@ class Watchdog:
     def _save_stacks(self) -> Path:
         path = self._folder / f"stacks-{self._rank:04d}.txt"
         trainer = "".join(traceback.format_stack(_frame_of_the_main_thread()))
-        with suppress(OSError), path.open("w") as file:
+        with suppress(OSError), path.open("w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"the thread that trains:\n{trainer}\nall threads:\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)  # a hundred of them at most

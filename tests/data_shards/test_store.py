@@ -13,7 +13,7 @@ import pytest
 
 from data_shards import local
 from data_shards.errors import UserError
-from data_shards.store import AlreadyExists, Entry, NotFound, Store, StoreError, Truncated
+from data_shards.store import AlreadyExists, Denied, Entry, NotFound, Store, StoreError, Truncated
 
 
 @pytest.fixture(params=["file", "memory"])
@@ -177,6 +177,30 @@ store.put("a", b"1")
 def test_a_store_that_is_still_open_is_closed_before_the_interpreter_ends() -> None:
     done = subprocess.run([sys.executable, "-c", AT_THE_END], capture_output=True, text=True, check=True, timeout=60)
     assert (done.stdout, done.stderr) == ("closed\n", "")
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
+def test_a_store_that_could_begin_no_thread_is_none_the_worse(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as short:
+        short.setattr(threading.Thread, "start", full)
+        with pytest.raises(RuntimeError, match="new thread"):
+            store.put("a", b"1")
+    store.put("a", b"1")
+    assert store.get("a") == b"1"
+
+
+def test_what_gives_a_key_and_does_not_answer_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config").write_text("[default]\nregion = somewhere\ncredential_process = sleep 30\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    for name in ("AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("data_shards.s3_bucket.KEY_S", 1.0)
+    with pytest.raises(Denied, match=r"s3://runs: no key after 1 s; look at what gives it \(credential_process"):
+        Store("s3://runs/mine").check()
 
 
 def test_a_forked_child_reads_and_the_parent_goes_on(store: Store) -> None:

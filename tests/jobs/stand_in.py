@@ -3,7 +3,7 @@
 Its ranks meet at the launch's address and take `steps` steps of 0.1 s together, so that a dead one is everyone's error;
 rank 0 "commits" a checkpoint every `save_every` steps; each says where it began and what it saw around itself.
 Config: steps, save_every; die_at (a step), die_from (dies only in a start from there), die_rank, die_how ("kill",
-"error", "mendable").
+"error", "mendable"); late_rank (never comes to train).
 """
 
 import shutil
@@ -30,7 +30,7 @@ def parse(values, name):
     return Config(values)
 """
 TRAIN = '''
-import json, os, re, signal, socket, sys, time
+import ctypes, json, os, re, signal, socket, sys, time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,9 +52,29 @@ class Launch:
     host: str = ""
     requeue: Callable[[], None] | None = None
     hung: Callable[[Exception], None] | None = None
+    over: Callable[[str], None] = lambda outcome: None
 
 
 def run_rank(config, launch):
+    if "late_rank" in config:
+        wait_for_late(config["late_rank"], launch)
+    outcome = train(config, launch)
+    launch.over(outcome)
+    return outcome
+
+
+def wait_for_late(late, launch):
+    # one rank is still at what comes before the training; the others wait for it as torch's rendezvous does, in C
+    say(launch, 0)
+    if launch.rank == late:
+        time.sleep(600)
+    signal.signal(signal.SIGUSR2, lambda *_: None)
+    mutex, c = ctypes.create_string_buffer(64), ctypes.CDLL(None)
+    for _ in range(2):
+        c.pthread_mutex_lock(mutex)
+
+
+def train(config, launch):
     asked = []
     signal.signal(signal.SIGUSR2, lambda *_: asked.append("preempted"))
     signal.signal(signal.SIGTERM, lambda *_: None)

@@ -1,6 +1,7 @@
 """What a doctor says of this machine, of folders and of a site whose SLURM answers as told; real ones in tests/real."""
 
 import json
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,16 @@ def test_a_shared_folder_that_cannot_be_written_is_bad_and_says_what_to_set(site
     said = found(site, "shared disk", tmp_path)
     assert said.ok is False
     assert "shared_dir" in said.says
+
+
+def test_a_disk_that_does_not_answer_is_a_finding_and_holds_up_no_other(site, tmp_path, monkeypatch):
+    there = threading.Event()
+    monkeypatch.setattr(doctor, "_disk", lambda site: iter(there.wait, True))
+    monkeypatch.setattr(doctor, "LOOK_S", 5.0)
+    said = {one.what: one for one in examine(site, f"file://{tmp_path}/store")}
+    there.set()
+    assert said["shared disk"].line().split(maxsplit=3)[3] == "no answer for 5 s"
+    assert said["hosts"].ok
 
 
 def test_too_little_room_is_bad(site, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 import io
 import json
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,27 @@ def test_a_line_is_stamped_once_however_it_is_written_and_read_back_with_its_tim
     monkeypatch.setattr(sys, "stderr", out)
     stamp_output()
     assert isinstance(sys.stdout, Stamped)
+
+
+class Interrupted(io.StringIO):
+    """A stream in the midst of whose first write something else of the same thread writes, such as a destructor."""
+
+    stamped: Stamped | None = None
+
+    def write(self, text: str) -> int:
+        stamped, self.stamped = self.stamped, None
+        if stamped is not None:
+            stamped.write("by the way\n")
+        return super().write(text)
+
+
+def test_what_is_written_in_the_midst_of_a_line_does_not_wait_for_its_end():
+    out = Interrupted()
+    out.stamped = stream = Stamped(out)
+    writing = threading.Thread(target=stream.write, args=("a line\n",), daemon=True)
+    writing.start()
+    writing.join(20)
+    assert sorted(parse(line)[1] for line in out.getvalue().splitlines()) == ["a line", "by the way"]
 
 
 def test_the_lines_of_all_ranks_are_merged_by_time_and_those_without_one_stay_behind_theirs(job):

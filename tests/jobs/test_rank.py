@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from jobs.daemons import wait_until
-from jobs.start import Start, cancel_marker, events
+from jobs.start import Outcome, Start, cancel_marker, events
 
 RANK = """
 import signal, sys
@@ -55,6 +55,24 @@ from jobs.rank import run
 
 run({}, "file:///nowhere", 60, 0, 60)
 """
+OVER = """
+import atexit, sys, time
+from jobs import rank
+from jobs.start import Start
+
+rank.END_S = 1.0
+atexit.register(time.sleep, 600)  # as W&B's client waits for its service
+rank._over(Start.here(), int(sys.argv[1]), "finished")
+"""
+NO_DISK = """
+import sys, time
+from jobs import rank
+from jobs.start import Start
+
+rank.TELL_S = 1.0
+Start.fail = lambda *_: time.sleep(600)
+rank._fail(Start.here(), int(sys.argv[1]), RuntimeError("an error"))
+"""
 LONG_S, SHORT_S = 3600.0, 60.0  # of a job whose time limit is far away, and of one whose signal is that of its limit
 
 
@@ -81,12 +99,36 @@ def signalled(start: Start, rank: int, time_s: float) -> int:
 
 
 def test_a_preemption_before_the_first_step_is_no_failure_however_often_it_comes(start: Start) -> None:
-    assert (signalled(start, 1, LONG_S), start.outcome()) == (0, None)  # rank 0 speaks for all
-    assert signalled(start, 0, LONG_S) == 0
+    assert signalled(start, 0, LONG_S) == 1
     outcome = start.outcome()
     assert outcome is not None
     assert (outcome.outcome, outcome.requeued, start.failures()) == ("preempted", False, [])
     assert [event["reason"] for event in events(start.run_dir)] == ["preempted before the first step"]
+
+
+@pytest.mark.parametrize("outcome", ["preempted", "cancelled"])
+def test_a_rank_that_leaves_early_ends_those_that_wait_for_it_and_speaks_for_a_rank_0_among_them(
+    start: Start, outcome: str
+) -> None:
+    if outcome == "cancelled":
+        cancel_marker(start.run_dir).touch()
+    assert signalled(start, 1, LONG_S) == 1  # not 0, so that SLURM ends the others
+    assert start.outcome() == Outcome(outcome)
+    start.end("preempted", requeued=True)
+    assert signalled(start, 1, LONG_S) == 1
+    assert start.outcome() == Outcome("preempted", requeued=True)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_when_training_is_over_the_process_ends_whatever_it_still_waits_for(start: Start, rank: int) -> None:
+    ended = subprocess.run(**launched(start, OVER, rank, 0), check=False, timeout=60)
+    assert ended.returncode == 0
+    assert start.outcome() == (Outcome("finished") if rank == 0 else None)
+
+
+def test_a_disk_that_does_not_answer_does_not_keep_a_rank_that_failed(start: Start) -> None:
+    ended = subprocess.run(**launched(start, NO_DISK, 1, 0), check=False, timeout=60)
+    assert ended.returncode == 1
 
 
 def test_a_time_limit_that_is_too_short_to_begin_is_a_failure_of_which_the_supervisor_bears_only_some(
@@ -127,7 +169,5 @@ def test_a_signal_in_the_middle_of_a_line_of_the_log_is_heeded_all_the_same(star
 
 def test_a_cancel_before_the_first_step_ends_the_job(start: Start) -> None:
     cancel_marker(start.run_dir).touch()
-    assert signalled(start, 0, SHORT_S) == 0
-    outcome = start.outcome()
-    assert outcome is not None
-    assert outcome.outcome == "cancelled"
+    assert signalled(start, 0, SHORT_S) == 1
+    assert start.outcome() == Outcome("cancelled")

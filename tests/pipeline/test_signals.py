@@ -1,7 +1,9 @@
 """Signals set a flag and nothing else, also while Lightning trains."""
 
+import ctypes
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +18,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from jobs.daemons import wait_until
 from pipeline.signals import RankEnvironment, StopRequest, own_signals
 from tests.pipeline.distributed import run
 
@@ -28,6 +31,7 @@ def handlers() -> Iterator[None]:
     numbers = (signal.SIGUSR2, signal.SIGTERM, signal.SIGCONT)
     before = [signal.getsignal(number) for number in numbers]
     yield
+    signal.set_wakeup_fd(-1)
     for number, handler in zip(numbers, before, strict=True):
         signal.signal(number, handler)
 
@@ -76,6 +80,27 @@ def test_a_signal_is_noted_and_the_handlers_that_were_there_before_are_not_calle
     os.kill(os.getpid(), number)
     assert (request.preempted, request.terminated) == (preempted, terminated)
     assert called == []
+
+
+def test_a_signal_is_known_to_other_threads_while_the_main_thread_does_not_come_back_from_c() -> None:
+    request, mutex, c = StopRequest(), ctypes.create_string_buffer(64), ctypes.CDLL(None)
+    request.install()
+    c.pthread_mutex_lock(mutex)
+    known: list[bool] = []
+
+    def ask() -> None:
+        os.kill(os.getpid(), signal.SIGCHLD)  # none of ours
+        before = request.deadline(0.0)
+        os.kill(os.getpid(), signal.SIGUSR2)
+        known.append(before is None and wait_until(lambda: request.deadline(0.0) is not None, 20))
+        known.append((request.preempted, request.terminated) == (True, False))
+        c.pthread_mutex_unlock(mutex)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    c.pthread_mutex_lock(mutex)  # as a collective that hangs
+    asking.join()
+    assert known == [True, True]
 
 
 def test_a_request_is_kept_when_the_handlers_are_installed_again() -> None:

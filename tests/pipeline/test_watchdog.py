@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -193,6 +194,20 @@ def test_a_folder_that_cannot_be_written_does_not_stop_the_watch(tmp_path: Path)
     watched.start(1)
     assert "stood still" in str(watched.wait(0))
     watched.dogs[0].close()
+
+
+def test_a_disk_that_does_not_answer_holds_up_no_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "CLOSE_S", 0.5)
+    beat = tmp_path / f"beat-0000.{os.getpid()}"
+    os.mkfifo(beat)  # who opens it to write waits for a reader
+    dog = Watchdog(tmp_path, 0, 1, "host", QUICK, {}, lambda why: None)
+    closing = threading.Thread(target=dog.close)
+    dog._closed.wait(2 * QUICK.beat_s)
+    closing.start()
+    closing.join(DEADLINE_S)
+    held_up = closing.is_alive()
+    with beat.open("rb", buffering=0):
+        assert not held_up
 
 
 def test_a_rank_that_is_asked_to_stop_leaves_in_time_whatever_it_is_at(

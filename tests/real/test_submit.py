@@ -167,6 +167,16 @@ def test_all_ranks_killed_at_once_are_requeued(scene):
     assert len(last["suspects"]) == 1
 
 
+def test_a_cancel_half_way_through_a_start_ends_also_the_ranks_that_wait_for_the_others(scene):
+    job = scene.start(late_rank=1)
+    wait_for_ranks(job)
+    runs.cancel(job)
+    wait(job)
+    assert ended(job, 0) == "cancelled", tails(job)
+    assert [event["event"] for event in events(job.run_dir)].count("requeued") == 0
+    assert runs.status(job).state == "cancelled"
+
+
 def test_an_error_that_the_user_can_mend_ends_the_job_as_failed_with_the_cause(scene):
     job = scene.start(die_at=2, die_rank=1, die_how="mendable")
     wait(job)
