@@ -201,13 +201,15 @@ def test_a_disk_that_does_not_answer_holds_up_no_end(tmp_path: Path, monkeypatch
     beat = tmp_path / f"beat-0000.{os.getpid()}"
     os.mkfifo(beat)  # who opens it to write waits for a reader
     dog = Watchdog(tmp_path, 0, 1, "host", QUICK, {}, lambda why: None)
+    assert wait_until(lambda: dog._number == 1, DEADLINE_S)  # it is at its first beat
     closing = threading.Thread(target=dog.close)
-    dog._closed.wait(2 * QUICK.beat_s)
     closing.start()
     closing.join(DEADLINE_S)
     held_up = closing.is_alive()
-    with beat.open("rb", buffering=0):
-        assert not held_up
+    reader = os.open(beat, os.O_RDONLY | os.O_NONBLOCK)
+    dog._thread.join()
+    os.close(reader)
+    assert not held_up
 
 
 def test_a_rank_that_is_asked_to_stop_leaves_in_time_whatever_it_is_at(
