@@ -1,7 +1,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -31,11 +30,9 @@ def refused(capsys) -> str:
 def test_help_names_the_verbs_and_does_not_import_torch():
     code = "import sys; from jobs.cli import parser; parser().format_help(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
-    began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "jobs.cli", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert time.monotonic() - began < 5  # 0.05 s here; with torch it would be more
     for verb in ("plan", "submit", "resume", "status", "logs", "cancel", "checkpoints"):
         assert f"\n    {verb} " in done.stdout or f"\n    {verb}\n" in done.stdout
     assert "supervise" not in done.stdout.split("verbs:")[1]

@@ -64,7 +64,7 @@ def test_a_process_that_ignores_the_request_to_end_is_ended() -> None:
     began = time.monotonic()
     daemons.stop(ours, timeout_s=0.3)
     assert not ours.running()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 14  # it would be 15 by default
 
 
 def test_a_spawned_process_is_out_of_reach_of_the_terminal_and_writes_to_its_log(tmp_path: Path) -> None:

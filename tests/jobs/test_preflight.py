@@ -158,7 +158,7 @@ def test_a_job_of_one_node_waits_for_no_other(start, refusing, monkeypatch):
     begun = time.monotonic()
     with pytest.raises(Denied):
         preflight(start, refusing, config(), 0, 0)
-    assert time.monotonic() - begun < 15
+    assert time.monotonic() - begun < 29
 
 
 def test_a_store_that_the_user_must_mend_is_said_as_it_is(start, monkeypatch):

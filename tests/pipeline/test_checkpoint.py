@@ -655,9 +655,9 @@ def test_each_tensor_is_dealt_to_one_rank_and_all_ranks_write_about_as_much() ->
 
 def test_a_rank_of_512_knows_in_no_time_what_it_writes() -> None:
     state = {f"model.{i}": torch.empty(1000 + i, device="meta") for i in range(2000)}
-    begun = time.perf_counter()
+    begun = time.process_time()
     names = deal(state, 511, 512)
-    assert time.perf_counter() - begun < 0.5
+    assert time.process_time() - begun < 0.5  # 3 ms here
     assert 1 <= len(names) <= 5
 
 
