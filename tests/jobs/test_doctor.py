@@ -51,6 +51,7 @@ def test_a_shared_folder_that_cannot_be_written_is_bad_and_says_what_to_set(site
     assert "shared_dir" in said.says
 
 
+@pytest.mark.slow
 def test_a_disk_that_does_not_answer_is_a_finding_and_holds_up_no_other(site, tmp_path, monkeypatch):
     there = threading.Event()
     monkeypatch.setattr(doctor, "_disk", lambda site: iter(there.wait, True))

@@ -106,6 +106,7 @@ def test_a_preemption_before_the_first_step_is_no_failure_however_often_it_comes
     assert [event["reason"] for event in events(start.run_dir)] == ["preempted before the first step"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outcome", ["preempted", "cancelled"])
 def test_a_rank_that_leaves_early_ends_those_that_wait_for_it_and_speaks_for_a_rank_0_among_them(
     start: Start, outcome: str
@@ -119,6 +120,7 @@ def test_a_rank_that_leaves_early_ends_those_that_wait_for_it_and_speaks_for_a_r
     assert start.outcome() == Outcome("preempted", requeued=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_when_training_is_over_the_process_ends_whatever_it_still_waits_for(start: Start, rank: int) -> None:
     ended = subprocess.run(**launched(start, OVER, rank, 0), check=False, timeout=60)
@@ -126,6 +128,7 @@ def test_when_training_is_over_the_process_ends_whatever_it_still_waits_for(star
     assert start.outcome() == (Outcome("finished") if rank == 0 else None)
 
 
+@pytest.mark.slow
 def test_a_disk_that_does_not_answer_does_not_keep_a_rank_that_failed(start: Start) -> None:
     ended = subprocess.run(**launched(start, NO_DISK, 1, 0), check=False, timeout=60)
     assert ended.returncode == 1
