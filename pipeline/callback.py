@@ -16,7 +16,7 @@ from pipeline.agreement import Agreement, StepSums, batch_hash, fixed_point
 from pipeline.checkpoint import Found
 from pipeline.loader import Batch, Loader
 from pipeline.module import StepResult, SwAV
-from pipeline.monitor import Monitor
+from pipeline.monitor import CLOSE_S, Monitor
 from pipeline.recovery import Recovery
 from pipeline.weights import begin
 
@@ -93,10 +93,10 @@ class Watch(pl.Callback):
         bad = [[b.id, b.step, b.reason] for b in self.loader.bad]
         self.session.save(module, self._quarantine, bad)
 
-    def close(self) -> None:
-        """Send the last rows. May be called twice."""
+    def close(self, wait_s: float = CLOSE_S) -> None:
+        """Send the last rows, for `wait_s` at most. May be called twice."""
         if self._monitor is not None:
-            self._monitor.close()
+            self._monitor.close(wait_s)
             self._monitor = None
 
     def _begin(self, result: StepResult, batch: Batch) -> None:

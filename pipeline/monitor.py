@@ -24,8 +24,14 @@ if TYPE_CHECKING:  # pipeline.run reads a config, of which the settings below ar
     from pipeline.run import Run
 
 CLOSE_S = 10.0  # for the last upload and for W&B's end, together; the requeue of a preempted job waits for it
+LAST_S = 60.0  # the same for a run that has finished: no later start sends what W&B has not got
 SETTLED_S = 3.0  # after that a row has certainly reached the file
 WAITING_ROWS = 100_000  # that W&B may be behind
+
+
+def close_s(finished: bool, stop_budget_s: float) -> float:
+    """How long the end of a run's start may wait for the monitor's."""
+    return max(CLOSE_S, min(LAST_S, stop_budget_s)) if finished else CLOSE_S
 
 
 class MonitorSettings(Section):
@@ -75,9 +81,9 @@ class Monitor:
             self._wandb.row(row)
         self._watch(row["result"])
 
-    def close(self) -> None:
-        """Send what is left, for CLOSE_S at most; the local files stay. May be called twice."""
-        deadline = time.monotonic() + CLOSE_S
+    def close(self, wait_s: float = CLOSE_S) -> None:
+        """Send what is left, for `wait_s` at most; the local files stay. May be called twice."""
+        deadline = time.monotonic() + wait_s
         self._closing.set()
         if self._wandb is not None:
             self._wandb.close(deadline)

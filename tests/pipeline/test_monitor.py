@@ -16,10 +16,9 @@ import pytest
 
 from data_shards.store import Store
 from jobs.rank import LEAVE_S
-from pipeline import monitor as monitor_module
 from pipeline import wandb_client
 from pipeline.journal import read_events, read_metrics
-from pipeline.monitor import CLOSE_S, Monitor, MonitorSettings
+from pipeline.monitor import CLOSE_S, LAST_S, Monitor, MonitorSettings, close_s
 from pipeline.run import Run
 from tests.pipeline import wandb_file
 from tests.waiting import until
@@ -125,18 +124,15 @@ def test_a_store_that_refuses_rows_is_told_once_and_gets_them_when_it_takes_them
 
 
 @pytest.mark.slow
-def test_a_store_that_does_not_answer_holds_up_neither_a_row_nor_the_end(
-    silent_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(monitor_module, "CLOSE_S", 1.0)
+def test_a_store_that_does_not_answer_holds_up_neither_a_row_nor_the_end(silent_store: Store, tmp_path: Path) -> None:
     run = Run(silent_store, tmp_path, 1)
     monitor = open_monitor(run, upload_seconds=0.01)
     monitor.row(result(1), run_part(1))
     until(lambda: silent_store.counters.requests)
     started = time.monotonic()
     monitor.row(result(2), run_part(2))
-    monitor.close()
-    monitor.close()
+    monitor.close(1.0)
+    monitor.close(1.0)
     assert time.monotonic() - started < 10
     assert len(local_lines(run, "metrics")) == 2
 
@@ -153,6 +149,12 @@ def test_a_superseded_attempt_may_go_on_telling_but_the_store_takes_nothing_of_i
 
 def test_the_end_of_the_monitor_leaves_time_for_the_requeue_of_a_preempted_job() -> None:
     assert CLOSE_S < LEAVE_S
+    assert close_s(False, 100.0) == close_s(True, 5.0) == CLOSE_S
+
+
+def test_a_run_that_has_finished_waits_longer_for_wandb_which_no_later_start_would_feed() -> None:
+    assert close_s(True, 45.0) == 45.0
+    assert close_s(True, 1000.0) == LAST_S
 
 
 # ---- the alarm
@@ -243,13 +245,13 @@ def test_wandb_has_the_rows_of_metrics_jsonl_over_two_attempts_under_one_id_and_
     monitor = open_monitor(first, wandb="auto")
     opened = time.monotonic()
     feed(monitor, range(1, 61))
-    monitor.close()
+    monitor.close(60.0)
     assert opened - started < 0.5  # the training does not wait for W&B
     assert not services()
     again = open_monitor(second, wandb="auto")
     feed(again, range(41, 81))  # resumed from step 40
-    again.close()
-    again.close()
+    again.close(60.0)
+    again.close(60.0)
     one, two = files(tmp_path)
     assert [wandb_file.run_id(path) for path in (one, two)] == ["run-id", "run-id"]
     assert wandb_file.rows(one) == [as_sent(row) for row in local_lines(first, "metrics")]
@@ -286,7 +288,7 @@ def test_rows_that_wandb_lost_with_a_killed_start_or_never_saw_are_sent_by_the_n
     third = Run(store, tmp_path, 3)
     monitor = open_monitor(third, wandb="offline")
     feed(monitor, range(last - 3, last + 5))
-    monitor.close()
+    monitor.close(60.0)
     sent = {row["step"]: row for path in files(tmp_path) for row in wandb_file.rows(path)}
     counts = [line for run in (unseen, killed, third) for line in local_lines(run, "metrics")]  # the later attempt's
     assert sent == {line["result"]["step"]: as_sent(line) for line in counts}
@@ -319,14 +321,14 @@ def test_a_wandb_process_that_dies_stops_nothing_and_the_next_start_sends_the_re
             break
         time.sleep(0.02)
     feed(monitor, range(step + 1, step + 4))
-    monitor.close()
+    monitor.close(60.0)
     assert events(run) == ["W&B failed"]
     (failed,) = local_lines(run, "events")
     assert "\n" not in failed["reason"]
     next_run = Run(store, tmp_path, 2)
     again = open_monitor(next_run, wandb="offline")
     feed(again, range(step + 4, step + 6))
-    again.close()
+    again.close(60.0)
     assert {row["step"] for path in files(tmp_path) for row in wandb_file.rows(path)} == set(range(1, step + 6))
 
 
@@ -336,14 +338,13 @@ def test_a_wandb_server_that_cannot_be_reached_leaves_an_offline_run_and_the_key
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(wandb_client, "INIT_S", 3.0)
-    monkeypatch.setattr(monitor_module, "CLOSE_S", 40.0)
     key = SECRET[-32:] + "01234567"
     monkeypatch.setenv("WANDB_API_KEY", key)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     run = Run(store, tmp_path, 1)
     monitor = open_monitor(run, wandb="auto")
     feed(monitor, range(1, 6))
-    monitor.close()
+    monitor.close(60.0)
     assert events(run) == ["W&B offline"]
     (path,) = (path for path in files(tmp_path) if "offline-run" in path.parts[-2])
     assert [row["step"] for row in wandb_file.rows(path)] == [1, 2, 3, 4, 5]
@@ -357,7 +358,7 @@ def test_a_disk_that_wandb_cannot_use_stops_nothing(store: Store, tmp_path: Path
     feed(monitor, range(1, 4))
     until(lambda: events(run) == ["W&B failed"])
     feed(monitor, range(4, 6))
-    monitor.close()
+    monitor.close(60.0)
     assert len(local_lines(run, "metrics")) == 5
 
 
@@ -368,6 +369,6 @@ def test_a_run_of_the_same_name_with_another_id_begins_anew(store: Store, tmp_pa
     run = Run(store, tmp_path, 1)
     monitor = open_monitor(run, wandb="offline")
     feed(monitor, range(1, 4))
-    monitor.close()
+    monitor.close(60.0)
     (path,) = files(tmp_path)
     assert [row["step"] for row in wandb_file.rows(path)] == [1, 2, 3]
