@@ -196,8 +196,8 @@ def test_a_store_that_is_down_or_denies_stops_the_packing_and_refuses_no_image(
 ) -> None:
     raw.put("a.jpg", b"x")
     for store, error in (
-        (_with(monkeypatch, AWS_ENDPOINT_URL="http://127.0.0.1:9"), Unavailable),
-        (_with(monkeypatch, AWS_ACCESS_KEY_ID="wrong", AWS_SECRET_ACCESS_KEY="wrong"), Denied),
+        (_with(monkeypatch, 1.0, AWS_ENDPOINT_URL="http://127.0.0.1:9"), Unavailable),
+        (_with(monkeypatch, 60.0, AWS_ACCESS_KEY_ID="wrong", AWS_SECRET_ACCESS_KEY="wrong"), Denied),
     ):
         monkeypatch.setattr(files, "_store", lambda root, store=store: store)
         with pytest.raises(error):
@@ -206,12 +206,12 @@ def test_a_store_that_is_down_or_denies_stops_the_packing_and_refuses_no_image(
             read_source(Source(f"{raw.url}/a.jpg"), MB, skip_unreachable=True)
 
 
-def _with(monkeypatch: pytest.MonkeyPatch, **environment: str) -> Store:
+def _with(monkeypatch: pytest.MonkeyPatch, retry_seconds: float, **environment: str) -> Store:
     """A store that connects with these variables."""
     with monkeypatch.context() as changed:
         for name, value in environment.items():
             changed.setenv(name, value)
-        store = Store("s3://shards", retry_seconds=1.0)
+        store = Store("s3://shards", retry_seconds=retry_seconds)
         with pytest.raises(UserError):
             store.check()
     return store
