@@ -358,7 +358,7 @@ class _Thread:
     def _start(self) -> None:
         selector = selectors.DefaultSelector()
         loop = asyncio.SelectorEventLoop(selector)
-        threading.Thread(target=_run, args=(loop,), name="store", daemon=True).start()  # where there may be one more
+        threading.Thread(target=_run, args=(loop,), name="store", daemon=True).start()  # unless there are too many
         self._selector, self._loop = selector, loop
         self._close = weakref.finalize(self, _end, loop, self._backends)
         self._close.atexit = False

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_shards.errors import UserError
 from jobs.blame import blamed, excluded
 from jobs.site import Site
 
@@ -74,7 +73,7 @@ def _found(looks: Mapping[str, Look]) -> Iterator[Finding]:
 def _all(look: Look, found: list[Finding]) -> None:
     try:
         found.extend(look())
-    except (UserError, OSError, subprocess.SubprocessError, ValueError, KeyError) as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is, a look that failed is not one that found nothing
         found.append(Finding("cannot look", False, " ".join(str(error).split()) or type(error).__name__))
 
 

@@ -25,28 +25,23 @@ class StopRequest:
         self.preempted = False
         self.terminated = False
         self._asked_at: float | None = None
-        self._pipe: tuple[int, int] | None = None
+        self._heard, self._told = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def install(self) -> None:
         """Take over USR2 and TERM of this process; submitit's and Lightning's handlers are replaced."""
         signal.signal(signal.SIGUSR2, self._note)
         signal.signal(signal.SIGTERM, self._note)
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
-        if self._pipe is None:
-            self._pipe = os.pipe()
-            for end in self._pipe:
-                os.set_blocking(end, False)
-        signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self._told, warn_on_full_buffer=False)
 
     def deadline(self, budget_s: float) -> float | None:
         """The time (monotonic) by which what was asked for must be done; None before anything was.
 
         Of any thread, also while the main thread is in C.
         """
-        if self._pipe is not None:
-            with suppress(BlockingIOError):  # there was none
-                for number in os.read(self._pipe[0], 1000):
-                    self._note(number)
+        with suppress(BlockingIOError):  # there was none
+            for number in os.read(self._heard, 1000):
+                self._note(number)
         return None if self._asked_at is None else self._asked_at + budget_s
 
     @property

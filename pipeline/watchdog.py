@@ -183,8 +183,8 @@ class Watchdog:
 
     def _save_stacks(self) -> Path:
         path = self._folder / f"stacks-{self._rank:04d}.txt"
-        trainer = "".join(traceback.format_stack(_frame_of_the_main_thread()))
         with suppress(OSError), path.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            trainer = "".join(traceback.format_stack(_frame_of_the_main_thread()))
             file.write(f"the thread that trains:\n{trainer}\nall threads:\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)  # a hundred of them at most

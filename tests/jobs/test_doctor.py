@@ -62,6 +62,15 @@ def test_a_disk_that_does_not_answer_is_a_finding_and_holds_up_no_other(site, tm
     assert said["hosts"].ok
 
 
+def test_a_look_with_an_error_that_nobody_thought_of_is_a_finding(site, tmp_path, monkeypatch):
+    def broken(site: Site) -> None:
+        raise TypeError("no number")
+
+    monkeypatch.setattr(doctor, "_disk", broken)
+    said = found(site, "cannot look", tmp_path)
+    assert (said.ok, said.says) == (False, "no number")
+
+
 def test_too_little_room_is_bad(site, tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "FREE_BYTES", 1e18)
     assert found(site, "disk room", tmp_path).says.startswith("only ")

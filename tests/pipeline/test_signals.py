@@ -28,7 +28,7 @@ SIGNALLED = 2  # the batch at whose end a signal comes
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    numbers = (signal.SIGUSR2, signal.SIGTERM, signal.SIGCONT)
+    numbers = (signal.SIGUSR2, signal.SIGTERM, signal.SIGCONT, signal.SIGWINCH)
     before = [signal.getsignal(number) for number in numbers]
     yield
     signal.set_wakeup_fd(-1)
@@ -85,11 +85,12 @@ def test_a_signal_is_noted_and_the_handlers_that_were_there_before_are_not_calle
 def test_a_signal_is_known_to_other_threads_while_the_main_thread_does_not_come_back_from_c() -> None:
     request, mutex, c = StopRequest(), ctypes.create_string_buffer(64), ctypes.CDLL(None)
     request.install()
+    signal.signal(signal.SIGWINCH, lambda number, frame: None)
     c.pthread_mutex_lock(mutex)
     known: list[bool] = []
 
     def ask() -> None:
-        os.kill(os.getpid(), signal.SIGCHLD)  # none of ours
+        os.kill(os.getpid(), signal.SIGWINCH)  # none of ours
         before = request.deadline(0.0)
         os.kill(os.getpid(), signal.SIGUSR2)
         known.append(before is None and wait_until(lambda: request.deadline(0.0) is not None, 20))

@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -47,7 +48,8 @@ class Ranks:
     def signal(self, number: int) -> None:
         for process in self.processes:
             if process.exitcode is None and process.pid:
-                os.kill(process.pid, number)
+                with suppress(ProcessLookupError):  # gone, and its exit code not yet here
+                    os.kill(process.pid, number)
 
     def kill(self) -> None:
         """SIGKILL to all ranks at once."""
