@@ -50,7 +50,9 @@ def most_in_a_step(net: Net, config: Config, images: int) -> int:
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
 def test_a_step_takes_what_was_said(precision: str, checkpointing: str) -> None:
     changed = config(**{"train.precision": precision, "efficiency.activation_checkpointing": checkpointing})
-    assert held_bytes(changed, 1).step == pytest.approx(most_allocated(changed), rel=0.03)
+    native = precision == "fp32" or "AVX512" in torch.backends.cpu.get_cpu_capability()
+    near = 0.03 if native else 0.1  # an older CPU's convolutions of bf16 work on copies in fp32
+    assert held_bytes(changed, 1).step == pytest.approx(most_allocated(changed), rel=near)
 
 
 def test_ranks_share_the_images_and_not_the_model() -> None:

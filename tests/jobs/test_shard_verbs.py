@@ -30,3 +30,21 @@ def test_without_a_site_the_keys_are_the_local_ones_unless_the_environment_names
         assert os.environ["AWS_PROFILE"] == "mine"
         use_keys("local")
         assert os.environ["AWS_PROFILE"] == "of-the-site"
+
+
+@pytest.mark.usefixtures("up")
+@pytest.mark.parametrize("name", ["AWS_CA_BUNDLE", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_MAX_ATTEMPTS"])
+def test_a_variable_that_names_no_keys_leaves_the_local_ones(name: str) -> None:
+    with kept_environment():
+        os.environ[name] = "something"
+        use_keys(None)
+        assert os.environ["AWS_PROFILE"] == "of-the-site"
+
+
+@pytest.mark.usefixtures("up")
+@pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_ENDPOINT_URL_S3", "AWS_CONTAINER_CREDENTIALS_FULL_URI"])
+def test_a_variable_that_names_keys_or_a_store_is_obeyed(name: str) -> None:
+    with kept_environment():
+        os.environ[name] = "something"
+        use_keys(None)
+        assert "AWS_PROFILE" not in os.environ
