@@ -95,7 +95,7 @@ def start_s3(directory: Path, buckets: Sequence[str] = BUCKETS, timeout_s: float
     directory = directory.resolve()
     with daemons.exclusively(directory / "lock"):
         server = _recorded(directory)
-        if not (server and server.process.running() and _answers(directory, server, buckets, 5.0)):
+        if not (server and server.process.running() and _answers(directory, server, buckets, 20.0)):
             if server:
                 _end(server)
             server = _start(directory, server, buckets, timeout_s)

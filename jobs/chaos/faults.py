@@ -45,7 +45,7 @@ def out_of_time(trial: Trial) -> str:
     moment, ranks = _now(trial), trial.ranks()
     trial.hit(ranks, signal.SIGSTOP)
     try:
-        _limit(trial, 1)
+        _limit(trial, _soon(trial))
         trial.wait(lambda: _told(trial, "preempted"), "the save at the time limit")
     finally:
         _limit(trial, trial.scene.site.time_limit_min)  # a busy machine needs most of a minute to start
@@ -59,7 +59,7 @@ def out_of_time_without_store(trial: Trial) -> str:
     trial.hit(ranks, signal.SIGSTOP)
     trial.scene.proxy.mode = "refuse"
     try:
-        _limit(trial, 1)
+        _limit(trial, _soon(trial))
         trial.wait(lambda: _told(trial, "requeued"), "the end at the time limit")
     finally:
         trial.scene.proxy.mode = "pass"
@@ -158,6 +158,14 @@ def disk_full(trial: Trial) -> str:
 def _limit(trial: Trial, minutes: int) -> None:
     command = ["scontrol", "update", f"JobId={trial.job.id}", f"TimeLimit={minutes}"]
     subprocess.run(command, capture_output=True, check=False)  # refused when the job is over
+
+
+def _soon(trial: Trial) -> int:
+    """A time limit in minutes that the job reaches in half a minute at least, so that the signal comes first."""
+    command = ["squeue", "--noheader", "--job", trial.job.id, "--format", "%M"]
+    used = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    minutes, seconds = map(int, used.split(":")[-2:]) if used else (0, 0)
+    return (60 * minutes + seconds + 30) // 60 + 1
 
 
 def _told(trial: Trial, event: str) -> bool:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import google_crc32c
 import numpy as np
+import numpy.ma  # loaded late by numpy, in the middle of what a test measures
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -88,8 +88,12 @@ def test_killed_with_all_its_processes_at_work_the_same_call_goes_on_to_the_same
     tiles: Path, straight: dict[str, bytes], tmp_path: Path
 ) -> None:
     program = f"""
+        import time
+        from data_shards import work
         from data_shards.pack import PackSettings, pack
         from data_shards.store import Store
+        examine = work.examine
+        work.examine = lambda *given: (time.sleep(0.03), examine(*given))[1]  # so that it is killed before its end
         if __name__ == "__main__":
             pack({str(tiles)!r}, Store("file://{tmp_path}/dst"), PackSettings(shard_bytes=30_000), workers=2)
     """

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from tests import forking
 
 
-def run(world_size: int, function: Callable[..., Any], *arguments: object, deadline_s: float = 120.0) -> list[Any]:
+def run(world_size: int, function: Callable[..., Any], *arguments: object, deadline_s: float = 240.0) -> list[Any]:
     """function(rank, *arguments) on each rank, a function of a module; results in the order of ranks.
 
     Raises AssertionError with a rank's traceback when it fails, TimeoutError after the deadline; leaves no process.

@@ -416,7 +416,7 @@ def test_an_upload_in_parts_to_a_server_that_goes_away_ends_within_its_time_in_o
     store: Store, wire: Wire, large: Path
 ) -> None:
     def close() -> None:
-        wait_until(lambda: any("partNumber=" in request for request in wire.requests), 20)
+        wait_until(lambda: any("partNumber=" in request for request in wire.requests), 60)
         wire.close()
 
     closing = threading.Thread(target=close)
@@ -424,7 +424,7 @@ def test_an_upload_in_parts_to_a_server_that_goes_away_ends_within_its_time_in_o
     begun = time.monotonic()
     with pytest.raises(Unavailable, match=r"large: .* has not answered for") as error:
         Store(store.url, retry_seconds=4).upload(large, "large")
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - begun < 120
     one_line(error)
     closing.join()
 
