@@ -6,3 +6,30 @@ class UserError(Exception):
 
     exit_code = 2
     passing = False  # nobody did anything wrong: asking again later may help
+
+
+class BadHost(UserError):
+    """That host cannot do its part; another one may."""
+
+    passing = True
+
+    def __init__(self, host: str, what: str) -> None:
+        super().__init__(f"bad host {host}: {what}")
+        self.hosts = (host,)
+
+
+CODE_ERRORS = (AttributeError, ImportError, NameError, NotImplementedError, SyntaxError, TypeError)
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether trying again, on another machine perhaps, may help: neither a user has to mend it, nor the code is wrong.
+
+    A library that a host lacks is an ImportError too, and no fault of the code.
+    """
+    if isinstance(error, UserError):
+        return error.passing
+    return not isinstance(error, CODE_ERRORS) or lacks_library(error)
+
+
+def lacks_library(error: BaseException) -> bool:
+    return isinstance(error, ImportError) and "shared object" in str(error)

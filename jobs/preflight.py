@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_shards.errors import UserError
+from data_shards.errors import BadHost, UserError
 from data_shards.store import Store, StoreError
 from jobs.daemons import wait_until
 from jobs.doctor_store import ahead_of_store_s, put_and_get
@@ -30,16 +30,6 @@ CLOCK_S = 60.0  # from the store's; whole events would be told in another order
 ANSWER_S = 90.0  # a store that others reach answers within; one may be away for a minute just after they asked
 OTHERS_S = 20.0  # other nodes, which have begun when this one did, have looked by then
 SIDE = 256  # of the matrices: exact in every format that multiplies
-
-
-class BadHost(UserError):
-    """This host cannot do its part; another one may."""
-
-    passing = True
-
-    def __init__(self, what: str) -> None:
-        super().__init__(f"bad host {this_host()}: {what}")
-        self.hosts = (this_host(),)
 
 
 class Unfit(UserError):
@@ -79,13 +69,13 @@ def try_gpu(number: int, wanted: int) -> None:
         )
     there = torch.cuda.device_count()
     if there < wanted:
-        raise BadHost(f"{there} of {wanted} GPUs are there; nvidia-smi on it says more")
+        raise BadHost(this_host(), f"{there} of {wanted} GPUs are there; nvidia-smi on it says more")
     try:
         right = multiplies(f"cuda:{number}")
     except RuntimeError as error:
-        raise BadHost(f"GPU {number} does not work: {str(error).splitlines()[0]}") from None
+        raise BadHost(this_host(), f"GPU {number} does not work: {str(error).splitlines()[0]}") from None
     if not right:
-        raise BadHost(f"GPU {number} gives wrong numbers")
+        raise BadHost(this_host(), f"GPU {number} gives wrong numbers")
 
 
 def multiplies(device: str) -> bool:
@@ -128,7 +118,7 @@ def try_store(url: str, start: Start, patience_s: float) -> None:
                 return put_and_get(store)
             except StoreError as error:
                 if fit := fit_nodes(start, 0.0 if error.passing else OTHERS_S):
-                    raise BadHost(f"{error}; {', '.join(fit[:3])} can reach it") from None
+                    raise BadHost(this_host(), f"{error}; {', '.join(fit[:3])} can reach it") from None
                 if not error.passing or time.monotonic() >= deadline:
                     raise
 
@@ -148,7 +138,7 @@ def try_clock(url: str, start: Start) -> float | None:
 
 def unfit(what: str, start: Start) -> UserError:
     """BadHost where another node is fit; else the same words, and no host is named as bad."""
-    return BadHost(what) if fit_nodes(start, OTHERS_S) else Unfit(f"{this_host()}: {what}")
+    return BadHost(this_host(), what) if fit_nodes(start, OTHERS_S) else Unfit(f"{this_host()}: {what}")
 
 
 def fit_nodes(start: Start, patience_s: float) -> list[str]:

@@ -24,12 +24,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data_shards.errors import UserError
+from data_shards.errors import UserError, lacks_library, may_pass
 from jobs.daemons import Process
 
-# A library that a host lacks is an ImportError too, and no fault of the code.
-CODE_ERROR = 1  # the exit code that stands for them
-CODE_ERRORS = (AttributeError, ImportError, NameError, NotImplementedError, SyntaxError, TypeError)
+CODE_ERROR = 1  # the exit code that stands for an error of the code
 
 
 @dataclass(frozen=True)
@@ -106,12 +104,10 @@ class Start:
 
     def fail(self, rank: int, error: BaseException) -> None:
         """Leave word why this rank leaves."""
-        code = error.exit_code if isinstance(error, UserError) and not error.passing else None
-        lacking = isinstance(error, ImportError) and "shared object" in str(error)
-        code = CODE_ERROR if isinstance(error, CODE_ERRORS) and not lacking else code
+        code = None if may_pass(error) else getattr(error, "exit_code", CODE_ERROR)
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         trace = "" if isinstance(error, UserError) else "".join(traceback.format_exception(error))
-        suspects = (this_host(),) if lacking else tuple(getattr(error, "hosts", ()))
+        suspects = (this_host(),) if lacks_library(error) else tuple(getattr(error, "hosts", ()))
         failure = Failure(rank, this_host(), time.time(), f"{kind}{error}", trace, code, suspects)
         write_json(self.folder / f"failure-{rank:04d}.json", asdict(failure))
 

@@ -8,6 +8,7 @@ collectives run in the thread that trains, so none can meet another of their gro
 
 import hashlib
 import json
+import os
 import random
 import shutil
 import time
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from data_shards.errors import UserError
+from data_shards.errors import BadHost, UserError
 from data_shards.section import Section
 from data_shards.store import Denied, Store
 from pipeline import commit, leftovers, snapshot
@@ -72,19 +73,20 @@ class Checkpointer:
     store: the run's folder. local: on the node's own disk, best the same for all attempts: what a killed one left there
     completes its checkpoint. group: gloo, used by one thread only; None at world size 1. fence raises when a newer
     attempt owns the run, and is called before each write to the store; before_commit is called on rank 0 before its
-    part is sent. event(name, **fields) is called from threads too: saved, committed, save delayed | refused | failed |
-    dropped, checkpoint damaged | completed | not deleted, leftover damaged; each with its step and, in words, a reason.
+    part is sent. host: by which the launcher knows this machine. event(name, **fields) is called from threads too:
+    saved, committed, save delayed | refused | failed | dropped, checkpoint damaged | completed | not deleted, leftover
+    damaged; each with its step and, in words, a reason.
     """
 
     def __init__(
         self, store: Store, local: Path, *, attempt: int, fingerprint: str, rank: int, world_size: int,
         group: dist.ProcessGroup | None, settings: CheckpointSettings, fence: Fence, event: Callable[..., None],
-        before_commit: Callable[[], None] = lambda: None,
+        before_commit: Callable[[], None] = lambda: None, host: str = "",
     ) -> None:  # fmt: skip
         self._store, self._attempt, self._fingerprint = store, attempt, fingerprint
         self._local = local / _folder_of(store.url)
         self._fetched = self._local / f"fetched-a{attempt}"
-        self._ranks = Ranks(rank, world_size, group)
+        self._ranks, self._node = Ranks(rank, world_size, group), host or os.uname().nodename
         self._fence, self._event = fence, event
         keep = Retention(settings.keep, settings.keep_every)
         self._sender = Sender(store, fence, event, before_commit, keep)
@@ -143,8 +145,9 @@ class Checkpointer:
         """The checkpoint to go on from: highest step, then highest attempt, with this fingerprint and its bytes whole.
 
         Completes first what a killed attempt left on the nodes. Each file is downloaded and hashed by one rank. A
-        damaged checkpoint is passed over with an event that says so. Raises UserError (Unavailable and the like) on all
-        ranks.
+        damaged checkpoint is passed over with an event that says so, and stays: this attempt deletes none of them.
+        Raises UserError (Unavailable and the like) on all ranks, BadHost when bytes are whole in the store and not on
+        a rank's machine.
         """
         for folder in self._local.glob("fetched-a*"):
             shutil.rmtree(folder, ignore_errors=True)
@@ -174,12 +177,13 @@ class Checkpointer:
         """Fill the given tensors in place, on whichever rank and device they are now.
 
         Raises UserError on all ranks, with nothing changed, naming the first tensor that is missing in the checkpoint,
-        has another shape or type, or is in the checkpoint and wanted by no rank.
+        has another shape or type, or is in the checkpoint and wanted by no rank; BadHost when a file, which was whole
+        when it was verified, does not arrive so.
         """
         place = Place(found.step, found.attempt)
         folder = self._fetched / place.name
         files = order_for(self._ranks.rank, found.files)
-        self._ranks.together(lambda: self._fetch(place, files))
+        self._ranks.together(lambda: self._fetch_verified(place, files))
         saved = snapshot.Saved(folder)
         self._ranks.together(lambda: _fits(saved.mismatch(state), found.path))
         wanted = self._ranks.exchange([int(name in state) for name in saved.names])
@@ -241,24 +245,52 @@ class Checkpointer:
     def _examine(self, place: Place) -> tuple[Found | None, str | None]:
         """The checkpoint if all ranks find it whole, or what is wrong; neither if its fingerprint is another."""
         manifests: list[commit.Manifest] = []
-
-        def complaint() -> str | None:
-            try:
-                manifests.append(commit.read_manifest(self._store, place))
-                if manifests[0].fingerprint == self._fingerprint:
-                    self._fetch(place, manifests[0].files[self._ranks.rank :: self._ranks.world_size])
-            except Damaged as damage:
-                return str(damage)
-            return None
-
-        complaints = [text for text in self._ranks.together(complaint) if text is not None]
-        if complaints:
-            return None, complaints[0]
+        complaints = self._ranks.together(lambda: self._complaint(place, self._ranks.rank, manifests))
+        if any(complaints):
+            complaints = self._look_again(place, complaints, manifests)
+        if said := next(filter(None, complaints), None):
+            return None, said
         manifest = manifests[0]
         if manifest.fingerprint != self._fingerprint:
             return None, None
         found = Found(place.step, place.attempt, place.path, manifest.world_size, manifest.extra, manifest.files)
         return found, None
+
+    def _complaint(self, place: Place, share: int, manifests: list[commit.Manifest]) -> str | None:
+        """What is wrong with a rank's share of the files, as they arrive here; adds the manifest to those read."""
+        try:
+            manifest = commit.read_manifest(self._store, place)
+            manifests.append(manifest)
+            if manifest.fingerprint == self._fingerprint:
+                self._fetch(place, manifest.files[share :: self._ranks.world_size])
+        except Damaged as damage:
+            return str(damage)
+        return None
+
+    def _look_again(
+        self, place: Place, complaints: list[str | None], manifests: list[commit.Manifest]
+    ) -> list[str | None]:
+        """What each rank that complained says of a second look. Raises BadHost when a rank elsewhere finds it whole.
+
+        A bad disk or memory would else send the run back to where no checkpoint is, in front of whole ones.
+        """
+        rank, count = self._ranks.rank, self._ranks.world_size
+        away = count // 2  # of ranks on several nodes, a rank so far away is on another node
+        judged = (rank - away) % count
+        again = self._ranks.together(lambda: self._complaint(place, rank, manifests) if complaints[rank] else None)
+        others = self._ranks.together(lambda: self._complaint(place, judged, manifests) if again[judged] else None)
+        nodes = self._ranks.exchange(self._node)
+        for suspect, said in enumerate(again):
+            judge = (suspect + away) % count
+            if said and judge != suspect and not others[judge]:
+                raise _spoilt(nodes[suspect], said, f"on {nodes[judge]}")
+        return again
+
+    def _fetch_verified(self, place: Place, files: Sequence[File]) -> None:
+        try:
+            self._fetch(place, files)
+        except Damaged as damage:
+            raise _spoilt(self._node, str(damage), "before") from None
 
     def _fetch(self, place: Place, files: Sequence[File]) -> None:
         for file in files:
@@ -266,6 +298,10 @@ class Checkpointer:
 
     def _drop_fetched(self, place: Place) -> None:
         shutil.rmtree(self._fetched / place.name, ignore_errors=True)
+
+
+def _spoilt(node: str, damage: str, where: str) -> BadHost:
+    return BadHost(node, f"{damage}, and the same file arrived whole {where}: look at its disk and memory")
 
 
 def order_for(rank: int, files: Sequence[T]) -> list[T]:

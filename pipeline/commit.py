@@ -255,10 +255,11 @@ def retain(store: Store, newest: Place, fingerprint: str, keep: Retention, damag
            fence: Fence) -> list[str]:  # fmt: skip
     """Delete what the commit of `newest` made superfluous; returns a line for each checkpoint that resisted.
 
-    Of this fingerprint stays what `keep` says, without those found `damaged`, and all of another one. Uncommitted
-    ones go unless they are `busy` or newer. A later attempt's are never touched. The manifest goes first: what is half
-    deleted then no longer exists, instead of being a checkpoint whose verification fails; the rest of it is found as
-    uncommitted by the next call.
+    Of this fingerprint stays what `keep` says, and all of another one. Those found `damaged` do not count, and stay: a
+    later start, on other machines, may find them whole, or they go as old ones. Uncommitted ones go unless they are
+    `busy` or newer. A later attempt's are never touched. The manifest goes first: what is half deleted then no longer
+    exists, instead of being a checkpoint whose verification fails; the rest of it is found as uncommitted by the next
+    call.
     """
     lines = []
     checkpoints = survey(store)
@@ -282,7 +283,7 @@ def _superfluous(store: Store, checkpoints: Survey, newest: Place, fingerprint: 
     abandoned = [place for place in uncommitted if place.attempt < newest.attempt or place < newest]
     old = ours[keep.last :]
     stays = keep.for_ever(store) if old else bool
-    candidates = {*(place for place in old if not stays(place)), *(damaged & set(existing)), *abandoned}
+    candidates = {*(place for place in old if not stays(place)), *abandoned}
     return sorted(place for place in candidates if place.attempt <= newest.attempt)
 
 

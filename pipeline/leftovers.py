@@ -2,7 +2,7 @@
 
     <local>/step-000001000-a3/rank-1/{rank-1.safetensors, rank-1.json}     the part is written last
 
-Only the newest checkpoint that can be completed is; everything older attempts left on the disk is removed afterwards.
+Only the newest checkpoint that can be completed is; all that older attempts left on the disk is removed afterwards.
 """
 
 import shutil
@@ -23,10 +23,10 @@ def complete(
     """On all ranks at once, before the newest checkpoint is looked for. Raises UserError on all alike."""
     own = _on_disk(local, attempt, fingerprint)
     views = ranks.together(lambda: _view(own, store if ranks.rank == 0 else None, attempt, fingerprint))
-    place = _completable(views)
-    if place is not None:
-        ranks.together(lambda: _send(store, place, own.get(place, {}), attempt, fence, event))
-        ranks.together(lambda: _commit(store, place, fence, event) if ranks.rank == 0 else None)
+    for place in _completable(views):
+        ranks.together(partial(_send, store, place, own.get(place, {}), attempt, fence, event))
+        if ranks.together(partial(_commit, store, place, fence, event) if ranks.rank == 0 else lambda: False)[0]:
+            break
     ranks.exchange(None)
     for folder in local.glob("step-*"):
         found = Place.parse(folder.name)
@@ -41,7 +41,7 @@ def _on_disk(local: Path, attempt: int, fingerprint: str) -> dict[Place, dict[in
         place = Place.parse(path.parent.parent.name)
         if place and place.attempt < attempt:
             part = _read(path.read_bytes)
-            if part and part.fingerprint == fingerprint:
+            if part and part.fingerprint == fingerprint and part.refused is None:
                 parts.setdefault(place, {})[part.rank] = path
     return parts
 
@@ -75,8 +75,8 @@ def _view(own: dict[Place, dict[int, Path]], store: Store | None, attempt: int, 
     return {"disk": disk, "store": there, "newest": [newest.step, newest.attempt]}
 
 
-def _completable(views: list[dict[str, Any]]) -> Place | None:
-    """The newest checkpoint of which all parts are somewhere, if it is newer than the newest that exists."""
+def _completable(views: list[dict[str, Any]]) -> list[Place]:
+    """The checkpoints of which all parts are somewhere, above the newest that exists; the newest first."""
     parts: dict[str, set[int]] = {}
     sizes: dict[str, int] = {}
     for known in [view["disk"] for view in views] + [views[0]["store"]]:
@@ -85,7 +85,7 @@ def _completable(views: list[dict[str, Any]]) -> Place | None:
             sizes[name] = world_size
     whole = [Place.parse(name) for name, present in parts.items() if present == set(range(sizes[name]))]
     newest = Place(*views[0]["newest"])
-    return max((place for place in whole if place and place > newest), default=None)
+    return sorted((place for place in whole if place and place > newest), reverse=True)
 
 
 def _send(
@@ -117,13 +117,16 @@ def _claimed(folder: Path, attempt: int) -> bool:
     return True
 
 
-def _commit(store: Store, place: Place, fence: Fence, event: Callable[..., None]) -> None:
+def _commit(store: Store, place: Place, fence: Fence, event: Callable[..., None]) -> bool:
+    """Whether it is whole, and so exists now."""
     sizes = commit.survey(store).get(place, {})
     present = commit.ranks_present(sizes)
     found = [_read(partial(store.get, f"{place.path}/rank-{rank}.json")) for rank in sorted(present)]
     parts = [part for part in found if part is not None and part.refused is None]
     whole = parts and [part.rank for part in parts] == list(range(parts[0].world_size))
-    if whole and all(sizes.get(file.name) == file.size for part in parts for file in part.files):
-        commit.put_manifest(store, place, parts, fence)
-        reason = f"{place.path}: its upload was cut; sent from what was left on the nodes' disks"
-        event("checkpoint completed", step=place.step, reason=reason)
+    if not whole or any(sizes.get(file.name) != file.size for part in parts for file in part.files):
+        return False
+    commit.put_manifest(store, place, parts, fence)
+    reason = f"{place.path}: its upload was cut; sent from what was left on the nodes' disks"
+    event("checkpoint completed", step=place.step, reason=reason)
+    return True

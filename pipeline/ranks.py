@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from data_shards.errors import UserError
+from data_shards.errors import UserError, may_pass
 from data_shards.index import ShardSet
 from data_shards.removed import Removed, read_removed
 from data_shards.store import Unavailable
@@ -49,15 +49,13 @@ class Ranks:
             value = work()
         except Exception as error:  # noqa: BLE001 - raised again below, when the others know
             own = error
-        failure = None if own is None else [str(own), getattr(own, "exit_code", 1), isinstance(own, Unavailable)]
+        failure = None if own is None else _Failure.of(own).dump()
         answers = self.exchange([value, failure])
         if own is not None:
             raise own
         for rank, (_, failed) in enumerate(answers):
             if failed is not None:
-                other = (Unavailable if failed[2] else UserError)(f"rank {rank}: {failed[0]}")
-                other.exit_code = failed[1]
-                raise other
+                raise _Failure(*failed).elsewhere(rank)
         return [value for value, _ in answers]
 
     def from_first(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -84,6 +82,30 @@ def same_removed(shards: ShardSet, ranks: Ranks) -> Removed:
     assert counts is not None
     ids = read[0].ids.astype(np.int64) if read else np.empty(0, np.int64)
     return Removed.of(ranks.from_first(ids), counts)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What other ranks are told of an error."""
+
+    text: str
+    exit_code: int
+    passing: bool
+    unavailable: bool
+
+    @classmethod
+    def of(cls, error: Exception) -> "_Failure":
+        text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        return cls(text, getattr(error, "exit_code", 1), may_pass(error), isinstance(error, Unavailable))
+
+    def dump(self) -> list[Any]:
+        return list(astuple(self))
+
+    def elsewhere(self, rank: int) -> UserError:
+        """The error that the others raise, which is judged as that of the rank is."""
+        error = (Unavailable if self.unavailable else UserError)(f"rank {rank}: {self.text}")
+        error.exit_code, error.passing = self.exit_code, self.passing
+        return error
 
 
 def _decode(data: torch.Tensor) -> Any:

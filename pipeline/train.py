@@ -136,6 +136,7 @@ class Session:
             fence=self.run.fence,
             event=self._event,
             before_commit=self.run.upload,
+            host=launch.host,
         )
 
     def train(self) -> Outcome:

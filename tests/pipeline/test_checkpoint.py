@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from data_shards.errors import UserError
+from data_shards.errors import BadHost, UserError
 from data_shards.store import Denied, Store, StoreError, Unavailable
 from pipeline import sender
 from pipeline.checkpoint import Checkpointer, CheckpointSettings, order_for
@@ -35,6 +36,7 @@ class LoggedStore(Store):
         super().__init__(url)
         self.log: list[str] = []
         self.fail: Callable[[str], None] = lambda line: None
+        self.arrived: Callable[[Path], object] = lambda local: None  # may spoil it, as a bad disk does
 
     def put(self, path: str, data: bytes, *, create_only: bool = False) -> None:
         self._write(f"put {path}")
@@ -43,6 +45,10 @@ class LoggedStore(Store):
     def upload(self, local: Path, path: str) -> None:
         self._write(f"put {path}")
         super().upload(local, path)
+
+    def download(self, path: str, local: Path) -> None:
+        super().download(path, local)
+        self.arrived(local)
 
     def delete(self, paths: Iterable[str]) -> None:
         paths = list(paths)
@@ -75,6 +81,7 @@ class Attempt:
             self.store, self.local, attempt=number, fingerprint=fingerprint, rank=ranks[0],
             world_size=ranks[1], group=ranks[2], settings=CheckpointSettings(keep=keep, keep_every=keep_every),
             fence=self.call_fence, event=self.event, before_commit=lambda: self.store.log.append("before commit"),
+            host=f"node{ranks[0]}",
         )  # fmt: skip
 
     def call_fence(self) -> None:
@@ -416,8 +423,35 @@ def test_damaged_newer_checkpoints_do_not_count_among_those_that_are_kept(tmp_pa
         flip(tmp_path / f"store/checkpoints/step-0000000{step}-a1/rank-0.safetensors")
     attempt = Attempt(tmp_path, 2, keep=2)
     assert attempt.found_step() == 10
-    attempt.commit(15)
-    until(lambda: folders(tmp_path) == ["step-000000010-a1", "step-000000015-a2"])
+    attempt.commit(15).commit(16)
+    until(lambda: folders(tmp_path)[:2] == ["step-000000015-a2", "step-000000016-a2"])
+    assert folders(tmp_path)[2:] == ["step-000000020-a1", "step-000000030-a1"]  # for a later look at them
+    again = Attempt(tmp_path, 3, keep=2)
+    assert again.found_step() == 16
+    again.commit(31)
+    last = Attempt(tmp_path, 4, keep=2)
+    assert last.found_step() == 31
+    last.commit(32)
+    until(lambda: folders(tmp_path) == ["step-000000031-a3", "step-000000032-a4"])
+
+
+def test_checkpoints_that_one_start_finds_damaged_and_the_next_one_whole_are_not_lost(tmp_path: Path) -> None:
+    Attempt(tmp_path, keep=9).commit(100).commit(200).commit(300)
+    spoilt = Attempt(tmp_path, 2)
+    spoilt.store.arrived = flip
+    assert spoilt.found_step() is None
+    spoilt.store.arrived = lambda local: None
+    spoilt.commit(10).commit(11).commit(12)
+    assert same(Attempt(tmp_path, 3).loaded(), numbered(300))
+
+
+def test_a_file_that_arrives_damaged_once_is_no_damaged_checkpoint(tmp_path: Path) -> None:
+    Attempt(tmp_path).commit(1).commit(2)
+    attempt = Attempt(tmp_path, 2)
+    first = iter([flip])
+    attempt.store.arrived = lambda local: next(first, bool)(local)
+    assert attempt.found_step() == 2
+    assert attempt.events == []
 
 
 class Superseded(UserError):
@@ -588,6 +622,24 @@ def test_a_save_cut_between_any_two_writes_is_completed_from_the_nodes_disk_or_t
 
 
 @silent_end
+@pytest.mark.parametrize("spoilt", ["refused", "damaged"])
+def test_a_leftover_that_makes_no_checkpoint_does_not_hide_an_older_one_that_does(tmp_path: Path, spoilt: str) -> None:
+    older, newer = Attempt(tmp_path, 1), Attempt(tmp_path, 2)
+    cut_save(older, 0, numbered(2), {"of": 1})
+    cut_save(newer, 0, numbered(2), {"of": 2})
+    (leftover,) = tmp_path.glob("local/*/step-000000002-a2/rank-0/rank-0.json")
+    if spoilt == "damaged":
+        flip(leftover.with_name("rank-0.safetensors"))
+    else:
+        leftover.write_bytes(replace(Part.decode(leftover.read_bytes()), refused="no room").encode())
+    later = Attempt(tmp_path, 3)
+    found = later.checkpoints.newest()
+    assert found is not None
+    assert (found.attempt, found.extra) == (1, {"of": 1})
+    assert not [*later.local.rglob("step-000000002-a*/rank-0")]
+
+
+@silent_end
 def test_a_damaged_leftover_is_not_sent(tmp_path: Path) -> None:
     attempt = Attempt(tmp_path).commit(1)
     cut_save(attempt, 0, numbered(2), {})
@@ -659,6 +711,39 @@ def test_a_rank_of_512_knows_in_no_time_what_it_writes() -> None:
     names = deal(state, 511, 512)
     assert time.process_time() - begun < 0.5  # 3 ms here
     assert 1 <= len(names) <= 5
+
+
+def one_bad_disk(rank: int, folder: Path) -> dict[str, str]:
+    ranks = (rank, 2, dist.new_group(backend="gloo"))
+    Attempt(folder, 1, ranks=ranks).commit(10, with_lanes([rank])).commit(20, with_lanes([rank]))
+    later = Attempt(folder, 2, local=folder / f"node{rank}", ranks=ranks)
+    found = later.checkpoints.newest()
+    assert found is not None
+    seen = {}
+    if rank == 1:
+        later.store.arrived = flip
+    seen["loaded"] = message_of(lambda: later.checkpoints.load(found, zeros(with_lanes([rank]))))
+    dist.barrier(ranks[2])
+    third = Attempt(folder, 3, local=folder / f"node{rank}", ranks=ranks)
+    if rank == 1:
+        third.store.arrived = flip
+    try:
+        third.checkpoints.newest()
+    except BadHost as error:
+        seen["looked"], seen["hosts"] = str(error), ",".join(error.hosts)
+    assert third.events == []
+    return seen
+
+
+def test_a_node_on_which_whole_checkpoints_arrive_damaged_is_named_and_no_checkpoint_passed_over(
+    tmp_path: Path,
+) -> None:
+    for seen in run(2, one_bad_disk, tmp_path):
+        assert "bad host node1: checkpoints/step-000000020-a1: rank-" in seen["loaded"]
+        assert seen["loaded"].endswith("the same file arrived whole before: look at its disk and memory")
+        assert seen["looked"].startswith("bad host node1: checkpoints/step-000000020-a1: rank-1.safetensors has sha256")
+        assert seen["looked"].endswith("the same file arrived whole on node0: look at its disk and memory")
+        assert seen["hosts"] == "node1"
 
 
 def two_ranks(rank: int, folder: Path) -> dict[str, Any]:
