@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 from torch.nn import functional
-from torch.nn.modules._functions import SyncBatchNorm as AcrossGPUs
+from torch.nn.modules._functions import SyncBatchNorm as TorchsAcrossGPUs
 
 from data_shards.errors import UserError
 
@@ -131,7 +131,7 @@ class GroupBatchNorm(nn.Module):
         mean, variance = self._blank()
         running = (mean, variance, self.eps, 1.0)
         ranks = dist.get_world_size(group)
-        normalised = AcrossGPUs.apply(x, self.weight, self.bias, *running, group, ranks)  # type: ignore[no-untyped-call]
+        normalised = _AcrossGPUs.apply(x, self.weight, self.bias, *running, group, ranks)  # type: ignore[no-untyped-call]
         return normalised, mean, variance
 
     def _blank(self) -> tuple[Tensor, Tensor]:
@@ -175,6 +175,33 @@ class _AcrossRanks(torch.autograd.Function):
         slope, shift = sums * (weight * torch.rsqrt(variance + ctx.eps) / ctx.count)
         grad_x -= functional.batch_norm(x, mean, variance, slope, shift, training=False, eps=ctx.eps)
         return grad_x, grad_weight, grad_bias, None, None
+
+
+class _AcrossGPUs(TorchsAcrossGPUs):
+    """torch's SyncBatchNorm, without what makes the host wait for the GPU at each forward.
+
+    torch leaves out ranks without rows, which takes a look at the counts; here all ranks have as many. The backward is
+    torch's own.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, eps: float,
+        momentum: float, group: ProcessGroup, ranks: int,
+    ) -> Tensor:  # fmt: skip
+        if not x.is_contiguous(memory_format=torch.channels_last):
+            x = x.contiguous()
+        own = torch.stack(torch.batch_norm_stats(x, eps))
+        gathered = own.new_empty(ranks * len(own), x.size(1))
+        dist.all_gather_into_tensor(gathered, own, group)
+        means, inverse_stds = gathered.view(ranks, *own.shape).unbind(1)
+        counts = own.new_full((ranks,), x.numel() // x.size(1))
+        mean, inverse_std = torch.batch_norm_gather_stats_with_counts(
+            x, means, inverse_stds, running_mean, running_var, momentum, eps, counts
+        )
+        ctx.save_for_backward(x, weight, mean, inverse_std, counts.to(torch.int32))
+        ctx.process_group = group
+        return torch.batch_norm_elemt(x, weight, bias, mean, inverse_std, eps)
 
 
 def _across_cpus(

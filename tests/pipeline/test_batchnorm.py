@@ -1,5 +1,6 @@
 """Batch norm over groups of lanes against the formula in float64, in one process and on four ranks."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data_shards.errors import UserError
-from pipeline.batchnorm import GroupBatchNorm, average_running_statistics, commit_statistics, convert
+from pipeline.batchnorm import GroupBatchNorm, _AcrossGPUs, average_running_statistics, commit_statistics, convert
 from tests.pipeline import distributed
 
 LANES, ROWS, CHANNELS = 4, 6, 5  # rows of a lane: its samples times their views
@@ -121,8 +122,74 @@ def on_a_rank(rank: int) -> dict[Any, Any]:
         norm.get_buffer("running_mean").fill_(start)
         average_running_statistics(norm)
         results[f"average of {what}"] = norm.get_buffer("running_mean").item()
+    results["kernels of a GPU"] = {kind: by_kernels_of_a_gpu(kind, rank) for kind in SHAPES}
     dist.barrier()
     return results
+
+
+class Kernels:
+    """torch's CUDA kernels for batch norm over ranks, by their formulas."""
+
+    @staticmethod
+    def batch_norm_stats(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        variance, mean = torch.var_mean(x.transpose(0, 1).flatten(1), 1, correction=0)
+        return mean, (variance + eps).rsqrt()
+
+    @staticmethod
+    def batch_norm_gather_stats_with_counts(
+        x: Tensor, means: Tensor, inverse_stds: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float,
+        eps: float, counts: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        total, each = counts.sum(), counts[:, None]
+        mean = (means * each).sum(0) / total
+        variance = ((inverse_stds**-2 - eps + (means - mean) ** 2) * each).sum(0) / total
+        running_mean.lerp_(mean, momentum)
+        running_var.lerp_(variance * total / (total - 1), momentum)
+        return mean, (variance + eps).rsqrt()
+
+    @staticmethod
+    def batch_norm_elemt(
+        x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse_std: Tensor, _: float
+    ) -> Tensor:
+        return ((x.transpose(1, -1) - mean) * inverse_std * weight + bias).transpose(1, -1)
+
+    @staticmethod
+    def batch_norm_backward_reduce(
+        grad: Tensor, x: Tensor, mean: Tensor, inverse_std: Tensor, *_: object
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        slope, far = (tensor.transpose(1, -1).flatten(0, -2) for tensor in (grad, x))
+        sums = slope.sum(0), (slope * (far - mean)).sum(0)
+        return *sums, sums[1] * inverse_std, sums[0]
+
+    @staticmethod
+    def batch_norm_backward_elemt(
+        grad: Tensor, x: Tensor, mean: Tensor, inverse_std: Tensor, weight: Tensor, slope: Tensor, far: Tensor,
+        counts: Tensor,
+    ) -> Tensor:  # fmt: skip
+        total = counts.sum()
+        pulled = (x.transpose(1, -1) - mean) * inverse_std**2 * far / total
+        return ((grad.transpose(1, -1) - slope / total - pulled) * inverse_std * weight).transpose(1, -1)
+
+
+def by_kernels_of_a_gpu(kind: str, rank: int) -> Result:
+    """A group of all ranks as on GPUs, of which this machine lacks the kernels alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in vars(Kernels) if name.startswith("batch_norm")]:
+            patch.setattr(torch, name, getattr(Kernels, name))
+        rows, gradient = (tensor.chunk(4)[rank].clone() for tensor in example(kind, torch.float64))
+        rows.requires_grad_()
+        norm = plain(kind, torch.float64)
+        mean, variance = torch.zeros(2, CHANNELS, dtype=torch.float64)
+        output = _AcrossGPUs.apply(rows, norm.weight, norm.bias, mean, variance, 1e-5, 1.0, dist.group.WORLD, 4)
+        output.backward(gradient)
+    grads = {"rows": rows.grad, "weight": norm.weight.grad, "bias": norm.bias.grad}
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    running = {
+        "running_mean": norm.running_mean.lerp(mean, 0.1),
+        "running_var": norm.running_var.lerp(variance, 0.1),
+    }
+    return {"output": output.detach(), **grads, **running}
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +211,42 @@ def test_groups_over_several_ranks_give_what_one_process_gives(
         running = {name: part[name] for name in ("running_mean", "running_var")}
         assert_same(together | running, by_formula(kind, group_lanes), TOLERANCE[dtype])
         assert_same(together | running, by_groups(kind, dtype, group_lanes, 0, 1), TOLERANCE[dtype])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SHAPES)
+def test_what_is_asked_of_a_gpus_kernels_gives_what_one_process_gives(
+    four_ranks: list[dict[Any, Any]], kind: str
+) -> None:
+    parts = [results["kernels of a GPU"][kind] for results in four_ranks]
+    together = {name: torch.cat([part[name] for part in parts]) for name in ("output", "rows")}
+    together |= {name: torch.stack([part[name] for part in parts]).sum(0) for name in ("weight", "bias")}
+    for part in parts:
+        running = {name: part[name] for name in ("running_mean", "running_var")}
+        assert_same(together | running, by_formula(kind, 4), 1e-12)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_normalises_as_a_cpu_does_and_waits_for_nothing(tmp_path: Path, dtype: torch.dtype) -> None:
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/ranks", rank=0, world_size=1)
+    try:
+        norm = GroupBatchNorm(plain("2d", torch.float32), 1, dist.group.WORLD).cuda()
+        rows, gradient = (tensor.to("cuda", dtype) for tensor in example("2d", torch.float32))
+        rows.requires_grad_()
+        norm(rows).backward(gradient)  # NCCL makes its connections
+        rows.grad = norm.weight.grad = norm.bias.grad = None
+        torch.cuda.set_sync_debug_mode("error")
+        output = norm(rows)
+        output.backward(gradient)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        dist.destroy_process_group()
+    grads = {"rows": rows.grad, "weight": norm.weight.grad, "bias": norm.bias.grad}
+    expected = by_formula("2d", LANES)
+    found = {name: tensor.detach().cpu() for name, tensor in {"output": output, **grads}.items() if tensor is not None}
+    near = 2e-5 if dtype == torch.float32 else 0.1
+    assert_same(found, {name: expected[name] for name in found}, near)
 
 
 @pytest.mark.slow
