@@ -193,6 +193,11 @@ class Checkpointer:
         self._ranks.exchange(None)  # nobody removes what another still reads
         self._drop_fetched(place)
 
+    def forget(self, found: Found) -> None:
+        """Remove from this machine what `newest` has fetched, where nobody loads it."""
+        self._ranks.exchange(None)  # nobody removes what another still fetches
+        self._drop_fetched(Place(found.step, found.attempt))
+
     def _abandon(self) -> None:
         """Free what killed attempts had begun to upload in parts. This attempt owns the run, and has not begun to."""
         if self._ranks.rank == 0:

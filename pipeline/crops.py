@@ -31,11 +31,12 @@ def from_images(
     """Crops of n decoded images on a CPU, (h, w, 3) uint8 each, as (n, count, 3, s, s) float32 for each size."""
     cpu = torch.device("cpu")
     sizes = [_Size(list(group), augment, len(images), cpu) for _, group in groupby(draws, lambda crop: crop.size)]
+    blurs = [[_kernels(crop, augment) for crop in size.draws] for size in sizes]
 
     def one(i: int) -> None:
-        for size in sizes:
+        for size, kernels in zip(sizes, blurs, strict=True):
             rows = torch.empty(size.out.shape[1:])
-            for crop, kernel, into in zip(size.draws, size.kernels, rows, strict=True):
+            for crop, kernel, into in zip(size.draws, kernels, rows, strict=True):
                 pixels = _cut(images[i], crop, i)
                 taps = kernel[i][kernel[i] > 0].tolist()
                 if len(taps) > 1:
@@ -92,13 +93,18 @@ def _kernels(crop: Draws, augment: AugmentSettings) -> NDArray[np.float32]:
     return kernels
 
 
+def _sent(numbers: Tensor, device: torch.device) -> Tensor:
+    """On the device; from pinned memory, or the host would wait for all that the GPU has to do before."""
+    return numbers if device.type == "cpu" else numbers.pin_memory().to(device, non_blocking=True)
+
+
 class _Size:
     """The crops of one size: their draws, what colours and normalises them, and where they are to lie.
 
     A channel's neighbours in memory are the other two of its pixel, so the 3 x 3 matrix is a filter of five taps along
     the row whose weights repeat every three values: no transposition, and the same sums wherever in a batch it lies.
 
-    kernels: blurs of each crop. taps: (n, count, 5, 3 s), [:, :, 2 + d, c] is the weight in channel c of channel c + d.
+    taps: (n, count, 5, 3 s), [:, :, 2 + d, c] is the weight in channel c of channel c + d.
     offset: (n, count, 1, 3 s). low, high: (3 s,), black and white. out: (n, count, s, 3 s), rows of finished pixels.
     """
 
@@ -110,9 +116,9 @@ class _Size:
             for source in range(3):
                 taps[:, :, 2 + source - to, to] = matrix[:, :, to, source] / (255 * std[to])
         numbers = (taps, (offset / (255 * std) - mean / std)[:, :, None], -mean / std, (1 - mean) / std)
-        tensors = [torch.from_numpy(x.astype(np.float32)).to(device) for x in numbers]
+        tensors = [_sent(torch.from_numpy(x.astype(np.float32)), device) for x in numbers]
         self.taps, self.offset, self.low, self.high = (x.repeat(*[1] * (x.dim() - 1), size) for x in tensors)
-        self.draws, self.kernels = draws, [_kernels(crop, augment) for crop in draws]
+        self.draws = draws
         shape = (n, len(draws), size, 3 * size)
         if device.type == "cpu":
             # numpy asks for huge pages; with small ones, the faults of fresh memory take as long as the colour

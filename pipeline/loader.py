@@ -134,7 +134,7 @@ class Loader:
         crops = self._collect(graph, work)
         if crops is None:
             work, crops = self._repair(work)
-        for i in compared(work.lanes, work.indices):
+        if (i := compared(work.step, len(work.samples))) is not None:
             self._compare(work.samples[i], [crop[i] for crop in crops])
         digested, hashed = _to_host(digests(crops))
         batch = Batch(
@@ -265,11 +265,15 @@ class Loader:
             )
 
 
-def compared(lanes: NDArray[np.int64], indices: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Which samples of a batch are made again on the host: one in COMPARED_ONE_IN, chosen by its place in the data."""
-    index, lane = indices.astype(np.uint64), lanes.astype(np.uint64)
-    words = (index & np.uint64(0xFFFFFFFF), index >> np.uint64(32), lane, np.zeros_like(lane))
-    return np.flatnonzero(philox(np.stack(words), (0, 1))[0] % np.uint64(COMPARED_ONE_IN) == 0)
+def compared(step: int, count: int) -> int | None:
+    """Which of a rank's samples of a step is made again on the host, one in COMPARED_ONE_IN of all; None at most steps.
+
+    All ranks have their turn at the same steps: they wait for each other at every one.
+    """
+    if step % max(1, COMPARED_ONE_IN // count):
+        return None
+    words = np.array([[step & 0xFFFFFFFF], [step >> 32], [0], [0]], np.uint64)
+    return int(philox(words, (0, 1))[0, 0]) % count
 
 
 def difference(crops: list[Tensor], host: list[Tensor], draws: list[Draws], augment: AugmentSettings) -> float:

@@ -5,6 +5,7 @@ blurs where that was drawn; on a CPU pipeline.crops does, faster. DALI draws no 
 size of an image either: packing has, and the reader's checksums see to it that the bytes are those that were packed.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ class Graph:
         try:
             *pixels, shapes = self._pipeline.share_outputs(stream)
         except RuntimeError as error:
-            raise UndecodableError(_reason(error)) from error
+            raise fault(error, self._device) from error
         finally:
             self._pipeline.release_outputs()
         decoded = np.array(shapes.as_tensor())[:, :2]
@@ -188,8 +189,22 @@ def _weights(length: int, device: torch.device) -> Tensor:
     return torch.from_numpy((philox(places, (0, 0))[0] | np.uint64(1)).astype(np.uint32).view(np.int32)).to(device)
 
 
+_FULL = re.compile(r"out of memory|CUDA allocation failed|cudaErrorMemoryAllocation|CUDA_ERROR_OUT_OF_MEMORY|bad_alloc")
+_BROKEN = re.compile(r"CUDA (runtime |driver )?API error|cudaError|CUDA_ERROR")
+
+
+def fault(error: RuntimeError, device: torch.device) -> Exception:
+    """What a failed run of the graph was. A GPU that is full or broken is no fault of an image, and replaces none."""
+    text = str(error)
+    if device.type == "cuda" and _FULL.search(text):
+        return torch.OutOfMemoryError(f"DALI: {_reason(error)}")
+    if device.type == "cuda" and _BROKEN.search(text):
+        return error
+    return UndecodableError(f"does not decode: {_reason(error)}")
+
+
 def _reason(error: RuntimeError) -> str:
     """The line of DALI's report that says what was wrong."""
     lines = [line.strip(" :") for line in str(error).splitlines()]
     said = [line for line in lines if line and not line.startswith("Current pipeline")]
-    return f"does not decode: {said[-1] if said else error}"
+    return said[-1] if said else str(error)

@@ -91,13 +91,13 @@ def replay(store: Store, step: int, device: str = "auto", progress: Progress = q
     known = _Known(shards, order, config, _bad(store, step), _removed(store, shards, row))
     settings = LoaderSettings(device=device, threads=4)
     per_lane = -(-SHOWN // order.lanes)
-    batches, shown = list[Batch](), list[Shown]()
+    made, shown = list[_Made](), list[Shown]()
     for lane in range(order.lanes):
         progress("lanes", lane, order.lanes)
-        batch, own = _lane(known, lane, step - 1, settings, per_lane)
-        batches.append(batch)
+        one, own = _lane(known, lane, step - 1, settings, min(per_lane, SHOWN - len(shown)))
+        made.append(one)
         shown += own
-    return _compared(store.url, step, row, config.augment, batches, shown[:SHOWN])
+    return _compared(store.url, step, row, config.augment, made, shown)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,18 @@ class _Known:
     removed: Removed
 
 
-def _lane(known: _Known, lane: int, step: int, settings: LoaderSettings, show: int) -> tuple[Batch, list[Shown]]:
+@dataclass(frozen=True)
+class _Made:
+    """What is kept of a lane."""
+
+    batch_hash: int
+    crop_hash: int
+    images: int
+    replaced: int
+    device: str
+
+
+def _lane(known: _Known, lane: int, step: int, settings: LoaderSettings, show: int) -> tuple[_Made, list[Shown]]:
     augment, lanes = known.config.augment, range(lane, lane + 1)
     reader = Reader(known.shards, known.order, lanes, step, known.config.reader, known.bad, known.removed)
     with reader:
@@ -126,12 +137,14 @@ def _lane(known: _Known, lane: int, step: int, settings: LoaderSettings, show: i
     ids = np.array([sample.id for sample in samples], np.int64)
     replaced = sum(bool(sample.replaced) for sample in samples)
     batch = Batch(step, crops, ids, place, index, digests(crops).cpu(), replaced)
-    return batch, list(_shown(known.shards, samples[:show], crops))
+    hashes = batch_hash(ids, lanes, step), batch.crop_hash
+    made = _Made(*hashes, len(ids), replaced, str(crops[0].device))
+    return made, list(_shown(known.shards, samples[:show], crops))
 
 
 def _shown(shards: ShardSet, samples: list[Sample], crops: list[Tensor]) -> Iterator[Shown]:
     for n, sample in enumerate(samples):
-        own = [of_size[n : n + 1].cpu() for of_size in crops]
+        own = [of_size[n : n + 1].cpu().clone() for of_size in crops]  # a view would keep all of the lane's
         url, key = name_of(shards, sample.id)
         name = key if len(shards.sets) == 1 else f"{url} {key}"
         yield Shown(name, sample.lane, sample.replaced, sample.data, own)
@@ -152,21 +165,20 @@ def _removed(store: Store, shards: ShardSet, row: dict[str, Any] | None) -> Remo
 
 
 def _compared(
-    url: str, step: int, row: dict[str, Any] | None, augment: AugmentSettings, batches: list[Batch], shown: list[Shown]
+    url: str, step: int, row: dict[str, Any] | None, augment: AugmentSettings, made: list[_Made], shown: list[Shown]
 ) -> Replayed:
-    per_lane = [batch_hash(batch.ids, range(n, n + 1), step - 1) for n, batch in enumerate(batches)]
     result = row["result"] if row is not None else {}
-    hashes = {"batch_hash": sum(per_lane), "crop_hash": sum(batch.crop_hash for batch in batches)}
+    hashes = {"batch_hash": sum(one.batch_hash for one in made), "crop_hash": sum(one.crop_hash for one in made)}
     same = {key: None if row is None else f"{value % 2**64:016x}" == result[key] for key, value in hashes.items()}
     return Replayed(
         run=url,
         step=step,
         row=result,
-        images=sum(len(batch.ids) for batch in batches),
-        replaced=sum(batch.replaced for batch in batches),
+        images=sum(one.images for one in made),
+        replaced=sum(one.replaced for one in made),
         same_batch=same["batch_hash"],
         same_crops=same["crop_hash"],
-        device=str(batches[0].crops[0].device),
+        device=made[0].device,
         augment=augment,
         shown=tuple(shown),
     )

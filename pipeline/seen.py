@@ -87,8 +87,12 @@ def seen(store: Store, asked: str, progress: Progress = quiet) -> Seen:
 
 
 def quarantine(store: Store, place: commit.Place) -> dict[int, int]:
-    """The samples that a run had found bad by a checkpoint: of each, the order's first step that knew it."""
-    return {int(sample): int(step) for sample, step, _ in commit.read_manifest(store, place).extra["quarantine"]}
+    """The samples that a run had found bad by a checkpoint: of each, the order's first step that knew it.
+
+    Each rank that meets one lists it, at its own step.
+    """
+    entries = sorted(commit.read_manifest(store, place).extra["quarantine"], reverse=True)
+    return {int(sample): int(step) for sample, step, _ in entries}
 
 
 @dataclass(frozen=True)

@@ -143,13 +143,14 @@ class Session:
         """Resume, train, leave."""
         found = self.checkpoints.newest()
         start = found.step if found else 0
-        begun, how = "resumed" if found else "started", self.config.efficiency.switched_on
-        self._event(begun, step=start, steps=self.steps, ranks=self.launch.world_size, efficiency=how)
-        if start >= self.steps:
+        if found and start >= self.steps:
+            self.checkpoints.forget(found)
             self._event("finished", step=start)
             if self.launch.rank == 0:
                 self.run.upload()
             return "finished"
+        begun, how = "resumed" if found else "started", self.config.efficiency.switched_on
+        self._event(begun, step=start, steps=self.steps, ranks=self.launch.world_size, efficiency=how)
         module = SwAV(self.config, self.lanes, self.launch.rank, self.launch.world_size, self.steps)
         quarantine = {int(sample) for sample, *_ in found.extra["quarantine"]} if found else set()
         self._tell_of_removed(found)

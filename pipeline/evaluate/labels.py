@@ -40,6 +40,9 @@ def read_labels(bank: ShardSet, held_out: ShardSet) -> Labels:
     import pyarrow.compute as pc
 
     columns = [_labels(one) for one in (bank, held_out)]
+    for shards, column in zip((bank, held_out), columns, strict=True):
+        if not pc.any(pc.not_equal(column, "")).as_py():
+            raise UserError(f"{shards.store.url}: all its images were removed; an evaluation needs some")
     names = sorted(name for name in pc.unique(columns[0]).to_pylist() if name)
     if len(names) < 2:
         raise UserError(f"{bank.store.url}: its images have one label, {names[0]!r}; telling them apart needs two")

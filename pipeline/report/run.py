@@ -1,6 +1,7 @@
 """The report of a run, gathered from its folder in the store and from the shards that it was trained and asked on."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,9 @@ def refusals(store: Store) -> list[Refusal]:
 
 def environments(store: Store) -> list[dict[str, Any]]:
     """Machine and packages of each attempt, the first one first."""
-    return [json.loads(store.get(entry.path)) for entry in store.list("environment")]
+    paths = [entry.path for entry in store.list("environment")]
+    numbered = {int(found[1]): path for path in paths if (found := re.search(r"/a(\d+)\.json$", path))}
+    return [json.loads(store.get(path)) for _, path in sorted(numbered.items())]
 
 
 def _goodput(store: Store, events: list[dict[str, Any]]) -> str:

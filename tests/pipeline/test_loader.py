@@ -14,7 +14,7 @@ from skimage import data as photographs
 from data_shards.reader import Sample
 from pipeline.augment import AugmentSettings, CropSettings, Draws, draw
 from pipeline.loader import COMPARED_ONE_IN, Batch, Loader, LoaderSettings, compared, render
-from pipeline.pixels import Encoded, Graph, digests
+from pipeline.pixels import Encoded, Graph, UndecodableError, digests, fault
 
 SEED, BATCH, LANES, STEPS = 3, 8, 4, 5
 AUGMENT = AugmentSettings(
@@ -265,13 +265,38 @@ def test_rendering_an_image_that_does_not_decode_says_so(tiles: list[bytes]) -> 
         render([tiles[0], tiles[1][:500]], sizes, AUGMENT, drawn, CPU)
 
 
-def test_one_place_in_ten_thousand_is_compared_with_the_host_whoever_holds_it() -> None:
-    lanes, indices = np.repeat(np.arange(64), 20_000), np.tile(np.arange(20_000), 64)
-    places = compared(lanes, indices)
-    assert 80 < len(places) < 180  # 128 are expected
-    halves = compared(lanes[::2], indices[::2]) * 2, compared(lanes[1::2], indices[1::2]) * 2 + 1
-    assert sorted(np.concatenate(halves)) == list(places)
+DALIS = "Critical error in pipeline:\nError in MIXED operator `nvidia.dali.fn.decoders.image`\n"
+
+
+def test_a_gpu_that_is_full_or_broken_is_no_image_that_does_not_decode() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    full, broken = (
+        RuntimeError(f"{DALIS}CUDA allocation failed"),
+        RuntimeError(
+            f"{DALIS}CUDA runtime API error cudaErrorIllegalAddress (700):\nan illegal memory access was encountered"
+        ),
+    )
+    assert isinstance(fault(full, gpu), torch.OutOfMemoryError)
+    assert fault(broken, gpu) is broken
+    damaged = fault(RuntimeError(f"{DALIS}Failed to decode sample #3: nvJPEG error: bad JPEG"), gpu)
+    assert isinstance(damaged, UndecodableError)
+    assert str(damaged) == "does not decode: Failed to decode sample #3: nvJPEG error: bad JPEG"
+    assert isinstance(fault(full, cpu), UndecodableError)
+
+
+@pytest.mark.parametrize("count", [1, 16, 64, 3000])
+def test_one_sample_in_ten_thousand_is_compared_with_the_host_by_all_ranks_at_the_same_steps(count: int) -> None:
+    turns = {step: compared(step, count) for step in range(100 * COMPARED_ONE_IN // count)}
+    taken = {step: i for step, i in turns.items() if i is not None}
+    assert 100 <= len(taken) <= 112
+    assert set(taken) == set(range(0, len(turns), COMPARED_ONE_IN // count))
+    assert all(0 <= i < count for i in taken.values())
+    assert len(set(taken.values())) > min(count, 100) // 2  # now one, now another
     assert COMPARED_ONE_IN == 10_000
+
+
+def test_a_batch_of_more_than_ten_thousand_has_one_compared_at_each_step() -> None:
+    assert all(compared(step, 20_000) is not None for step in range(5))
 
 
 class Crossed(Graph):

@@ -140,6 +140,12 @@ def train(
 
 
 @pytest.fixture(autouse=True)
+def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bits are compared, and the process group is gloo's."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
     numbers = (signal.SIGUSR2, signal.SIGTERM, signal.SIGCONT)
     before = [signal.getsignal(number) for number in numbers]

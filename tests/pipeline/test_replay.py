@@ -58,6 +58,7 @@ def test_every_step_is_made_again_with_the_very_images_and_crops(trained: Traine
         found = replay(trained.store, row["result"]["step"], "cpu")
         assert (found.same_batch, found.same_crops) == (True, True), row
         assert (found.images, found.replaced) == (16, row["run"]["replaced"])
+        assert all(crop.untyped_storage().nbytes() == crop.nbytes for shown in found.shown for crop in shown.crops)
 
 
 def test_what_is_not_the_same_is_told(trained: Trained, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from pipeline.evaluate.table import Evaluation
 from pipeline.evaluate.views import render_views
 from pipeline.loader import Batch, Loader
 from pipeline.report.pictures import crop_strips
-from pipeline.report.run import report_run
+from pipeline.report.run import environments, report_run
 from pipeline.run import open_data
 from tests.photos import write_tiles
 
@@ -159,3 +160,10 @@ def test_the_page_names_what_was_refused_where_the_run_lies_and_whose_the_images
         "27.3\u00a0% of 6 s went into steps that count; 1 restart, 1 step done twice",
     ):
         assert told in page
+
+
+def test_machines_are_told_in_the_order_of_the_attempts(tmp_path: Path) -> None:
+    store = Store((tmp_path / "run").as_uri())
+    for attempt in (1, 2, 99, 100, 101):
+        store.put(f"environment/a{attempt:02d}.json", json.dumps({"host": f"n{attempt}"}).encode())
+    assert [found["host"] for found in environments(store)] == ["n1", "n2", "n99", "n100", "n101"]

@@ -1,6 +1,7 @@
 """Has a run learnt from an image? Compared with what a reader really gave, step by step, with removals and bad ones."""
 
 from collections import defaultdict
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,13 @@ class Trained:
         self.quarantine = [entry for entry in self.quarantine if entry[1] < start]
         bad = [sample for sample, *_ in self.quarantine]
         settings = ReaderSettings(max_bad_fraction=1)
-        with Reader(self.shards, self.order, range(2), start, settings, bad, removed) as reader:
+        with ExitStack() as opened:  # of two ranks, each of which finds a bad image by itself
+            ranks = [Reader(self.shards, self.order, [lane], start, settings, bad, removed) for lane in range(2)]
+            for reader in ranks:
+                opened.enter_context(reader)
             for step in range(start, end):
-                self.shown[step + 1] = [sample.id for sample in reader.batch(step)]
-            self.quarantine += [[one.id, one.step, one.reason] for one in reader.bad]
+                self.shown[step + 1] = [sample.id for reader in ranks for sample in reader.batch(step)]
+            self.quarantine += [[one.id, one.step, one.reason] for reader in ranks for one in reader.bad]
         run.upload()
         part = commit.Part(0, 1, "fingerprint", (), {"quarantine": self.quarantine})
         commit.put_manifest(self.store, commit.Place(end, run.attempt), [part], lambda: None)

@@ -85,6 +85,26 @@ def test_every_save_is_made_while_lightning_holds_the_weights_on_their_device(ti
     assert len(Store(f"{values['store']}/first").list("checkpoints/step-000000012-a1")) > 2
 
 
+def finished_again(rank: int, values: dict[str, Any], folder: str) -> tuple[list[str], list[str]]:
+    """What lies on the disk, and the events, when a run that has finished is started once more."""
+    for _ in range(2):
+        launch = Launch(folder, f"{values['store']}/again", 0, 0, 1, 1, "127.0.0.1", 0)
+        session = Session(Config.model_validate(values), launch, StopRequest())
+        with closing(session.watchdog):
+            assert session.train() == "finished"
+    left = [str(path) for path in Path(folder).rglob("*.safetensors")]
+    return left, [event["event"] for event in read_events(session.store) if event["attempt"] == 2]
+
+
+@pytest.mark.slow
+def test_a_start_of_a_finished_run_leaves_no_checkpoint_on_the_disk_and_is_no_resume(
+    tiles: str, tmp_path: Path
+) -> None:
+    ((left, told),) = distributed.run(1, finished_again, config(tiles, tmp_path), str(tmp_path / "again"))
+    assert left == []
+    assert told == ["finished"]
+
+
 @dataclass(frozen=True)
 class Recording(Ranks):
     """Ranks that note what they tell each other."""

@@ -36,6 +36,14 @@ def test_removed_images_have_no_number_and_take_their_class_along(tmp_path: Path
     assert [n for n, number in enumerate(labels.bank) if number < 0] == [found]
 
 
+@pytest.mark.parametrize("gone", ["bank", "held_out"])
+def test_a_set_of_which_every_image_was_removed_is_refused(tmp_path: Path, gone: str) -> None:
+    sets = {name: shards_with(tmp_path / name, ["a", "b", "a"]) for name in ("bank", "held_out")}
+    remove(sets[gone], sets[gone].table()["key"].to_pylist(), force=True)
+    with pytest.raises(UserError, match=f"{gone}/set: all its images were removed"):
+        read_labels(**sets)
+
+
 @pytest.mark.parametrize(
     ("bank", "held_out", "said"),
     [
