@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 import secrets
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -32,6 +33,12 @@ Fence = Callable[[], None]  # raises when the attempt must not write any more
 
 class Damaged(UserError):
     """Bytes are not those that were saved."""
+
+
+class NoRoom(UserError):
+    """A disk of this machine has no room for what a checkpoint brings there; that of another may have."""
+
+    passing = True
 
 
 class Refused(UserError):
@@ -170,11 +177,16 @@ def read_manifest(store: Store, place: Place) -> Manifest:
 
 
 def fetch(store: Store, place: Place, file: File, folder: Path) -> None:
-    """Download a file of a checkpoint unless it lies there; it does not before it is verified. Raises Damaged."""
+    """Download a file of a checkpoint unless it lies there; it does so once it is verified. Raises Damaged, NoRoom."""
     target = folder / file.name
     if target.exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(folder).free) < file.size:
+        raise NoRoom(
+            f"{folder}: has {free / 1e9:,.1f} GB free, and {place.path}/{file.name} takes {file.size / 1e9:,.1f} GB "
+            "there; make room on that disk"
+        )
     partial = folder / f"{file.name}.{secrets.token_hex(4)}.partial"  # several ranks of a node may fetch the same file
     try:
         store.download(f"{place.path}/{file.name}", partial)

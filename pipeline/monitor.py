@@ -218,9 +218,9 @@ class WandbRows:
     def _read_sent(self) -> int:
         try:
             state = json.loads(self._state.read_text())
-        except FileNotFoundError:
-            return 0
-        return int(state["step"]) if state["id"] == self._id else 0  # else of a run that had the same name
+            return int(state["step"]) if state["id"] == self._id else 0  # else of a run that had the same name
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return 0  # none, or cut by a machine that lost its power: rows go out again
 
     def _keep(self, step: int) -> None:
         partial = self._state.with_suffix(".partial")

@@ -173,7 +173,7 @@ class Exam:
 def open_exam(run: Store, bank_url: str, held_out_url: str, step: int | None = None, size: int | None = None) -> Exam:
     """run: the run's folder. step: of a checkpoint, by default the newest; size: pixels, by default the largest crop's.
 
-    Raises UserError when the run, a checkpoint or a set is not there.
+    Raises UserError when the run, a checkpoint or a set is not there, or when both sets are one.
     """
     config = read_config(run)
     steps = [place.step for place in commit.committed(commit.survey(run))]
@@ -183,6 +183,11 @@ def open_exam(run: Store, bank_url: str, held_out_url: str, step: int | None = N
         raise UserError(f"{run.url}: no checkpoint of step {step}; there are {', '.join(map(str, sorted(set(steps))))}")
     step, size = steps[0] if step is None else step, size or max(crop.size for crop in config.augment.crops)
     bank, held_out = (Features(run, step, ShardSet.open(Store(url)), size) for url in (bank_url, held_out_url))
+    if bank.shards.manifest.contents_id == held_out.shards.manifest.contents_id:
+        raise UserError(
+            f"{bank_url} and {held_out_url} hold the same images: each would find itself; HELD_OUT= takes a set that "
+            "shares none with BANK="
+        )
     return Exam(run, config, step, bank, held_out)
 
 

@@ -22,7 +22,7 @@ from data_shards.errors import BadHost, UserError
 from data_shards.store import Denied, Store, StoreError, Unavailable
 from pipeline import sender
 from pipeline.checkpoint import Checkpointer, CheckpointSettings, order_for
-from pipeline.commit import File, Manifest, Part
+from pipeline.commit import File, Manifest, NoRoom, Part
 from pipeline.snapshot import deal
 from pipeline.weights import point
 from tests.pipeline.distributed import run
@@ -443,6 +443,19 @@ def test_checkpoints_that_one_start_finds_damaged_and_the_next_one_whole_are_not
     spoilt.store.arrived = lambda local: None
     spoilt.commit(10).commit(11).commit(12)
     assert same(Attempt(tmp_path, 3).loaded(), numbered(300))
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_named_and_may_be_another_nodes_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Attempt(tmp_path).commit(1)
+    full = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    with pytest.raises(
+        NoRoom, match=r"fetched-a2/step-000000001-a1: has 0\.0 GB free, and checkpoints/.* takes"
+    ) as error:
+        Attempt(tmp_path, 2).found_step()
+    assert error.value.passing
 
 
 def test_a_file_that_arrives_damaged_once_is_no_damaged_checkpoint(tmp_path: Path) -> None:

@@ -362,6 +362,18 @@ def test_a_disk_that_wandb_cannot_use_stops_nothing(store: Store, tmp_path: Path
     assert len(local_lines(run, "metrics")) == 5
 
 
+@pytest.mark.parametrize("cut", ["", '{"id"', "[]", '{"id": "x"}'])
+def test_a_note_of_what_wandb_has_that_was_cut_does_not_stop_wandb(store: Store, tmp_path: Path, cut: str) -> None:
+    state = tmp_path / "wandb" / "sent.json"
+    state.parent.mkdir()
+    state.write_text(cut)
+    run = Run(store, tmp_path, 1)
+    monitor = open_monitor(run, wandb="offline")
+    feed(monitor, range(1, 3))
+    monitor.close(60.0)
+    assert [row["step"] for path in files(tmp_path) for row in wandb_file.rows(path)] == [1, 2]
+
+
 def test_a_run_of_the_same_name_with_another_id_begins_anew(store: Store, tmp_path: Path) -> None:
     state = tmp_path / "wandb" / "sent.json"
     state.parent.mkdir()

@@ -116,6 +116,8 @@ def test_what_cannot_be_asked_is_told_in_a_line(tmp_path: Path) -> None:
         open_exam(fresh, bank, held_out)
     with pytest.raises(UserError, match="no such run"):
         open_exam(run.at("other"), bank, held_out)
+    with pytest.raises(UserError, match="bank hold the same images: each would find itself; HELD_OUT="):
+        open_exam(run, bank, bank)
 
 
 def test_other_pixels_or_labels_under_the_same_names_are_asked_anew(tmp_path: Path) -> None:
@@ -128,7 +130,12 @@ def test_other_pixels_or_labels_under_the_same_names_are_asked_anew(tmp_path: Pa
         "small": packed(tmp_path / "small", sources, longest_side=40),
         "coarse": packed(tmp_path / "coarse", coarse),
     }
-    exams = {name: open_exam(run, of.store.url, of.store.url, size=32) for name, of in sets.items()}
+    asked = {
+        "plain": packed(tmp_path / "asked", sources[:12]),
+        "small": packed(tmp_path / "asked small", sources[:12], longest_side=40),
+        "coarse": packed(tmp_path / "asked coarse", coarse[:12]),
+    }
+    exams = {name: open_exam(run, of.store.url, asked[name].store.url, size=32) for name, of in sets.items()}
     assert len({exam.path for exam in exams.values()}) == 3
     assert exams["small"].bank.folder != exams["plain"].bank.folder
     assert exams["coarse"].bank.folder == exams["plain"].bank.folder  # pixels are the same
@@ -137,7 +144,7 @@ def test_other_pixels_or_labels_under_the_same_names_are_asked_anew(tmp_path: Pa
 def test_features_stay_while_another_exam_needs_them(tmp_path: Path) -> None:
     run, _ = a_run(tmp_path, 3)
     bank, held_out = (shards.store.url for shards in labelled(tmp_path, 60))
-    one, other = open_exam(run, bank, held_out, size=32), open_exam(run, bank, bank, size=32)
+    one, other = open_exam(run, bank, held_out, size=32), open_exam(run, held_out, bank, size=32)
     for exam in (one, other):
         exam.begin()
         exam.extract(exam.left())
