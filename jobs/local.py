@@ -15,6 +15,7 @@ from pathlib import Path
 import submitit
 import yaml
 
+from data_shards.errors import UserError
 from data_shards.store import Store
 from jobs import daemons, rank, supervise
 from jobs.daemons import Process
@@ -30,10 +31,16 @@ def serve(store: str, ranks: int, gpus: int, time_limit_min: int, signal_delay_s
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     start = Start.here()
+    try:
+        visible = visible_gpus(gpus)
+    except UserError as error:
+        start.note("failed", reason=str(error))
+        raise
     executor = submitit.LocalExecutor(start.run_dir / "logs")
     executor.update_parameters(
         tasks_per_node=ranks,
         gpus_per_node=gpus,
+        visible_gpus=visible,
         timeout_min=time_limit_min,
         signal_delay_s=signal_delay_s,
         stderr_to_stdout=True,
@@ -48,6 +55,23 @@ def serve(store: str, ranks: int, gpus: int, time_limit_min: int, signal_delay_s
             sys.stderr.write(f"farseer: {decision.reason}\n")
             return 0 if decision.action == "end" else 2
         start = Start(start.run_dir, start.job, start.number + 1)
+
+
+def visible_gpus(wanted: int) -> tuple[int, ...]:
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves to the ranks, by number; () means the first ones: it names none.
+
+    submitit sets that variable anew for each rank. Raises UserError where it leaves fewer than are wanted.
+    """
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is None or not wanted:
+        return ()
+    numbers = tuple(int(name) for name in given.split(",") if name.strip().isdecimal())
+    if len(numbers) < wanted:
+        raise UserError(
+            f"CUDA_VISIBLE_DEVICES={given}: names {len(numbers)} GPUs by their numbers, and the site has "
+            f"gpus_per_node: {wanted}; name as many, or change the site"
+        )
+    return numbers
 
 
 def send(start: Start, number: signal.Signals) -> None:

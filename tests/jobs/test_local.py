@@ -7,17 +7,19 @@ from pathlib import Path
 
 import pytest
 
+from data_shards.errors import UserError
 from data_shards.store import Store
 from jobs import runs
 from jobs.daemons import wait_until
 from jobs.launch import launch
+from jobs.local import visible_gpus
 from jobs.runs import Job
 from jobs.site import Site
 from jobs.start import Start, events
 from pipeline.journal import read_events
 from tests.jobs import stand_in
 
-pytestmark = pytest.mark.slow
+slow = pytest.mark.slow
 DEADLINE_S = 60.0
 
 
@@ -54,6 +56,7 @@ def ended(job: Job, number: int) -> str | None:
     return outcome and outcome.outcome
 
 
+@slow
 def test_a_preempted_local_job_saves_and_starts_again_from_there(start_job):
     job = start_job()
     assert wait_until(lambda: bool(began(job)) and bool(began(job, 1)), DEADLINE_S)
@@ -65,6 +68,7 @@ def test_a_preempted_local_job_saves_and_starts_again_from_there(start_job):
     assert [event["event"] for event in read_events(Store(job.store))] == ["submitted"]
 
 
+@slow
 def test_a_killed_rank_takes_the_others_along_and_the_job_starts_again_from_the_checkpoint(start_job):
     job = start_job(die_at=12, die_from=0, die_rank=1, die_how="kill")
     wait(job)
@@ -73,6 +77,7 @@ def test_a_killed_rank_takes_the_others_along_and_the_job_starts_again_from_the_
     assert [event["event"] for event in events(job.run_dir)] == ["submitted", "requeued"]
 
 
+@slow
 def test_all_ranks_killed_at_once_start_again(start_job):
     job = start_job()
     assert wait_until(lambda: bool(began(job)) and bool(began(job, 1)), DEADLINE_S)
@@ -82,6 +87,7 @@ def test_all_ranks_killed_at_once_start_again(start_job):
     assert ended(job, 1) == "finished"
 
 
+@slow
 def test_a_crash_at_the_same_step_ends_the_job_after_three_starts_with_the_cause(start_job):
     job = start_job(die_at=7, die_rank=0, die_how="error")
     wait(job)
@@ -90,6 +96,7 @@ def test_a_crash_at_the_same_step_ends_the_job_after_three_starts_with_the_cause
     assert "RuntimeError: out of luck" in runs.status(job).state
 
 
+@slow
 def test_an_error_that_the_user_can_mend_ends_the_job_at_once(start_job):
     job = start_job(die_at=2, die_rank=1, die_how="mendable")
     wait(job)
@@ -97,6 +104,7 @@ def test_an_error_that_the_user_can_mend_ends_the_job_at_once(start_job):
     assert "data.lanes: 3 does not divide" in runs.status(job).state
 
 
+@slow
 def test_a_cancelled_job_saves_and_does_not_start_again_until_it_is_submitted_again(start_job):
     job = start_job()
     assert wait_until(lambda: bool(began(job)) and bool(began(job, 1)), DEADLINE_S)
@@ -109,6 +117,7 @@ def test_a_cancelled_job_saves_and_does_not_start_again_until_it_is_submitted_ag
     assert began(again)[1] > 0
 
 
+@slow
 def test_a_job_cancelled_now_leaves_no_process(start_job):
     job = start_job(steps=500)
     assert wait_until(lambda: bool(began(job)) and bool(began(job, 1)), DEADLINE_S)
@@ -116,3 +125,21 @@ def test_a_job_cancelled_now_leaves_no_process(start_job):
     wait(job)
     assert not [record for record in job.start.ranks() if record.process.running()]
     assert runs.status(job).state == "cancelled"
+
+
+@pytest.mark.parametrize(("given", "gpus"), [("4,5", (4, 5)), ("7", (7,)), (None, ())])
+def test_ranks_get_the_gpus_that_the_user_left_visible(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, gpus: tuple[int, ...]
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if given is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    assert visible_gpus(1) == gpus
+    assert visible_gpus(0) == ()
+
+
+@pytest.mark.parametrize("given", ["", "3", "GPU-4f2a,GPU-91bc"])
+def test_fewer_visible_gpus_than_the_site_has_are_refused(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    with pytest.raises(UserError, match=r"CUDA_VISIBLE_DEVICES=.* by their numbers, and the site has gpus_per_node: 2"):
+        visible_gpus(2)
