@@ -175,4 +175,5 @@ def _explain(path: Path, error: ErrorDetails) -> str:
     if error["type"] == "missing":
         return f"{path}: {key}: missing; it has no default, so set it"
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return f"{path}: {key}: found {error['input']!r}; valid is {message}"
+    found = "" if error["loc"][0] == "environment" else f"found {error['input']!r}; "  # that may be a secret
+    return f"{path}: {key}: {found}valid is {message}"

@@ -80,6 +80,16 @@ def test_a_secret_in_a_site_is_refused(name):
         Site(shared_dir="/x", environment={name: "abc"})
 
 
+@pytest.mark.parametrize(
+    "said", ["{AWS_SECRET_ACCESS_KEY: wJalrX}", "AWS_SECRET_ACCESS_KEY=wJalrX", "{HF_HOME: [wJalrX]}"]
+)
+def test_no_value_of_a_refused_environment_is_shown(tmp_path, said):
+    path = write(tmp_path, f"shared_dir: /x\nenvironment: {said}")
+    with pytest.raises(UserError, match=r"environment.*: valid is ") as refused:
+        load_site(path)
+    assert "wJalrX" not in str(refused.value)
+
+
 def test_a_site_that_names_a_profile_is_not_overruled_by_what_was_inherited(monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_REGION"):
         monkeypatch.setenv(name, "inherited")
