@@ -72,8 +72,7 @@ def batch_script(site: Site, run_dir: Path, store: str) -> tuple[list[str], list
         *guarded(site.setup, f'{supervise} after --exit "$1" --setup "$2" {told}'),
         "export MASTER_ADDR=${MASTER_ADDR:-$SLURMD_NODENAME}",  # this script runs on the first node, as rank 0 does
         f'echo "{START_LINE} $FARSEER_START of job $FARSEER_JOB on $(scontrol show hostnames | paste -sd,)"',
-        f"MASTER_PORT=$({supervise} before) || exit 2",
-        "export MASTER_PORT",
+        *_made_way(supervise, site.max_cycles),
     ]
     return slurm_head, [f"{supervise} after --exit $? {told}"]
 
@@ -103,6 +102,29 @@ def guarded(setup: Sequence[str], failed: str) -> list[str]:
     # of what a line sources, only the last command counts
     trap = f"trap '[ ${{#BASH_SOURCE[@]}} -gt 1 ] || {told}' ERR"
     return [function, trap, *setup, "trap - ERR"]
+
+
+def _made_way(supervise: str, max_cycles: int) -> list[str]:
+    """The shell lines that make way for the ranks, with what is done where Python itself does not begin.
+
+    Its exit code 2 is an answer: a cancel, or what a user can mend. Anything else may be this node's, or the shared
+    disk's of this moment, and no one but the shell is left to say so and to start again: max_cycles times in a row.
+    """
+    event = '{"time": %s, "attempt": 0, "job": "%s", "start": %s, "event": "%s", "reason": "%s"}\\n'
+    told = '"$(date +%s)" "$FARSEER_JOB" "$FARSEER_START" "$next"'
+    reason = '"Python did not begin on $SLURMD_NODENAME (exit code $1)"'
+    return [
+        "farseer_not_begun() {",
+        '  [ "$1" -ne 2 ] && [ ! -e "$FARSEER_RUN_DIR/cancel" ] || exit 2',
+        '  begun=$(ls "$FARSEER_RUN_DIR/starts" 2> /dev/null | sed -n "s/^$FARSEER_JOB-//p" | sort -n | tail -n 1)',
+        f"  next=requeued; [ $((FARSEER_START - ${{begun:--1}})) -lt {max_cycles} ] || next=failed",
+        f"""  printf '{event}' {told} {reason} >> "$FARSEER_RUN_DIR/jobs.jsonl\"""",
+        '  [ "$next" = failed ] || scontrol requeue "$SLURM_JOB_ID"',
+        '  exit "$1"',
+        "}",
+        f"MASTER_PORT=$({supervise} before) || farseer_not_begun $?",
+        "export MASTER_PORT",
+    ]
 
 
 def slurm_executor(site: Site, run: str, store: str) -> submitit.SlurmExecutor:

@@ -56,7 +56,17 @@ module load cuda/13
 trap - ERR
 export MASTER_ADDR=${MASTER_ADDR:-$SLURMD_NODENAME}
 echo "farseer: start $FARSEER_START of job $FARSEER_JOB on $(scontrol show hostnames | paste -sd,)"
-MASTER_PORT=$(/env/bin/python -m jobs.cli supervise before) || exit 2
+farseer_not_begun() {
+  [ "$1" -ne 2 ] && [ ! -e "$FARSEER_RUN_DIR/cancel" ] || exit 2
+  begun=$(ls "$FARSEER_RUN_DIR/starts" 2> /dev/null | sed -n "s/^$FARSEER_JOB-//p" | sort -n | tail -n 1)
+  next=requeued; [ $((FARSEER_START - ${begun:--1})) -lt 3 ] || next=failed
+  printf '{"time": %s, "attempt": 0, "job": "%s", "start": %s, "event": "%s", "reason": "%s"}\\n' "$(date +%s)" \
+"$FARSEER_JOB" "$FARSEER_START" "$next" "Python did not begin on $SLURMD_NODENAME (exit code $1)" \
+>> "$FARSEER_RUN_DIR/jobs.jsonl"
+  [ "$next" = failed ] || scontrol requeue "$SLURM_JOB_ID"
+  exit "$1"
+}
+MASTER_PORT=$(/env/bin/python -m jobs.cli supervise before) || farseer_not_begun $?
 export MASTER_PORT
 
 # command
@@ -150,6 +160,35 @@ def test_a_setup_that_succeeds_changes_nothing_of_what_follows(tmp_path):
     assert (tmp_path / "after").read_text() == "1\n"
     assert not (tmp_path / "told").exists()
     assert guarded((), "touch told") == []
+
+
+@pytest.mark.parametrize(
+    ("python", "start", "begun", "event"),
+    [
+        ("/nowhere/python", 0, [], "requeued"),
+        ("/nowhere/python", 2, [], "failed"),  # the third one in a row
+        ("/nowhere/python", 11, [9], "requeued"),
+        ("/nowhere/python", 12, [8, 9], "failed"),
+        ("sh -c 'exit 2'", 0, [], None),  # a cancel was asked for
+    ],
+)
+def test_a_start_whose_python_does_not_begin_is_told_and_made_again(tmp_path, python, start, begun, event):
+    (tmp_path / "starts").mkdir()
+    for number in begun:
+        (tmp_path / "starts" / f"7-{number}").mkdir()
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f"#!/bin/sh\n[ $1 = show ] || echo $@ >> {tmp_path}/asked\n")
+    scontrol.chmod(0o755)
+    lines, _ = batch_script(Site(shared_dir="/shared", python=python), tmp_path, "s3://runs/first")
+    script = "\n".join([*lines, f"touch {tmp_path}/ranks"])
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(start), "SLURMD_NODENAME": "node1"}
+    own = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    assert subprocess.run(["bash"], input=script, text=True, env=own | slurm, check=False).returncode != 0
+    reason = "Python did not begin on node1 (exit code 127)"
+    told = [(e["job"], e["start"], e["event"], e["reason"]) for e in events(tmp_path)]
+    assert told == ([("7", start, event, reason)] if event else [])
+    assert (tmp_path / "asked").exists() == (event == "requeued")
+    assert not (tmp_path / "ranks").exists()
 
 
 def test_only_named_variables_of_the_submitter_travel_and_no_secret_stands_in_the_script(site, monkeypatch):
@@ -288,7 +327,7 @@ def test_a_folder_that_is_no_run_is_never_taken_for_one(tmp_path):
 
 def test_a_python_of_several_words_is_a_command(site):
     lines, after = batch_script(site.model_copy(update={"python": "apptainer exec img python"}), Path("/s"), "s3://r")
-    assert "MASTER_PORT=$(apptainer exec img python -m jobs.cli supervise before) || exit 2" in lines
+    assert "MASTER_PORT=$(apptainer exec img python -m jobs.cli supervise before) || farseer_not_begun $?" in lines
     assert after[0].startswith("apptainer exec img python -m jobs.cli supervise after ")
 
 
