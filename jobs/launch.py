@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,11 @@ def launch(
     version = None if job.local else slurm.version()
     note(run_dir, "submitted", job=job.id, committed=committed, code=_version(code), slurm=version)
     return job
+
+
+def packed_code(run_dir: Path) -> Path:
+    """The snapshot of the run's newest job, as it was before the job began."""
+    return run_dir / "snapshot.tar.gz"
 
 
 def batch_script(site: Site, run_dir: Path, store: str) -> tuple[list[str], list[str]]:
@@ -237,6 +243,8 @@ def _undone_on_error(run_dir: Path) -> Iterator[None]:
 
 def _write(run_dir: Path, config: dict[str, Any], code: Path) -> None:
     write_snapshot(run_dir, code)
+    with tarfile.open(packed_code(run_dir), "w:gz") as archive:  # now: the job will compile what it runs from
+        archive.add(run_dir / "snapshot", "snapshot")
     (run_dir / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
 
 

@@ -3,8 +3,6 @@
 The same command starts a run and goes on with it: where to resume is found in the store at each start.
 """
 
-import io
-import tarfile
 from pathlib import Path
 
 from data_shards.errors import UserError
@@ -13,7 +11,7 @@ from jobs import slurm
 from jobs.daemons import wait_until
 from jobs.doctor_store import put_and_get
 from jobs.feasible import CHECK_SECONDS, feasible
-from jobs.launch import launch
+from jobs.launch import launch, packed_code
 from jobs.reasons import Reasons
 from jobs.runs import Job, state
 from jobs.site import ROOT, Site
@@ -47,11 +45,8 @@ def submit(config: Config, site: Site, run: str, code: Path = ROOT, origin: str 
 
 def _keep_code(job: Job, store: Store) -> None:
     """Put what the job runs from beside what it learns; the job goes its way if the store does not take it."""
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
-        archive.add(job.run_dir / "snapshot", "snapshot")
     try:
-        store.put(f"code/{job.id}.tar.gz", packed.getvalue())
+        store.put(f"code/{job.id}.tar.gz", packed_code(job.run_dir).read_bytes())
     except UserError as error:
         note(job.run_dir, "upload failed", reason=str(error))
 

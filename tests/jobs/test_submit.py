@@ -3,13 +3,17 @@
 import io
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from data_shards.errors import UserError
 from data_shards.index import Manifest
 from data_shards.store import Store
+from jobs import launch as launching
 from jobs import submit as submitting
+from jobs.daemons import Process
+from jobs.launch import packed_code
 from jobs.runs import Job
 from jobs.site import ROOT, Site
 from jobs.start import events
@@ -82,18 +86,26 @@ def test_a_store_that_takes_nothing_is_refused_before_anything_is_written(site, 
     assert not (tmp_path / "shared").exists()
 
 
-def test_what_a_job_runs_from_is_kept_in_the_store(tmp_path):
-    job = Job("first", tmp_path / "first", "x", "42")
-    (job.run_dir / "snapshot" / "jobs").mkdir(parents=True)
-    (job.run_dir / "snapshot" / "jobs" / "a.py").write_text("code")
-    store = Store(f"file://{tmp_path}/runs/first")
-    submitting._keep_code(job, store)
-    with tarfile.open(fileobj=io.BytesIO(store.get("code/42.tar.gz"))) as archive:
+def test_what_a_job_runs_from_is_kept_in_the_store_and_nothing_that_the_job_has_made_of_it(site, tmp_path, monkeypatch):
+    def begun(site: Site, run: str, store: str, config: dict[str, Any]) -> Job:
+        compiled = site.run_dir(run) / "snapshot" / "jobs" / "__pycache__"
+        compiled.mkdir()
+        (compiled / "a.pyc").write_text("secret")
+        return Job(run, site.run_dir(run), store, "42", Process(1, 1))
+
+    (tmp_path / "code" / "jobs").mkdir(parents=True)
+    (tmp_path / "code" / "jobs" / "a.py").write_text("code")
+    monkeypatch.setattr(launching, "_on_this_machine", begun)
+    wanted = config(tmp_path)
+    submit(wanted, site, "first", code=tmp_path / "code")
+    with tarfile.open(fileobj=io.BytesIO(Store(f"{wanted.store}/first").get("code/42.tar.gz"))) as archive:
         assert archive.extractfile("snapshot/jobs/a.py").read() == b"code"  # type: ignore[union-attr]
+        assert "snapshot/jobs/__pycache__/a.pyc" not in archive.getnames()
 
 
 def test_a_store_that_does_not_take_the_code_stops_no_job(tmp_path):
     job = Job("first", tmp_path / "first", "x", "42")
-    (job.run_dir / "snapshot").mkdir(parents=True)
+    job.run_dir.mkdir()
+    packed_code(job.run_dir).touch()
     submitting._keep_code(job, Store("file:///proc/nowhere"))
     assert events(job.run_dir)[-1]["event"] == "upload failed"
