@@ -48,6 +48,8 @@ def run(config: dict[str, Any], store: str, signal_delay_s: int, gpus: int, time
     _handle_early_signals(start, rank, 60 * time_limit_min - signal_delay_s)
     try:
         start.begin(rank, str(here.paths.stdout))
+        if start.cancelled:  # since the job's script has looked: there was no rank yet that a signal would reach
+            _leave_early(start, rank)
         from pipeline.config import parse
 
         settings = parse(config, f"{store}/config.yaml")
@@ -101,17 +103,22 @@ def _handle_early_signals(start: Start, rank: int, time_s: float) -> None:
             took = f"{time.monotonic() - begun:.0f} s"
             _fail(start, rank, OutOfTime(f"the time limit came {took} after the start, before the first step; "
                                          "set the site's time_limit_min higher, or signal_delay_s lower"))  # fmt: skip
-        try:
-            _leave_early(start, rank)
-        finally:
-            os._exit(1)  # not 0: SLURM ends those with it that wait for this one already, and hear no signal there
+        _leave_early(start, rank)
 
     signal.signal(signal.SIGUSR2, preempted)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGCONT, signal.SIG_DFL)
 
 
-def _leave_early(start: Start, rank: int) -> None:
+def _leave_early(start: Start, rank: int) -> NoReturn:
+    """Before there is anything to save."""
+    try:
+        _say_so(start, rank)
+    finally:
+        os._exit(1)  # not 0: SLURM ends those with it that wait for this one already, and hear no signal there
+
+
+def _say_so(start: Start, rank: int) -> None:
     """Rank 0 speaks for all, unless it is among those that wait."""
     if rank != 0:
         time.sleep(WITNESS_S)

@@ -153,12 +153,18 @@ def test_a_full_disk_does_not_keep_a_rank_that_hangs_in_its_place(start: Start, 
     assert "RuntimeError: stood still" in ended.stderr
 
 
+def trained(start: Start, number: int) -> int:
+    """The exit code of a rank that is to train, with a config that is none."""
+    rank = launched(start, TRAINING, number, 0)
+    rank["env"] |= {"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_JOB_ID": "1", "SUBMITIT_FOLDER": str(start.run_dir)}
+    rank["env"] |= {f"SUBMITIT_LOCAL_{name}ID": str(number) for name in ("GLOBAL", "LOCAL")}
+    rank["env"] |= {"MASTER_ADDR": "127.0.0.1"}
+    return subprocess.run(**rank, stderr=subprocess.PIPE, check=False).returncode
+
+
 def test_a_rank_that_cannot_say_who_it_is_says_why_it_leaves(start: Start) -> None:
     (start.folder / "rank-0001.json" / "in the way").mkdir(parents=True)
-    rank = launched(start, TRAINING, 1, 0)
-    rank["env"] |= {"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_JOB_ID": "1", "SUBMITIT_FOLDER": str(start.run_dir)}
-    rank["env"] |= {"SUBMITIT_LOCAL_GLOBALID": "1", "SUBMITIT_LOCAL_LOCALID": "1", "MASTER_ADDR": "127.0.0.1"}
-    assert subprocess.run(**rank, stderr=subprocess.PIPE, check=False).returncode == 1
+    assert trained(start, 1) == 1
     (failure,) = start.failures()
     assert "rank-0001.json" in failure.message
 
@@ -174,3 +180,9 @@ def test_a_cancel_before_the_first_step_ends_the_job(start: Start) -> None:
     cancel_marker(start.run_dir).touch()
     assert signalled(start, 0, SHORT_S) == 1
     assert start.outcome() == Outcome("cancelled")
+
+
+def test_a_cancel_that_found_no_rank_to_signal_is_heeded_by_each_as_it_begins(start: Start) -> None:
+    cancel_marker(start.run_dir).touch()
+    assert trained(start, 0) == 1
+    assert (start.outcome(), start.failures()) == (Outcome("cancelled"), [])
