@@ -69,7 +69,7 @@ def batch_script(site: Site, run_dir: Path, store: str) -> tuple[list[str], list
         at_once = f"--max-cycles 0 --store {shlex.quote(store)}"
         setup = guarded(site.setup, f'{supervise} after --exit "$1" --setup "$2" {at_once}')
         return [*head, "export FARSEER_JOB=local-$$", *setup, f"exec {supervise} serve {told}"], []
-    told = f"--max-cycles {site.max_cycles} --exclude-hours {site.exclude_hours:g} --store {shlex.quote(store)}"
+    told = f"--max-cycles {site.max_cycles} --exclude-hours {_exclude_hours(site):g} --store {shlex.quote(store)}"
     told += f" --exclude {shlex.quote(kept_out)}" if (kept_out := _exclude_of(site)) else ""
     told += f" --constraint {shlex.quote(site.constraint)}" if site.constraint else ""
     slurm_head = [
@@ -189,8 +189,14 @@ def _exclude_of(site: Site) -> str:
 
 def _excluded(site: Site) -> list[str]:
     """Hosts that were to blame, as long as enough others are left."""
-    hosts = excluded(Path(site.shared_dir), site.exclude_hours)
-    return slurm.spared(hosts, site.partition, site.nodes, site.constraint)
+    hosts, gpus = excluded(Path(site.shared_dir), _exclude_hours(site)), site.gpus_per_node > 0
+    kept_off = [*filter(None, [_exclude_of(site)])]
+    return slurm.spared(hosts, site.partition, site.nodes, site.constraint, kept_off=kept_off, gpus=gpus)
+
+
+def _exclude_hours(site: Site) -> float:
+    """For how long a host to blame is kept out; not at all where the site names the nodes, and has no others."""
+    return 0.0 if {"nodelist", "reservation"} & switched_on(site).keys() else site.exclude_hours
 
 
 def script_text(site: Site, run: str, store: str) -> str:

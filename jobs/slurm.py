@@ -110,7 +110,7 @@ def requeue_without(job: str, hosts: Sequence[str], always: Sequence[str], const
     Raises SlurmError when SLURM does not requeue the job; on which nodes it runs matters less.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    off = _spared_here(hosts, constraint) if hosts else []
+    off = _spared_here(hosts, constraint, always) if hosts else []
     requeue(job, PATIENCE_S)
     try:
         _call(["scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join([*always, *off])}"])
@@ -118,38 +118,55 @@ def requeue_without(job: str, hosts: Sequence[str], always: Sequence[str], const
         sys.stderr.write(f"farseer: requeued, but not kept off {', '.join(off) or 'any host'}: {error}\n")
 
 
-def _spared_here(hosts: Sequence[str], constraint: str | None) -> list[str]:
+def _spared_here(hosts: Sequence[str], constraint: str | None, always: Sequence[str]) -> list[str]:
+    where, nodes = os.environ["SLURM_JOB_PARTITION"], int(os.environ["SLURM_JOB_NUM_NODES"])
+    gpus = os.environ.get("SLURM_GPUS_PER_NODE", "0") != "0"
     try:
-        return spared(hosts, os.environ["SLURM_JOB_PARTITION"], int(os.environ["SLURM_JOB_NUM_NODES"]), constraint)
+        return spared(hosts, where, nodes, constraint, kept_off=always, gpus=gpus)
     except SlurmError:
         return []  # SLURM is busy: better a suspect host than none
 
 
-def spared(hosts: Sequence[str], partition: str | None, needed: int, constraint: str | None) -> list[str]:
+def spared(
+    hosts: Sequence[str],
+    partition: str | None,
+    needed: int,
+    constraint: str | None,
+    *,
+    kept_off: Sequence[str] = (),
+    gpus: bool = False,
+) -> list[str]:
     """The hosts that a job of so many nodes can do without, the first ones first; none that SLURM does not know.
 
-    SLURM refuses a whole list for one name that it does not know. partition: without, the default one. constraint: a
-    feature that the nodes must have; of an expression it is not known which nodes have it: none is spared.
+    SLURM refuses a whole list for one name that it does not know. partition: without, the default one; of several,
+    each that could hold the job still can. constraint: a feature that the nodes must have; of an expression it is not
+    known which nodes have it: none is spared. kept_off: hosts that the job does not get anyway. gpus: it needs some.
     """
     if not hosts:
         return []
     where = ["--partition", partition] if partition else []
     usable = _nodes(f"--states={USABLE}", *where)
-    fit = {
-        node
-        for node, of, features in usable
-        if (partition or of.endswith("*")) and (constraint is None or constraint in features.split(","))
-    }
-    if len(fit) < needed:
+    others = {host for one in kept_off for host in _call(["scontrol", "show", "hostnames", one]).split()}
+    fit: dict[str, set[str]] = {}
+    for node, of, features, gres in usable:
+        asked = of.rstrip("*") in partition.split(",") if partition else of.endswith("*")
+        has = (constraint is None or constraint in features.split(",")) and (not gpus or "gpu" in gres)
+        if asked and has and node not in others:
+            fit.setdefault(of, set()).add(node)
+    able = [nodes for nodes in fit.values() if len(nodes) >= needed]
+    if not able:
         return []
-    known, here = ({node for node, _, _ in rows} for rows in (_nodes(*where), usable))
-    away = [host for host in hosts if host in known - here]  # it may come back before the job starts
-    return [host for host in hosts if host in fit][: len(fit) - needed] + away
+    off: list[str] = []
+    for host in hosts:
+        if any(host in nodes for nodes in fit.values()) and all(len(nodes - {host, *off}) >= needed for nodes in able):
+            off.append(host)
+    known, here = ({row[0] for row in rows} for rows in (_nodes(*where), usable))
+    return off + [host for host in hosts if host in known - here]  # it may come back before the job starts
 
 
 def _nodes(*which: str) -> list[list[str]]:
-    """Name, partition and features of nodes, a row for each partition that one is in."""
-    lines = _call(["sinfo", "--noheader", "--Node", *which, "--format", "%N|%P|%f"]).splitlines()
+    """Name, partition, features and generic resources of nodes, a row for each partition that one is in."""
+    lines = _call(["sinfo", "--noheader", "--Node", *which, "--format", "%N|%P|%f|%G"]).splitlines()
     return [line.split("|") for line in lines]
 
 

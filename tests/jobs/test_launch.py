@@ -120,12 +120,24 @@ def test_the_batch_script_is_this_one(site):
 
 def test_a_host_that_was_to_blame_is_kept_out_and_one_that_slurm_no_longer_knows_is_not_named(site, tmp_path):
     sinfo = tmp_path / "bin" / "sinfo"
-    sinfo.write_text("#!/bin/sh\nprintf 'node1|gpu|h200\\nnode2|gpu|h200\\nnode3|gpu|h200\\n'\n")
+    sinfo.write_text("#!/bin/sh\nprintf 'node1|gpu|h200|gpu:8\\nnode2|gpu|h200|gpu:8\\nnode3|gpu|h200|gpu:8\\n'\n")
     sinfo.chmod(0o755)
+    (tmp_path / "bin" / "scontrol").write_text("#!/bin/sh\necho node9\n")
+    (tmp_path / "bin" / "scontrol").chmod(0o755)
     for _ in range(2):
         blame(tmp_path, "a", {"node2": "x", "gone17": "GPU 3 does not work"})
-    executor = slurm_executor(site.model_copy(update={"shared_dir": str(tmp_path)}), "first", "s3://runs/first")
-    assert executor.parameters["exclude"] == "node9,node2"
+    site = site.model_copy(update={"shared_dir": str(tmp_path)})
+    assert slurm_executor(site, "first", "s3://runs/first").parameters["exclude"] == "node9,node2"
+
+
+@pytest.mark.parametrize("option", ["nodelist", "reservation"])
+def test_of_nodes_that_the_site_itself_names_none_is_kept_out(site, tmp_path, option):
+    for _ in range(2):
+        blame(tmp_path, "a", {"node2": "x"})
+    site = site.model_copy(update={"shared_dir": str(tmp_path), "extra": {option: "ours"}})
+    executor = slurm_executor(site, "first", "s3://runs/first")
+    assert "exclude" not in executor.parameters
+    assert "--exclude-hours 0 " in executor.parameters["teardown"][0]
 
 
 def test_the_batch_script_is_valid_shell(site):

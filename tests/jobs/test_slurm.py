@@ -11,7 +11,7 @@ from jobs import slurm
 from jobs.slurm import SlurmError
 
 Fake = Callable[[str, str], Path]
-SINFO = r"printf 'node1|gpu*|h200,ib\nnode2|gpu*|h200\nnode3|gpu*|(null)\nnode1|low|h200\n'"
+SINFO = r"printf 'node1|gpu*|h200,ib|gpu:8\nnode2|gpu*|h200|gpu:8\nnode3|gpu*|(null)|(null)\nnode1|low|h200|gpu:8\n'"
 
 
 @pytest.fixture
@@ -92,9 +92,41 @@ def test_only_usable_nodes_that_have_what_the_job_needs_are_spared(
     assert "--states=idle,alloc," in lines(calls)[0]
 
 
+def test_a_host_that_the_site_keeps_its_jobs_off_takes_the_place_of_no_other(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake("sinfo", r"printf 'node1|gpu*|a|x\nnode2|gpu*|a|x\nnode3|gpu*|a|x\nnode4|gpu*|a|x\n'")
+    calls = fake("scontrol", r"[ $1 != show ] || printf 'node3\nnode4\n'")
+    assert slurm.spared(["node1"], "gpu", 2, None, kept_off=["node[3-4]"]) == []
+    assert lines(calls) == ["show hostnames node[3-4]"]
+    assert slurm.spared(["node1", "node3"], "gpu", 1, None, kept_off=["node[3-4]"]) == ["node1"]
+    monkeypatch.setenv("SLURM_JOB_PARTITION", "gpu")
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    slurm.requeue_without("7", ["node1"], ["node[3-4]"], None)
+    assert lines(calls)[-1] == "update JobId=7 ExcNodeList=node[3-4]"
+
+
+def test_a_node_without_gpus_takes_the_place_of_none_with_them(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake("sinfo", SINFO)
+    assert slurm.spared(["node1"], "gpu", 2, None) == ["node1"]
+    assert slurm.spared(["node1"], "gpu", 2, None, gpus=True) == []
+    monkeypatch.setenv("SLURM_JOB_PARTITION", "gpu")
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    calls = fake("scontrol", "")
+    for per_node, off in (("0", "node1"), ("8", "")):
+        monkeypatch.setenv("SLURM_GPUS_PER_NODE", per_node)
+        slurm.requeue_without("7", ["node1"], [], None)
+        assert lines(calls)[-1] == f"update JobId=7 ExcNodeList={off}"
+
+
+def test_of_several_partitions_each_that_could_hold_the_job_still_can(fake: Fake) -> None:
+    fake("sinfo", r"printf 'a1|a|x|x\na2|a|x|x\nb1|b|x|x\nb2|b|x|x\nb3|b|x|x\nc1|c|x|x\n'")
+    assert slurm.spared(["a1", "b1", "b2", "c1"], "a,b,c", 2, None) == ["b1", "c1"]
+
+
 def test_a_node_that_slurm_no_longer_knows_is_not_named_to_it_and_one_that_is_away_is(fake: Fake) -> None:
-    others = r"printf 'node1|gpu*|a\nnode2|gpu*|a\n'"
-    fake("sinfo", rf"case $* in *--states=*) {others} ;; *) {others}; printf 'node8|gpu*|a\nnode2|low|a\n' ;; esac")
+    others = r"printf 'node1|gpu*|a|x\nnode2|gpu*|a|x\n'"
+    fake("sinfo", rf"case $* in *--states=*) {others} ;; *) {others}; printf 'node8|gpu*|a|x\nnode2|low|a|x\n' ;; esac")
     assert slurm.spared(["gone17", "node1", "node8"], "gpu", 1, None) == ["node1", "node8"]
     assert slurm.spared(["gone17", "node1", "node8"], "gpu", 2, None) == ["node8"]
     assert slurm.spared(["gone17", "node1", "node8"], "gpu", 3, None) == []  # it needs node8 to come back
