@@ -21,7 +21,7 @@ import yaml
 from data_shards.errors import UserError
 from jobs import daemons, rank, slurm
 from jobs.blame import START_LINE, excluded
-from jobs.runs import Job
+from jobs.runs import Job, owned
 from jobs.site import CARRIED, INHERITED, ROOT, SECRETS, Site, export_lines
 from jobs.start import cancel_marker, note
 
@@ -38,11 +38,15 @@ def launch(
     supervisor counts progress. code: the folder whose three packages the job will run.
     """
     run_dir = site.run_dir(run)
-    if not (run_dir / "job.json").exists() and run_dir.is_dir() and any(run_dir.iterdir()):
-        raise UserError(f"RUN={run}: {run_dir} is there and no run of ours; choose another name, or another shared_dir")
+    with owned(run_dir):
+        if not (run_dir / "job.json").exists() and run_dir.is_dir() and any(run_dir.iterdir()):
+            raise UserError(
+                f"RUN={run}: {run_dir} is there and no run of ours; choose another name, or another shared_dir"
+            )
     with _undone_on_error(run_dir):
         try:
-            _write(run_dir, config, code)
+            with owned(run_dir):
+                _write(run_dir, config, code)
         except OSError as error:
             raise UserError(f"SITE={site.name}: shared_dir: {site.shared_dir} cannot be written: {error}") from None
         cancel_marker(run_dir).unlink(missing_ok=True)
@@ -240,10 +244,11 @@ def _undone_on_error(run_dir: Path) -> Iterator[None]:
     except BaseException:
         if not existed:
             shutil.rmtree(run_dir, ignore_errors=True)
-        elif before is not None:
-            config.write_bytes(before)
-        if existed and cancelled:
-            marker.touch()
+        with contextlib.suppress(OSError):  # a disk that took nothing before takes nothing now
+            if existed and before is not None:
+                config.write_bytes(before)
+            if existed and cancelled:
+                marker.touch()
         raise
 
 

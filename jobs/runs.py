@@ -4,11 +4,12 @@ Reads the shared disk and asks SLURM once, so it stays quick however many runs t
 the store tells: jobs.elsewhere.
 """
 
+import contextlib
 import json
 import signal
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -52,7 +53,8 @@ class Job:
         """The newest job of a run. Raises UserError, with the runs that there are, when it has none."""
         run_dir = site.run_dir(run)
         try:
-            values = json.loads((run_dir / "job.json").read_text())
+            with owned(run_dir):
+                values = json.loads((run_dir / "job.json").read_text())
         except FileNotFoundError:
             known = ", ".join(path.name for path in folders(site)) or "none"
             raise UserError(f"RUN={run}: no such run in {site.shared_dir}; there are: {known}") from None
@@ -71,6 +73,20 @@ class Job:
 def folders(site: Site) -> list[Path]:
     """The runs that were submitted to this site, in the order of their names."""
     return sorted(path.parent for path in Path(site.shared_dir).glob("*/job.json"))
+
+
+@contextlib.contextmanager
+def owned(run_dir: Path) -> Iterator[None]:
+    """Raises UserError, with the owner's name, for what this user may not do in the folder of a run."""
+    try:
+        yield
+    except PermissionError as error:
+        if not run_dir.is_dir():
+            raise
+        owner = str(run_dir.stat().st_uid)
+        with contextlib.suppress(KeyError):  # of a user whom this machine does not know, the number has to do
+            owner = run_dir.owner()
+        raise UserError(f"RUN={run_dir.name}: {run_dir} is {owner}'s, and closed to you: {error}") from None
 
 
 def state(job: Job, queue: Sequence[slurm.Queued] | None = None) -> str | None:
@@ -97,7 +113,8 @@ def cancel(job: Job, now: bool = False) -> str:
     was = state(job)
     if was is None:
         raise UserError(f"RUN={job.run}: job {job.id} is over already; make status shows how it ended")
-    cancel_marker(job.run_dir).touch()
+    with owned(job.run_dir):
+        cancel_marker(job.run_dir).touch()
     if now or was != "RUNNING" or not job.start.ranks():
         end(job)
         return f"job {job.id} is cancelled; make resume RUN={job.run} goes on from the last checkpoint"

@@ -13,7 +13,7 @@ from jobs.doctor_store import put_and_get
 from jobs.feasible import CHECK_SECONDS, feasible
 from jobs.launch import launch, packed_code
 from jobs.reasons import Reasons
-from jobs.runs import Job, state
+from jobs.runs import Job, owned, state
 from jobs.site import ROOT, Site
 from jobs.start import note
 from jobs.supervise import committed_step, publish
@@ -82,7 +82,8 @@ def _check_same(config: Config, store: Store) -> None:
 
 def _check_free(site: Site, run: str, run_dir: Path, store: str) -> None:
     """Refuse when SLURM does not answer or has the run already; two jobs must not work on one run."""
-    job = Job.of(site, run) if (run_dir / "job.json").exists() else None
+    with owned(run_dir):
+        job = Job.of(site, run) if (run_dir / "job.json").exists() else None
     if site.executor == "slurm":
         slurm.check_partition(site.partition, site.nodes)
         queued = _queued(run, store, None if job is None else job.id)

@@ -1,5 +1,9 @@
+import contextlib
 import json
+import os
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +11,12 @@ import pytest
 
 from data_shards.errors import UserError
 from jobs import runs
+from jobs.launch import launch
 from jobs.runs import Job, history, status
-from jobs.site import Site
+from jobs.site import ROOT, Site
 from jobs.slurm import Queued
 from jobs.start import Start, note
+from jobs.submit import _check_free
 
 
 @pytest.fixture
@@ -40,6 +46,49 @@ def queued(state: str, job: str = "42") -> list[Queued]:
 
 def test_a_job_is_remembered_with_its_run(job, site):
     assert Job.of(site, "first") == job
+
+
+@contextlib.contextmanager
+def foreign(mode: int) -> Iterator[Job]:
+    """A run whose folder is open so far to this process, which is root no longer."""
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to others
+        job = Job("first", Path(folder) / "first", "s3://runs/first", "42")
+        job.save()
+        (job.run_dir / "config.yaml").write_text("lr: 1\n")
+        Path(folder).chmod(0o755)
+        job.run_dir.chmod(mode)
+        user = os.geteuid()
+        os.seteuid(user or 65534)
+        try:
+            yield job
+        finally:
+            os.seteuid(user)
+            job.run_dir.chmod(0o755)
+
+
+def test_what_only_the_owner_of_a_run_may_do_is_refused_with_their_name(monkeypatch):
+    monkeypatch.setattr(runs.slurm, "queue", lambda names: queued("RUNNING"))
+    with foreign(0o555) as job:
+        site = Site(name="mine", shared_dir=str(job.run_dir.parent))
+        said = f"RUN=first: {job.run_dir} is {job.run_dir.owner()}'s, and closed to you: .*Permission denied"
+        assert Job.of(site, "first") == job
+        with pytest.raises(UserError, match=said):
+            runs.cancel(job)
+        with pytest.raises(UserError, match=said):
+            launch(site, "first", job.store, {"lr": 30}, code=ROOT)
+        assert (job.run_dir / "config.yaml").read_text() == "lr: 1\n"
+
+
+def test_a_run_that_its_owner_keeps_closed_is_refused_with_their_name():
+    with foreign(0o000) as job:
+        site = Site(name="mine", executor="local", shared_dir=str(job.run_dir.parent))
+        said = f"RUN=first: {job.run_dir} is {job.run_dir.owner()}'s, and closed to you: .*Permission denied"
+        with pytest.raises(UserError, match=said):
+            Job.of(site, "first")
+        with pytest.raises(UserError, match=said):
+            launch(site, "first", job.store, {"lr": 30}, code=ROOT)
+        with pytest.raises(UserError, match=said):
+            _check_free(site, "first", job.run_dir, job.store)
 
 
 def test_an_unknown_run_is_refused_with_those_that_there_are(job, site):
