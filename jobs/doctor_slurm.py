@@ -24,8 +24,14 @@ CLOCKS_S = 2.0  # between nodes
 def look_at_slurm(site: Site) -> Iterator[Finding]:
     """From the login node. Raises SlurmError when SLURM does not answer."""
     config = dict(re.findall(r"^(\w+)\s*= (.*)$", slurm.ask("scontrol", "show", "config"), re.MULTILINE))
-    slurm.check_partition(site.partition, site.nodes)
-    name = site.partition or slurm.ask("sinfo", "--noheader", "--format", "%P").partition("*")[0].split()[-1]
+    slurm.check_partition(site.used_partition, site.nodes)
+    default = slurm.ask("sinfo", "--noheader", "--format", "%P").partition("*")[0].split()[-1:]
+    for name in site.used_partition.split(",") if site.used_partition else default:
+        yield from _look_at_partition(site, name, config)
+    yield _accepted(site)
+
+
+def _look_at_partition(site: Site, name: str, config: dict[str, str]) -> Iterator[Finding]:
     shown = slurm.ask("scontrol", "show", "partition", name, "--oneliner")
     partition = dict(pair.split("=", 1) for pair in shown.split() if "=" in pair)
     up = partition["State"] == "UP"
@@ -34,7 +40,6 @@ def look_at_slurm(site: Site) -> Iterator[Finding]:
     yield Finding("partition", up, f"{name} is {partition['State']}: {counted} ({slurm.version()})")
     yield _time_limit(site, name, partition["MaxTime"])
     yield _preemption(site, name, partition, config)
-    yield _accepted(site)
 
 
 def _time_limit(site: Site, name: str, limit: str) -> Finding:

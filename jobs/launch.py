@@ -195,7 +195,7 @@ def _excluded(site: Site) -> list[str]:
     """Hosts that were to blame, as long as enough others are left."""
     hosts, gpus = excluded(Path(site.shared_dir), _exclude_hours(site)), site.gpus_per_node > 0
     kept_off = [*filter(None, [_exclude_of(site)])]
-    return slurm.spared(hosts, site.partition, site.nodes, site.constraint, kept_off=kept_off, gpus=gpus)
+    return slurm.spared(hosts, site.used_partition, site.nodes, site.constraint, kept_off=kept_off, gpus=gpus)
 
 
 def _exclude_hours(site: Site) -> float:

@@ -107,6 +107,11 @@ class Site(Section):
     def ranks(self) -> int:
         return self.nodes * self.ranks_per_node
 
+    @property
+    def used_partition(self) -> str | None:
+        """What sbatch takes, from the site or from who submits; None: SLURM's default one."""
+        return self.partition or os.environ.get("SBATCH_PARTITION") or None
+
     def run_dir(self, run: str) -> Path:
         """The run's folder on the shared disk. Raises UserError when the name could leave it."""
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", run):

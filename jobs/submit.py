@@ -85,7 +85,7 @@ def _check_free(site: Site, run: str, run_dir: Path, store: str) -> None:
     with owned(run_dir):
         job = Job.of(site, run) if (run_dir / "job.json").exists() else None
     if site.executor == "slurm":
-        slurm.check_partition(site.partition, site.nodes)
+        slurm.check_partition(site.used_partition, site.nodes)
         queued = _queued(run, store, None if job is None else job.id)
         taken = next((f"job {entry.job}, {entry.state.lower()}" for entry in queued), None)
     else:

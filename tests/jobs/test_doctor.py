@@ -1,6 +1,8 @@
 """What a doctor says of this machine, of folders and of a site whose SLURM answers as told; real ones in tests/real."""
 
 import json
+import os
+import re
 import threading
 import time
 from pathlib import Path
@@ -36,6 +38,53 @@ def test_a_folder_that_works_is_ok_and_nothing_is_left_in_it(site, tmp_path):
     assert {said[what] for what in ("store", "store speed", "conditions", "shared disk", "hosts")} == {True}
     assert [path for path in (tmp_path / "store").rglob("*") if path.is_file()] == []
     assert list((tmp_path / "shared").iterdir()) == []
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two partitions, `a` of which is the default one, in the place of SLURM."""
+    answers = {
+        "sinfo": r"""case "$*" in
+            *%P\|%D*) printf 'a*|4\nb|8\n' ;;
+            *%P*) printf 'a*\nb\n' ;;
+            *) echo '4 idle' ;;
+            esac""",
+        "scontrol": r"""case "$*" in
+            "show partition a "*) echo 'PartitionName=a State=UP MaxTime=1-00:00:00 PreemptMode=OFF' ;;
+            "show partition b "*) echo 'PartitionName=b State=DOWN MaxTime=01:00:00 PreemptMode=OFF' ;;
+            "show config") echo 'SlurmctldParameters = (null)' ;;
+            *) echo 'not found' >&2; exit 1 ;;
+            esac""",
+        "sbatch": "",
+        "srun": "",
+    }
+    for name, script in answers.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("SLURM_CONF", raising=False)
+
+
+def looks(site: Site) -> list[tuple[str, str]]:
+    """What is found of partitions, and which one it is about."""
+    found = [one for one in doctor_slurm.look_at_slurm(site) if one.what in ("partition", "time limit")]
+    return [(one.what, "b" if re.search(r"\bb\b", one.says) else "a") for one in found]
+
+
+@pytest.mark.usefixtures("slurm")
+def test_the_partition_of_who_submits_is_looked_at_where_the_site_leaves_it_open(tmp_path, monkeypatch):
+    site = Site(shared_dir=str(tmp_path), nodes=2)
+    assert looks(site) == [("partition", "a"), ("time limit", "a")]
+    monkeypatch.setenv("SBATCH_PARTITION", "b")
+    assert looks(site) == [("partition", "b"), ("time limit", "b")]
+    assert looks(site.model_copy(update={"nodes": 8})) == [("partition", "b"), ("time limit", "b")]
+    assert looks(site.model_copy(update={"partition": "a"})) == [("partition", "a"), ("time limit", "a")]
+
+
+@pytest.mark.usefixtures("slurm")
+def test_of_several_partitions_each_is_looked_at(tmp_path):
+    both = [("partition", "a"), ("time limit", "a"), ("partition", "b"), ("time limit", "b")]
+    assert looks(Site(shared_dir=str(tmp_path), partition="a,b")) == both
 
 
 def test_a_shared_folder_that_is_not_yet_there_is_looked_at_where_it_will_be(site, tmp_path):

@@ -130,6 +130,18 @@ def test_a_host_that_was_to_blame_is_kept_out_and_one_that_slurm_no_longer_knows
     assert slurm_executor(site, "first", "s3://runs/first").parameters["exclude"] == "node9,node2"
 
 
+def test_hosts_are_spared_in_the_partition_of_who_submits_where_the_site_leaves_it_open(site, tmp_path, monkeypatch):
+    sinfo = tmp_path / "bin" / "sinfo"
+    sinfo.write_text("#!/bin/sh\nprintf 'node1|gpu*|x|gpu:8\\nnode2|low|x|gpu:8\\nnode3|low|x|gpu:8\\n'\n")
+    sinfo.chmod(0o755)
+    for _ in range(2):
+        blame(tmp_path, "a", {"node2": "x"})
+    monkeypatch.setenv("SBATCH_PARTITION", "low")
+    open_one = {"shared_dir": str(tmp_path), "partition": None, "constraint": None, "extra": {}, "nodes": 1}
+    executor = slurm_executor(site.model_copy(update=open_one), "first", "s3://runs/first")
+    assert executor.parameters["exclude"] == "node2"
+
+
 @pytest.mark.parametrize("option", ["nodelist", "reservation"])
 def test_of_nodes_that_the_site_itself_names_none_is_kept_out(site, tmp_path, option):
     for _ in range(2):

@@ -1,6 +1,7 @@
 """What is checked before a submission, on folders in the place of a bucket; on real parts in tests/real."""
 
 import io
+import os
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,21 @@ def test_reasons_of_config_site_and_running_job_are_said_at_once(site, tmp_path,
     assert len(lines) == 2, lines
     assert "4 does not divide among 3 ranks" in lines[0]
     assert "job local-1, is on it already" in lines[1]
+
+
+def test_the_partition_of_who_submits_counts_where_the_site_leaves_it_open(tmp_path, monkeypatch):
+    sinfo = tmp_path / "sinfo"
+    sinfo.write_text("#!/bin/sh\nprintf 'debug*|2\\nbig|64\\n'\n")
+    sinfo.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("SLURM_CONF", raising=False)
+    monkeypatch.setenv("SBATCH_PARTITION", "big")
+    monkeypatch.setattr(submitting, "_queued", lambda *_: [])
+    site = Site(name="mine", shared_dir=str(tmp_path / "shared"), nodes=8)
+    submitting._check_free(site, "first", tmp_path / "shared" / "first", "s3://runs/first")
+    named = site.model_copy(update={"partition": "debug"})
+    with pytest.raises(UserError, match="nodes: found 8; partition debug has 2"):
+        submitting._check_free(named, "first", tmp_path / "shared" / "first", "s3://runs/first")
 
 
 def test_a_beginning_that_is_not_there_is_refused_before_anything_is_written(site, tmp_path):
