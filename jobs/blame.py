@@ -28,6 +28,12 @@ def last_words(start: Start) -> tuple[str, str] | None:
     return (found[1], found[2].strip()) if found else None
 
 
+def signalled_early(start: Start) -> bool:
+    """Whether the first rank to leave was ended by the signal of a preemption: it did not listen yet."""
+    left = last_words(start)
+    return left is not None and left[1].startswith("User defined signal 2")
+
+
 def lost(start: Start) -> str | None:
     """The host on which srun has lost its step in this start; ranks elsewhere are then ended by srun itself."""
     log = _log(start)

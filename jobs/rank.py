@@ -21,7 +21,7 @@ from jobs import blame, slurm
 from jobs.preflight import preflight
 from jobs.stamps import stamp_output
 from jobs.start import Start, this_host
-from jobs.supervise import publish
+from jobs.supervise import TOO_EARLY, publish
 
 LEAVE_S = 15  # of the time between signal and end, for what follows the last save
 EARLY_S = 90.0  # SLURM may send the signal of the time limit up to a minute early, and has begun before us
@@ -127,7 +127,7 @@ def _say_so(start: Start, rank: int) -> None:
     elif start.cancelled:
         start.end("cancelled")
     else:
-        start.note("requeued", reason="preempted before the first step")
+        start.note("requeued", reason=TOO_EARLY)
         requeue(start)
 
 

@@ -16,6 +16,7 @@ from data_shards.store import Store
 from jobs import blame, daemons
 from jobs.start import CODE_ERROR, Failure, Outcome, Start, events, note
 
+TOO_EARLY = "preempted before the first step"
 STORE_S = 5.0  # a store that is away longer is not waited for
 
 
@@ -106,9 +107,12 @@ def after(start: Start, exit_code: int, store: Store, max_cycles: int) -> Decisi
     outcome, noted = start.outcome(), events(start.run_dir)
     if outcome is not None or start.cancelled:
         return decide(exit_code, outcome, [], cancelled=start.cancelled)
+    failures = start.failures()
+    if not failures and blame.signalled_early(start):
+        start.note("requeued", reason=TOO_EARLY)
+        return Decision("requeue", TOO_EARLY)
     committed = _newest(store, noted)
     stalled = stalled_starts(noted, committed)
-    failures = start.failures()
     suspects, memory = blame.suspects(start, failures), blame.out_of_memory(start)
     decision = decide(
         exit_code, None, failures, stalled=stalled, max_cycles=max_cycles, suspects=suspects, memory=memory

@@ -214,6 +214,18 @@ def test_a_rank_without_memory_is_the_reason_and_not_what_the_others_say_of_it_a
     assert "suspects" not in events(start.run_dir)[-1]
 
 
+def test_a_preemption_before_the_ranks_listen_is_no_failure_and_no_hosts_fault_however_often_it_comes(start, store):
+    log = start.run_dir / "logs" / "7_0_log.out"
+    for number in range(4):
+        with log.open("a") as file:
+            file.write(f"{START_LINE} {number} of job 7 on node1,node2\n")
+            file.write("srun: error: node1: task 0: User defined signal 2\nsrun: error: node2: task 1: Terminated\n")
+        decision = after(Start(start.run_dir, "7", number), 140, store, max_cycles=3)
+        assert decision == Decision("requeue", "preempted before the first step")
+    assert {event["event"] for event in events(start.run_dir)} == {"submitted", "requeued"}
+    assert excluded(start.run_dir.parent, 12.0) == []
+
+
 def test_the_third_crash_without_a_new_checkpoint_stops_the_run_and_a_new_one_in_between_does_not(start, store):
     actions = [after(Start(start.run_dir, "7", number), 137, store, max_cycles=3).action for number in (0, 1)]
     store.put("checkpoints/step-000000100-a02/MANIFEST.json", b"{}")
