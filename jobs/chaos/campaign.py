@@ -109,6 +109,14 @@ def draw(count: int, seed: int, among: Sequence[str]) -> list[tuple[str, int]]:
     return [(fault, rng.randrange(10**6)) for fault in drawn[:count]]
 
 
+def possible(only: Sequence[str], disk: Path | None) -> list[str]:
+    """The faults that can be had here: of `only`, or of all. Raises UserError when none can."""
+    found = [name for name in only or FAULTS if disk is not None or name != DISK_FAULT]
+    if not found:
+        raise UserError(f"fault: {DISK_FAULT}: no small disk can be mounted here; as root one can, or take another")
+    return found
+
+
 def attempt(scene: Scene, fault: str, seed: int, undisturbed: list[dict[str, Any]]) -> Row:
     """Let one thing happen to one run."""
     trial = Trial(scene, f"{fault.replace(' ', '-')}-{seed}-{os.getpid()}", seed)
@@ -139,11 +147,11 @@ def campaign(var: Path, count: int, seed: int, only: Sequence[str], tell: Callab
     config = load(ROOT / "conf" / "chaos.yaml", f"store=s3://runs/chaos data.url={DATA}")
     pictures = photos.prepare(var / "photos")
     with scene(var / "chaos", config) as where:
+        among = possible(only, where.disk)
         pack(pictures.train, Store(DATA), PackSettings(shard_bytes=SHARD_BYTES))
-        possible = [name for name in only or FAULTS if where.disk is not None or name != DISK_FAULT]
         undisturbed = reference(where)
         rows: list[Row] = []
-        for fault, trial_seed in draw(count, seed, possible):
+        for fault, trial_seed in draw(count, seed, among):
             rows.append(attempt(where, fault, trial_seed, undisturbed))
             (var / "chaos.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
             tell(f"{len(rows)}/{count}  {line(rows[-1])}")

@@ -13,7 +13,7 @@ from typing import Any, cast
 import pytest
 
 from data_shards.errors import UserError
-from jobs.chaos.campaign import Row, campaign, draw, line, table
+from jobs.chaos.campaign import DISK_FAULT, Row, campaign, draw, line, possible, table
 from jobs.chaos.faults import FAULTS, _save_lost, kill_at_once, on_node
 from jobs.chaos.proxy import CUT_BYTES, Proxy
 from jobs.chaos.trial import Trial
@@ -160,6 +160,14 @@ def test_a_table_has_a_line_a_fault_and_counts_what_was_not_equal() -> None:
 def test_an_unknown_fault_is_refused_with_those_that_there_are(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="fault: found flood; there are: preempted by a higher partition; "):
         campaign(tmp_path, 1, 0, ["flood"], lambda _: None)
+
+
+def test_faults_that_cannot_be_had_here_are_left_out_and_refused_when_no_other_was_asked_for() -> None:
+    assert possible([], None) == [name for name in FAULTS if name != DISK_FAULT]
+    assert possible([], Path("/disk")) == list(FAULTS)
+    assert possible([DISK_FAULT], Path("/disk")) == [DISK_FAULT]
+    with pytest.raises(UserError, match="fault: the local disk is full: no small disk can be mounted here; as root"):
+        possible([DISK_FAULT], None)
 
 
 @pytest.mark.parametrize(("event", "lost"), [("save failed", True), ("save refused", True), ("saved", False)])
