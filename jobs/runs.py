@@ -112,7 +112,9 @@ def cancel(job: Job, now: bool = False) -> str:
     """Stop a job: after a last checkpoint, or `now`. Returns what was done, in words."""
     was = state(job)
     if was is None:
-        raise UserError(f"RUN={job.run}: job {job.id} is over already; make status shows how it ended")
+        others = [] if job.local else [entry for entry in slurm.queue([job.run]) if entry.run == job.store]
+        over = f"job {job.id} is over already; make status shows how it ended"
+        raise UserError(f"RUN={job.run}: {foreign(others[0]) if others else over}")
     with owned(job.run_dir):
         cancel_marker(job.run_dir).touch()
     if now or was != "RUNNING" or not job.start.ranks():
@@ -120,6 +122,12 @@ def cancel(job: Job, now: bool = False) -> str:
         return f"job {job.id} is cancelled; make resume RUN={job.run} goes on from the last checkpoint"
     preempt(job)
     return f"job {job.id} saves a last checkpoint and ends; NOW=1 does not wait for it"
+
+
+def foreign(entry: slurm.Queued) -> str:
+    """In words, that a job is on a run of which another site, or another folder, knows."""
+    who = f"is on it already, submitted elsewhere by {entry.user}"
+    return f"job {entry.job}, {entry.state.lower()}, {who}; scancel {entry.job} ends it"
 
 
 def end(job: Job) -> None:

@@ -32,6 +32,7 @@ class Queued:
     nodes: str
     reason: str
     run: str
+    user: str = ""
 
 
 def job_name(run: str) -> str:
@@ -44,8 +45,9 @@ def queue(runs: Sequence[str]) -> list[Queued]:
     if not runs:
         return []
     names = ",".join(map(job_name, runs))
-    lines = _call(["squeue", "--noheader", "--name", names, "--format", "%i|%T|%N|%r|%k"]).splitlines()
-    return [Queued(*line.strip().split("|", 4)) for line in lines if line.count("|") >= 4]
+    lines = _call(["squeue", "--noheader", "--name", names, "--format", "%i|%T|%N|%r|%u|%k"]).splitlines()
+    found = [line.strip().split("|", 5) for line in lines if line.count("|") >= 5]
+    return [Queued(job, state, nodes, reason, run, user) for job, state, nodes, reason, user, run in found]
 
 
 def job_state(job: str) -> tuple[str, str] | None:

@@ -13,7 +13,7 @@ from jobs.doctor_store import put_and_get
 from jobs.feasible import CHECK_SECONDS, feasible
 from jobs.launch import launch, packed_code
 from jobs.reasons import Reasons
-from jobs.runs import Job, owned, state
+from jobs.runs import Job, foreign, owned, state
 from jobs.site import ROOT, Site
 from jobs.start import note
 from jobs.supervise import committed_step, publish
@@ -84,12 +84,13 @@ def _check_free(site: Site, run: str, run_dir: Path, store: str) -> None:
     """Refuse when SLURM does not answer or has the run already; two jobs must not work on one run."""
     with owned(run_dir):
         job = Job.of(site, run) if (run_dir / "job.json").exists() else None
+    taken = f"job {job.id}" if job is not None and site.executor == "local" and state(job) is not None else None
     if site.executor == "slurm":
         slurm.check_partition(site.used_partition, site.nodes)
-        queued = _queued(run, store, None if job is None else job.id)
-        taken = next((f"job {entry.job}, {entry.state.lower()}" for entry in queued), None)
-    else:
-        taken = f"job {job.id}" if job is not None and state(job) is not None else None
+        for entry in _queued(run, store, None if job is None else job.id):
+            if job is None or entry.job != job.id:
+                raise UserError(f"RUN={run}: {foreign(entry)}")
+            taken = f"job {entry.job}, {entry.state.lower()}"
     if taken is not None:
         raise UserError(f"RUN={run}: {taken}, is on it already; make logs RUN={run} follows it, make cancel ends it")
 

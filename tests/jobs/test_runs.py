@@ -4,6 +4,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -254,3 +255,17 @@ def test_a_cancel_of_a_job_that_is_over_is_refused(job, monkeypatch):
     with pytest.raises(UserError, match="over already"):
         runs.cancel(job)
     assert not (job.run_dir / "cancel").exists()
+
+
+def test_a_job_that_is_on_the_run_but_was_submitted_elsewhere_is_named_with_what_ends_it(job, site, monkeypatch):
+    others = [Queued("12", "RUNNING", "node1", "None", job.store, "ada"), *queued("RUNNING", "41")]
+    monkeypatch.setattr(runs.slurm, "queue", lambda names: others)
+    monkeypatch.setattr(runs.slurm, "check_partition", lambda *_: None)
+    said = "RUN=first: job 12, running, is on it already, submitted elsewhere by ada; scancel 12 ends it"
+    with pytest.raises(UserError, match=said):
+        runs.cancel(job)
+    with pytest.raises(UserError, match=said):
+        _check_free(site, "first", job.run_dir, job.store)
+    others[0] = replace(others[0], job=job.id)
+    with pytest.raises(UserError, match=r"RUN=first: job 42, running, is on it already; .* make cancel ends it"):
+        _check_free(site, "first", job.run_dir, job.store)

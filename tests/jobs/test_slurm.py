@@ -154,10 +154,10 @@ def test_a_job_may_name_several_partitions(fake: Fake) -> None:
 
 
 def test_jobs_are_found_by_the_runs_name_whoever_submitted_them(fake: Fake) -> None:
-    calls = fake("squeue", "echo '12|RUNNING|node[1-2]|None|s3://runs/big'")
+    calls = fake("squeue", "echo '12|RUNNING|node[1-2]|None|ada|s3://runs/big'")
     (found,) = slurm.queue(["big", "small"])
-    assert (found.job, found.state, found.run) == ("12", "RUNNING", "s3://runs/big")
-    assert lines(calls) == ["--noheader --name farseer-big,farseer-small --format %i|%T|%N|%r|%k"]
+    assert (found.job, found.state, found.run, found.user) == ("12", "RUNNING", "s3://runs/big", "ada")
+    assert lines(calls) == ["--noheader --name farseer-big,farseer-small --format %i|%T|%N|%r|%u|%k"]
     assert slurm.queue([]) == []
     assert len(lines(calls)) == 1
 
