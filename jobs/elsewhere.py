@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from data_shards.errors import UserError
 from data_shards.store import Store
-from jobs.runs import READERS, Job, Row, Status, folders, summary, troubled
+from jobs.runs import READERS, Row, Status, jobs_of, summary, troubled
 from jobs.site import Site
 from jobs.verbs import duration
 from pipeline.journal import newest_rows, read_events
@@ -22,12 +22,12 @@ BEGINS = ("submitted", "requeued", "started", "resumed")
 
 def stores_of(site: Site) -> list[str]:
     """The folders of all runs in which the runs of this site lie."""
-    return sorted({Job.of(site, folder.name).store.rpartition("/")[0] for folder in folders(site)})
+    return sorted({job.store.rpartition("/")[0] for job in jobs_of(site)})
 
 
 def elsewhere(site: Site, stores: Iterable[str]) -> tuple[list[Status], list[str]]:
     """The runs of these stores that are none of the site's, and a line for each store that does not tell."""
-    own = {Job.of(site, folder.name).store for folder in folders(site)}
+    own = {job.store for job in jobs_of(site)}
     found, complaints = list[Status](), list[str]()
     with ThreadPoolExecutor(READERS) as pool:
         for url in stores:

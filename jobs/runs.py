@@ -18,7 +18,7 @@ from typing import Any
 from data_shards.errors import UserError
 from jobs import daemons, local, slurm
 from jobs.daemons import Process
-from jobs.site import Site
+from jobs.site import RUN_NAME, Site
 from jobs.start import Start, attempt_files, cancel_marker, events, newest_start, read_lines, write_json
 from pipeline.goodput import Goodput, goodput
 
@@ -55,11 +55,13 @@ class Job:
         try:
             with owned(run_dir):
                 values = json.loads((run_dir / "job.json").read_text())
+            process = Process(**values["process"]) if "process" in values else None
+            return cls(values["run"], run_dir, values["store"], values["id"], process)
         except FileNotFoundError:
             known = ", ".join(path.name for path in folders(site)) or "none"
             raise UserError(f"RUN={run}: no such run in {site.shared_dir}; there are: {known}") from None
-        process = Process(**values["process"]) if "process" in values else None
-        return cls(values["run"], run_dir, values["store"], values["id"], process)
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{run_dir}/job.json: not what a submission writes; move that folder away") from None
 
     @property
     def local(self) -> bool:
@@ -71,8 +73,18 @@ class Job:
 
 
 def folders(site: Site) -> list[Path]:
-    """The runs that were submitted to this site, in the order of their names."""
-    return sorted(path.parent for path in Path(site.shared_dir).glob("*/job.json"))
+    """The runs that were submitted to this site, in the order of their names; copies of another name are none."""
+    found = (path.parent for path in Path(site.shared_dir).glob("*/job.json"))
+    return sorted(folder for folder in found if RUN_NAME.fullmatch(folder.name))
+
+
+def jobs_of(site: Site) -> list[Job]:
+    """The newest job of each run of this site, as far as they can be read."""
+    found = []
+    for folder in folders(site):
+        with contextlib.suppress(UserError):
+            found.append(Job.of(site, folder.name))
+    return found
 
 
 @contextlib.contextmanager
@@ -164,13 +176,26 @@ class Status:
 def statuses(site: Site) -> list[Status]:
     """All runs of a site, by one call of squeue, their folders read in parallel."""
     with ThreadPoolExecutor(READERS) as pool:
-        jobs = list(pool.map(lambda folder: Job.of(site, folder.name), folders(site)))
+        found = list(pool.map(lambda folder: _job_or_why_not(site, folder.name), folders(site)))
+        told, queue = "", list[slurm.Queued]()
         try:
-            queue = slurm.queue([job.run for job in jobs if not job.local])
+            queue = slurm.queue([one.run for one in found if isinstance(one, Job) and not one.local])
         except slurm.SlurmError as error:
             told = str(error)
-            return list(pool.map(lambda job: _unasked(status(job, []), job, told), jobs))
-        return list(pool.map(lambda job: status(job, queue), jobs))
+
+        def shown(one: Job | Status) -> Status:
+            if isinstance(one, Status):
+                return one
+            return _unasked(status(one, queue), one, told) if told else status(one, queue)
+
+        return list(pool.map(shown, found))
+
+
+def _job_or_why_not(site: Site, run: str) -> Job | Status:
+    try:
+        return Job.of(site, run)
+    except UserError as error:
+        return replace(summary(run, "unknown", [], [], job="", nodes=""), look=str(error))
 
 
 def _unasked(one: Status, job: Job, error: str) -> Status:

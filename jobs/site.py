@@ -29,6 +29,7 @@ from data_shards.section import Section
 ROOT = Path(__file__).resolve().parents[1]
 SITES = ROOT / "conf" / "sites"
 LOCAL = ROOT / "var" / "cluster" / "site.yaml"
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # What the job takes over from the environment of the one who submits; the rest, secrets among it, stays behind.
 INHERITED = ("HOME", "LANG", "LOGNAME", "PATH", "SHELL", "TERM", "USER")
 # Names and paths that lead to the store; the keys themselves stay in the files.
@@ -114,7 +115,7 @@ class Site(Section):
 
     def run_dir(self, run: str) -> Path:
         """The run's folder on the shared disk. Raises UserError when the name could leave it."""
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", run):
+        if not RUN_NAME.fullmatch(run):
             raise UserError(f"RUN: found {run!r}; valid is up to 64 letters, digits, dots, dashes and underscores")
         return Path(self.shared_dir) / run
 

@@ -12,6 +12,7 @@ import pytest
 
 from data_shards.errors import UserError
 from jobs import runs
+from jobs.elsewhere import elsewhere, stores_of
 from jobs.launch import launch
 from jobs.runs import Job, history, status
 from jobs.site import ROOT, Site
@@ -43,6 +44,21 @@ def queued(state: str, job: str = "42") -> list[Queued]:
         Queued("41", "RUNNING", "node9", "None", "x"),
         Queued(job, state, "node[1-2]", "Priority" if state == "PENDING" else "None", "x"),
     ]
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", "[]", '{"run": "odd", "store": "x", "id": "1", "process": {}}'])
+def test_an_odd_folder_takes_no_other_run_out_of_the_status(job, site, tmp_path, monkeypatch, text):
+    monkeypatch.setattr(runs.slurm, "queue", lambda names: [])
+    for name in ("odd", "first (copy)"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "job.json").write_text(text)
+    with pytest.raises(UserError, match=f"{tmp_path}/odd/job.json: not what a submission writes"):
+        Job.of(site, "odd")
+    found = {one.run: one for one in runs.statuses(site)}
+    assert set(found) == {"first", "odd"}
+    assert (found["odd"].state, found["odd"].look.startswith(f"{tmp_path}/odd/job.json: ")) == ("unknown", True)
+    assert stores_of(site) == [f"file://{tmp_path}/store"]
+    assert elsewhere(site, []) == ([], [])
 
 
 def test_a_job_is_remembered_with_its_run(job, site):
