@@ -46,6 +46,8 @@ CARRIED = (
 SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "WANDB_API_KEY")
 # SLURM takes these from whoever submits as options, whatever the script says, and hands SLURM_* on to the new job.
 _OF_ANOTHER_JOB = ("SLURM_", "SBATCH_", "SRUN_")
+# Its other tools answer and do less under these: a squeue of one user's jobs does not show whose are on a run.
+_OF_ITS_TOOLS = ("SQUEUE_", "SINFO_", "SCANCEL_", "SCONTROL_")
 _DEFAULTS = ("account", "partition", "qos")  # of the user's, where the site leaves them open
 _SECRET = re.compile(r"SECRET|(^|_)TOKEN(_|$)|PASSWORD|API_?KEY|ACCESS_KEY", re.IGNORECASE)
 _FILE = re.compile(r"_(FILE|PATH|DIR)$", re.IGNORECASE)  # of a secret, which may be named
@@ -127,8 +129,9 @@ class Site(Section):
         Of a SLURM job in which this process may be, only where SLURM is stays; of SBATCH_*, what the site leaves open.
         """
         if self.executor == "slurm":
+            inherited = (*_OF_ANOTHER_JOB, *_OF_ITS_TOOLS)
             own = {"SLURM_CONF", *(f"SBATCH_{key.upper()}" for key in _DEFAULTS if getattr(self, key) is None)}
-            for name in [name for name in os.environ if name.startswith(_OF_ANOTHER_JOB) and name not in own]:
+            for name in [name for name in os.environ if name.startswith(inherited) and name not in own]:
                 del os.environ[name]
         if any(name.startswith("AWS_") for name in self.environment):
             for name in [name for name in os.environ if name.startswith("AWS_")]:

@@ -111,6 +111,14 @@ def test_a_job_that_submits_hands_nothing_of_itself_on_but_where_slurm_is(monkey
     assert os.environ["SLURMD_NODENAME"] == "node1"
 
 
+def test_what_a_profile_has_set_for_slurms_tools_does_not_change_what_they_answer(monkeypatch):
+    names = ("SQUEUE_USERS", "SQUEUE_STATES", "SINFO_PARTITION", "SCANCEL_NAME", "SCONTROL_ALL")
+    for name in names:
+        monkeypatch.setenv(name, "mine")
+    Site(shared_dir="/x").activate()
+    assert not os.environ.keys() & set(names)
+
+
 def test_a_key_in_the_environment_is_refused_for_slurm_because_it_would_not_travel(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "abc")
     with pytest.raises(UserError, match="AWS_SECRET_ACCESS_KEY would not travel") as refused:
