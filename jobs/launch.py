@@ -6,6 +6,7 @@ afterwards changes nothing. Nothing about where to resume is handed over: each s
 
 import contextlib
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -230,7 +231,7 @@ def _on_this_machine(site: Site, run: str, store: str, config: dict[str, Any]) -
     script = run_dir / "logs" / "local.sh"
     script.write_text("\n".join([f"cd {shlex.quote(str(run_dir / 'snapshot'))}", *lines]) + "\n")
     process = daemons.spawn([BASH, str(script)], os.environ, run_dir / "logs" / "local.log")
-    return Job(run, run_dir, store, f"local-{process.pid}", process)
+    return Job(run, run_dir, store, f"local-{process.pid}", process, platform.node())
 
 
 @contextlib.contextmanager

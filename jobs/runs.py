@@ -6,6 +6,7 @@ the store tells: jobs.elsewhere.
 
 import contextlib
 import json
+import platform
 import signal
 import statistics
 import time
@@ -35,18 +36,20 @@ WAITS = 0.3  # of the time for data: worth a look
 
 @dataclass(frozen=True)
 class Job:
-    """The newest job of a run. `process` is set for a local job: the one that starts the ranks."""
+    """The newest job of a run. Of a local one, `process` is the one that starts the ranks, and `host` is where."""
 
     run: str
     run_dir: Path
     store: str  # the run's folder in the store
     id: str
     process: Process | None = None
+    host: str = ""
 
     def save(self) -> None:
         """Remember it as the run's newest job."""
         values = {"run": self.run, "store": self.store, "id": self.id}
-        write_json(self.run_dir / "job.json", values | ({"process": asdict(self.process)} if self.process else {}))
+        local = {"process": asdict(self.process), "host": self.host} if self.process else {}
+        write_json(self.run_dir / "job.json", values | local)
 
     @classmethod
     def of(cls, site: Site, run: str) -> "Job":
@@ -56,7 +59,7 @@ class Job:
             with owned(run_dir):
                 values = json.loads((run_dir / "job.json").read_text())
             process = Process(**values["process"]) if "process" in values else None
-            return cls(values["run"], run_dir, values["store"], values["id"], process)
+            return cls(values["run"], run_dir, values["store"], values["id"], process, values.get("host", ""))
         except FileNotFoundError:
             known = ", ".join(path.name for path in folders(site)) or "none"
             raise UserError(f"RUN={run}: no such run in {site.shared_dir}; there are: {known}") from None
@@ -70,6 +73,16 @@ class Job:
     @property
     def start(self) -> Start:
         return newest_start(self.run_dir, self.id)
+
+
+class Elsewhere(UserError):
+    """The processes of a local job cannot be seen from this machine."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(
+            f"RUN={job.run}: {job.id} was started on {job.host}, and only there can be seen to; "
+            f"if that is gone, move {job.run_dir} away: the store has the run"
+        )
 
 
 def folders(site: Site) -> list[Path]:
@@ -104,9 +117,14 @@ def owned(run_dir: Path) -> Iterator[None]:
 def state(job: Job, queue: Sequence[slurm.Queued] | None = None) -> str | None:
     """PENDING, RUNNING, COMPLETING or another of SLURM's words; None when the job is over.
 
-    queue: what `slurm.queue` said, to ask only once for many jobs.
+    queue: what `slurm.queue` said, to ask only once for many jobs. Raises Elsewhere for a local job of another machine
+    that has not left word of its end.
     """
     if job.process is not None:
+        if job.host not in ("", platform.node()):
+            if _left_word(job) is not None:
+                return None
+            raise Elsewhere(job)
         return "RUNNING" if not daemons.gone(job.process) else None
     queue = slurm.queue([job.run]) if queue is None else queue
     return next((entry.state for entry in queue if entry.job == job.id), None)
@@ -186,7 +204,10 @@ def statuses(site: Site) -> list[Status]:
         def shown(one: Job | Status) -> Status:
             if isinstance(one, Status):
                 return one
-            return _unasked(status(one, queue), one, told) if told else status(one, queue)
+            try:
+                return _unasked(status(one, queue), one, told) if told else status(one, queue)
+            except Elsewhere as error:
+                return _unknown(one.run, error)
 
         return list(pool.map(shown, found))
 
@@ -195,7 +216,11 @@ def _job_or_why_not(site: Site, run: str) -> Job | Status:
     try:
         return Job.of(site, run)
     except UserError as error:
-        return replace(summary(run, "unknown", [], [], job="", nodes=""), look=str(error))
+        return _unknown(run, error)
+
+
+def _unknown(run: str, why: UserError) -> Status:
+    return replace(summary(run, "unknown", [], [], job="", nodes=""), look=str(why))
 
 
 def _unasked(one: Status, job: Job, error: str) -> Status:
@@ -322,12 +347,17 @@ def _latest(told: Sequence[dict[str, Any]], key: str) -> Any:
 def _in_words(job: Job, word: str | None) -> str:
     if word is not None:
         return "waiting" if word == "PENDING" else word.lower()
-    outcome = job.start.outcome()
-    ends = [event for event in events(job.run_dir) if event["event"] in ("submitted", "requeued", "failed")]
-    if outcome is not None and outcome.outcome in ("finished", "cancelled"):
-        return outcome.outcome
+    if (told := _left_word(job)) is not None:
+        return told
     if cancel_marker(job.run_dir).exists():
         return "cancelled"
-    if ends and ends[-1]["event"] == "failed":
-        return f"failed ({ends[-1]['reason']})"
     return f"ended without a word (make resume RUN={job.run} goes on)"
+
+
+def _left_word(job: Job) -> str | None:
+    """How a job ended, in words, if it could say so."""
+    outcome = job.start.outcome()
+    if outcome is not None and outcome.outcome in ("finished", "cancelled"):
+        return outcome.outcome
+    ends = [event for event in events(job.run_dir) if event["event"] in ("submitted", "requeued", "failed")]
+    return f"failed ({ends[-1]['reason']})" if ends and ends[-1]["event"] == "failed" else None

@@ -1,6 +1,7 @@
 import contextlib
 import json
 import os
+import platform
 import tempfile
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 
 from data_shards.errors import UserError
 from jobs import runs
+from jobs.daemons import Process
 from jobs.elsewhere import elsewhere, stores_of
 from jobs.launch import launch
 from jobs.runs import Job, history, status
@@ -285,3 +287,28 @@ def test_a_job_that_is_on_the_run_but_was_submitted_elsewhere_is_named_with_what
     others[0] = replace(others[0], job=job.id)
     with pytest.raises(UserError, match=r"RUN=first: job 42, running, is on it already; .* make cancel ends it"):
         _check_free(site, "first", job.run_dir, job.store)
+
+
+def test_a_local_job_of_another_machine_is_not_taken_for_one_that_is_over(tmp_path, site):
+    job = Job("first", tmp_path / "first", "file:///x", "local-7", Process(7, 1), "another")
+    job.save()
+    here = site.model_copy(update={"executor": "local"})
+    said = "RUN=first: local-7 was started on another, and only there can be seen to; if that is gone, move "
+    for refused in (lambda: runs.cancel(job), lambda: _check_free(here, "first", job.run_dir, job.store)):
+        with pytest.raises(UserError, match=f"{said}{job.run_dir} away"):
+            refused()
+    (found,) = runs.statuses(here)
+    assert (found.state, found.look.startswith(said)) == ("unknown", True)
+    note(job.run_dir, "failed", reason="too hot")
+    _check_free(here, "first", job.run_dir, job.store)
+    assert [one.state for one in runs.statuses(here)] == ["failed (too hot)"]
+    Job.of(site, "first").start.end("finished")
+    assert runs.state(job) is None
+
+
+def test_a_local_job_of_this_machine_is_known_to_be_over(tmp_path, site):
+    for host in (platform.node(), ""):  # before this was written down
+        job = Job("first", tmp_path / "first", "file:///x", "local-7", Process(2**22 + 1, 1), host)
+        job.save()
+        assert Job.of(site, "first") == job
+        assert runs.state(job) is None
