@@ -132,6 +132,7 @@ class Array:
             signal_delay_s=site.signal_delay_s,
             array_parallelism=workers,
             stderr_to_stdout=True,
+            wckey=None,  # submitit's is its own name, which clusters that know their keys refuse
             setup=[*exports(site, self.folder), *guarded(site.setup, self._setup_failed())],
             srun_args=["--open-mode=append", f"--cpus-per-task={site.cpus_per_rank}"],
             additional_parameters={

@@ -160,6 +160,7 @@ def slurm_executor(site: Site, run: str, store: str) -> submitit.SlurmExecutor:
         time=site.time_limit_min,
         signal_delay_s=site.signal_delay_s,
         stderr_to_stdout=True,
+        wckey=None,  # submitit's is its own name, which clusters that know their keys refuse
         setup=before,
         teardown=after,
         # srun takes neither the open mode nor, since SLURM 22.05, the CPUs from sbatch

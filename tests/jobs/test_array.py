@@ -31,6 +31,10 @@ def test_a_task_has_a_gpu_when_it_needs_one_and_the_site_has_any() -> None:
     assert "gpus_per_node" not in parameters(gpus=1)
 
 
+def test_a_task_has_no_workload_key_that_the_cluster_would_have_to_know() -> None:
+    assert parameters(gpus=0)["wckey"] is None  # submitit's default is its own name
+
+
 @dataclass(frozen=True)
 class Failing(Task):
     error: Exception

@@ -1,4 +1,5 @@
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -37,7 +38,6 @@ SCRIPT = """\
 #SBATCH --requeue
 #SBATCH --signal=USR2@300
 #SBATCH --time=1440
-#SBATCH --wckey=submitit
 
 # setup
 unset AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN WANDB_API_KEY
@@ -116,6 +116,13 @@ def site(tmp_path: Path, monkeypatch) -> Site:
 def test_the_batch_script_is_this_one(site):
     executor = slurm_executor(site, "first", "s3://runs/first")
     assert executor._make_submission_file_text(executor._submitit_command_str, "0") == SCRIPT
+
+
+def test_the_workload_key_is_the_sites_or_none(site):
+    keyed = site.model_copy(update={"extra": {"wckey": "vision"}})
+    executor = slurm_executor(keyed, "first", "s3://runs/first")
+    text = executor._make_submission_file_text(executor._submitit_command_str, "0")
+    assert re.findall("wckey.*", text) == ["wckey=vision"]
 
 
 def test_a_host_that_was_to_blame_is_kept_out_and_one_that_slurm_no_longer_knows_is_not_named(site, tmp_path):
