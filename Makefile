@@ -22,7 +22,7 @@ KNOWN := $(SWITCHES) PYTHON CONF RUN SET SITE SRC DST AGAINST BANK EVERY FAULT F
   NEAR OUT SEED SIZE STEP STORE TO WORKERS
 given := $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
 $(foreach name,$(filter-out $(KNOWN) MAKE% -% AWS_% PIP_% SLURM_% WANDB_%,$(given)),$(error $(name)= is read by no target; there are $(sort $(KNOWN))))
-$(foreach name,$(filter $(SWITCHES),$(given)),$(if $(filter-out 1,$($(name))),$(error $(name)=$($(name)): say $(name)=1, or leave it out)))
+$(foreach name,$(SWITCHES),$(if $(filter-out 1,$($(name))),$(error $(name)=$($(name)): say $(name)=1, or leave it out)))
 export SET KEY # read by the shell, which leaves quotes in them alone
 
 run_option = --run "$(or $(RUN),$(error say which run: make $@ RUN=name))"

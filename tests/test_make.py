@@ -112,6 +112,16 @@ def test_what_would_be_ignored_is_refused(arguments: list[str], said: str) -> No
 
 
 @needs_make
+@pytest.mark.parametrize(
+    ("value", "said", "forced"), [("0", "FORCE=0: say FORCE=1", False), ("1", "", True), ("", "", False)]
+)
+def test_a_switch_in_the_environment_is_on_with_1_alone(value: str, said: str, forced: bool) -> None:
+    done = make("-n", "submit", "RUN=r", FORCE=value)
+    assert (done.returncode, "--force" in done.stdout) == (2 if said else 0, forced)
+    assert said in done.stderr
+
+
+@needs_make
 def test_quotes_in_overrides_and_keys_come_through(tmp_path: Path) -> None:
     checkout = tmp_path / "checkout"
     program = checkout / ".venv" / "bin" / "farseer"
