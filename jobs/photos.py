@@ -341,4 +341,4 @@ def _listing(src: Path) -> str:
     """What tells whether the user's folder has changed: names, sizes and times."""
     states = ((path, path.stat()) for path in sorted(src.rglob("*")) if path.is_file())
     lines = [f"{path.relative_to(src)} {state.st_size} {state.st_mtime_ns}" for path, state in states]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return hashlib.sha256(os.fsencode("\n".join(lines))).hexdigest()

@@ -1,5 +1,6 @@
 """The demo's photographs: cut, split by place, filtered, credited; broken files planted."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -124,6 +125,14 @@ def test_a_users_folder_becomes_a_set_and_the_second_call_finds_it(own: Path, tm
     times = {path: path.stat().st_mtime_ns for path in made.train.rglob("*.jpg")}
     assert photos.prepare(tmp_path / "photos", own) == made
     assert {path: path.stat().st_mtime_ns for path in made.train.rglob("*.jpg")} == times
+
+
+def test_a_photograph_whose_name_is_no_utf_8_is_taken_like_any_other(own: Path, tmp_path: Path) -> None:
+    (own / "one more.png").write_bytes((own / "holiday" / "Beach 0.png").read_bytes())
+    (own / "one more.png").rename(own / os.fsdecode(b"caf\xe9.png"))
+    made = photos.prepare(tmp_path / "photos", own)
+    assert made.photographs == 3
+    assert photos.prepare(tmp_path / "photos", own) == made
 
 
 def test_a_changed_folder_makes_another_set_under_another_name(own: Path, tmp_path: Path) -> None:
