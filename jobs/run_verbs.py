@@ -117,12 +117,9 @@ def status(options: argparse.Namespace) -> int:
             others, complaints = elsewhere(site, options.store or stores_of(site))
             asked = time.monotonic()
         found = [*statuses(site), *others]
-        if options.json:
-            say(json.dumps([asdict(one) for one in found], indent=2))
-            return 0
         lines = table(HEAD, map(_row, found)) if found else [NO_RUNS.format(site.shared_dir)]
-        if not options.watch:
-            say(*lines)
+        if options.json or not options.watch:
+            say(*([json.dumps([asdict(one) for one in found], indent=2)] if options.json else lines))
             sys.stderr.write("".join(f"{line}\n" for line in complaints))
             return 0
         say("\x1b[H\x1b[2J" + f"{time.strftime('%H:%M:%S')}, {len(found)} runs", *lines, *complaints)

@@ -65,3 +65,10 @@ def test_status_is_a_table_for_people_and_json_for_scripts(site, tmp_path, capsy
     assert row.endswith("make resume RUN=first goes on")
     assert main(["status", "--site", site, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["run"] == "first"
+
+
+def test_what_a_store_does_not_tell_is_said_beside_the_json_too(site, capsys):
+    assert main(["status", "--site", site, "--json", "--store", "s3:///nothing"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out) == []
+    assert said.err.startswith("runs of other sites are not shown: s3:///nothing: ")
