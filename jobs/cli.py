@@ -5,6 +5,7 @@ Each verb imports what it needs when it is called, so that `farseer --help` is t
 
 import argparse
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from jobs.verbs import Parser, add_verb, say
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # logs and names hold what a terminal may not have
     try:
         options = parser().parse_args(arguments)
         code: int = options.run_verb(options)

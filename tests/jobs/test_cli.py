@@ -1,3 +1,4 @@
+import io
 import json
 import subprocess
 import sys
@@ -72,3 +73,14 @@ def test_what_a_store_does_not_tell_is_said_beside_the_json_too(site, capsys):
     said = capsys.readouterr()
     assert json.loads(said.out) == []
     assert said.err.startswith("runs of other sites are not shown: s3:///nothing: ")
+
+
+def test_a_log_is_shown_on_a_terminal_that_has_not_all_of_its_characters(site, tmp_path, monkeypatch):
+    logs = tmp_path / "shared" / "first" / "logs"
+    logs.mkdir(parents=True)
+    (logs / "local.log").write_text("half \N{BLACK LARGE SQUARE} done\n", encoding="utf-8")
+    Job("first", logs.parent, "file:///x", "local-1", Process(1, -1)).save()
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="iso-8859-1"))
+    assert main(["logs", "--run", "first", "--site", site]) == 0
+    assert written.getvalue() == b"job| half ? done\n"
