@@ -162,6 +162,16 @@ def test_jobs_are_found_by_the_runs_name_whoever_submitted_them(fake: Fake) -> N
     assert len(lines(calls)) == 1
 
 
+def test_more_runs_than_a_command_line_holds_are_asked_for_in_portions(fake: Fake) -> None:
+    calls = fake("squeue", 'echo "$calls|RUNNING|node1|None|ada|s3://runs/big"')
+    runs = [f"{number:05d}{'x' * 59}" for number in range(4000)]
+    found = slurm.queue(runs)
+    assert [entry.job for entry in found] == [str(number) for number in range(1, len(found) + 1)]
+    asked = [line.split()[2].split(",") for line in lines(calls)]
+    assert [name for portion in asked for name in portion] == [f"farseer-{run}" for run in runs]
+    assert 1 < len(asked) == len(found) < 10
+
+
 def test_a_job_that_slurm_has_forgotten_is_over(fake: Fake) -> None:
     fake("squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
     assert slurm.job_state("7") is None
