@@ -40,7 +40,7 @@ def show(job: Job, lines: int, follow: bool, out: TextIO) -> None:
             over, asked = _over(job), time.monotonic()  # before the logs: what came before the end is still shown
         new = [line for path in logs(job) for line in tails.setdefault(path, Tail(path)).new()]
         new.sort(key=lambda line: line.time)
-        for line in new if begun else new[-lines:]:
+        for line in new if begun else new[max(0, len(new) - lines) :]:
             at = time.strftime("%H:%M:%S ", time.localtime(line.time)) if line.time else ""
             out.write(f"{at}{line.rank}| {line.text}\n")
         begun = begun or bool(new)

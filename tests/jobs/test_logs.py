@@ -156,3 +156,10 @@ def test_a_start_that_leaves_out_other_images_than_before_says_so():
     assert sentence(event).endswith("from step 40 on 3 removed images are left out (hash 1a2b, lists [2])")
     changed = event | {"note": "another list than before"}
     assert "from step 40 on 3 removed images are left out, by another list than before (" in sentence(changed)
+
+
+def test_so_many_lines_are_shown_as_were_asked_for_and_none_of_none(job):
+    rank(job, 0, "one\ntwo\nthree\n")
+    assert [line.partition("| ")[2] for line in shown(job, 2)] == ["two", "three"]
+    assert len(shown(job, 4)) == 3
+    assert shown(job, 0) == []
