@@ -157,7 +157,7 @@ def _memory(config: Config, site: Site, sample_bytes: float, order: Order, held:
         lanes, each = order.lanes // ranks, min(site.ranks_per_node, ranks)
         window = lanes * order.window_samples * sample_bytes
         node = node_bytes(config, each, lanes, order, sample_bytes)
-        fits = window <= config.reader.prefetch_bytes
+        fits = int(window) <= config.reader.prefetch_bytes  # as the reader counts
         text = f"{bytes_text(node / each)} a rank, {bytes_text(node)} a node of {each}"
         text = text if fits else f"not within reader.prefetch_bytes: a window a lane is {bytes_text(window)}"
         here = "  <- this site" if ranks == site.ranks else ""

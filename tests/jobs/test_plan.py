@@ -152,6 +152,16 @@ def test_windows_above_the_prefetch_and_above_the_nodes_memory_are_refused(tmp_p
         make_plan(held, site(tmp_path, memory_gb=0.1))
 
 
+def test_the_prefetch_that_a_refusal_names_is_enough_for_the_plan_too(tmp_path):
+    sizes = (4_000_000_007,) * 10  # a window of samples of their mean size is no whole number of bytes
+    url = f"file://{tmp_path}/set"
+    Manifest("layout", "contents", 100_000, (10_000,) * 10, sizes, {}, {}).save(Store(url))
+    with pytest.raises(UserError) as refused:
+        make_plan(small(url, "reader.prefetch_bytes=1000"), site(tmp_path))
+    (named,) = re.findall(r'SET="(reader\.prefetch_bytes=\d+)" would do', str(refused.value))
+    assert values(small(url, named), site(tmp_path))["1_ranks"] == int(named.partition("=")[2])
+
+
 def test_a_length_of_no_steps_is_refused(tmp_path):
     config = small(put_set(tmp_path, 1000, 4000), "train.steps=null", "train.epochs=0.01")
     with pytest.raises(UserError, match=r"train\.epochs: 0\.01 is less than one step of 64 images"):
