@@ -1,9 +1,7 @@
 """S3: each request is tried until it is answered or its time is over, and each failure has a name."""
 
 import asyncio
-import base64
 import contextlib
-import hashlib
 import random
 import secrets
 import time
@@ -15,7 +13,7 @@ from typing import Any, TypeVar
 from botocore import exceptions as boto
 
 from data_shards.direct import Take
-from data_shards.s3_bucket import Bucket
+from data_shards.s3_bucket import Bucket, content_md5
 from data_shards.s3_errors import Transient, code_of, is_passing, named
 from data_shards.store import (
     AlreadyExists,
@@ -122,7 +120,7 @@ class S3:
     async def put(self, key: str, data: bytes, create_only: bool) -> None:
         mark = secrets.token_hex(8)
         condition = {"IfNoneMatch": "*", "Metadata": {"writer": mark}} if create_only else {}
-        whole = {"Key": key, "Body": data, "ContentMD5": await asyncio.to_thread(_md5, data)}
+        whole = {"Key": key, "Body": data, "ContentMD5": await asyncio.to_thread(content_md5, data)}
         try:
             await self._tried(partial(self._bucket.call, "put_object", **whole, **condition), key, len(data))
         except AlreadyExists:
@@ -186,7 +184,7 @@ class S3:
     ) -> dict[str, Any]:
         async with gate:
             data = await asyncio.to_thread(_slice, local, start, size)
-            md5 = await asyncio.to_thread(_md5, data)
+            md5 = await asyncio.to_thread(content_md5, data)
             call = partial(self._bucket.call, "upload_part", **whole, PartNumber=number, Body=data, ContentMD5=md5)
             answer = await self._tried(call, whole["Key"], len(data))
             self.counters.bytes_written += len(data)
@@ -325,11 +323,6 @@ class S3:
             f"{self._bucket.url(key)}: {self._bucket.host} has not answered for {waited:.0f} s ({known}); check that "
             f"it runs, and endpoint_url in the AWS profile or AWS_ENDPOINT_URL"
         )
-
-
-def _md5(data: bytes) -> str:
-    """Without it some servers (SeaweedFS 4.48) keep what a broken connection left of a put as the whole object."""
-    return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
 
 
 def _slice(local: Path, start: int, size: int) -> bytes:

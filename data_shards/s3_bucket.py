@@ -5,7 +5,9 @@ how long. Keys and endpoint come from the AWS chain.
 """
 
 import asyncio
+import base64
 import contextlib
+import hashlib
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -54,6 +56,7 @@ class Bucket:
                 client = _unconnected(self._connections)
                 async with self._in_time():
                     await client.set_session()
+                client.s3.meta.events.register("before-call.s3.DeleteObjects", _add_md5)
                 self._client, self._direct = client, _direct(client)
         return self._client
 
@@ -129,6 +132,16 @@ def _unconnected(connections: int) -> "s3fs.S3FileSystem":
     )
     client.retries = 1
     return client
+
+
+def content_md5(data: bytes) -> str:
+    """Without it some servers (SeaweedFS 4.48) keep what a broken connection left of a put as the whole object."""
+    return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
+
+
+def _add_md5(params: dict[str, Any], **_: object) -> None:
+    """botocore sends a newer checksum in its place, which servers such as older MinIO do not take for one."""
+    params["headers"]["Content-MD5"] = content_md5(params["body"])
 
 
 def _direct(client: "s3fs.S3FileSystem") -> Direct | None:

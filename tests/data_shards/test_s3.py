@@ -1,0 +1,85 @@
+"""What is asked of S3, by a server that answers as it is told to: what the real one of the tests does not insist on."""
+
+import base64
+import hashlib
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import NamedTuple
+
+import pytest
+
+from data_shards.store import Store
+
+
+class Question(NamedTuple):
+    method: str
+    target: str
+    headers: dict[str, str]  # names in small letters
+    body: bytes
+
+
+class Answer(NamedTuple):
+    status: int = 200
+    headers: dict[str, str] = {}  # noqa: RUF012
+    body: bytes = b""
+
+
+class Server:
+    """Keeps the questions, and answers each by `answer`."""
+
+    def __init__(self) -> None:
+        self.questions: list[Question] = []
+        self.answer: Callable[[Question], Answer] = lambda _: Answer()
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+            def do_GET(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                headers = {name.lower(): value for name, value in self.headers.items()}
+                question = Question(self.command, self.path, headers, body)
+                server.questions.append(question)
+                answer = server.answer(question)
+                self.send_response(answer.status)
+                for name, value in ({"Content-Length": str(len(answer.body))} | answer.headers).items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(b"" if question.method == "HEAD" else answer.body)
+
+            do_HEAD = do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    server = Server()
+    keys = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+    for name, value in {**keys, "AWS_ENDPOINT_URL": server.url}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("AWS_PROFILE", raising=False)
+    yield server
+    server.close()
+
+
+def test_a_deletion_carries_the_md5_that_older_servers_insist_on(server: Server) -> None:
+    def insist(question: Question) -> Answer:
+        md5 = base64.b64encode(hashlib.md5(question.body, usedforsecurity=False).digest()).decode()
+        if question.headers.get("content-md5") != md5:
+            return Answer(400, body=b"<Error><Code>MissingContentMD5</Code></Error>")
+        return Answer(body=b"<DeleteResult/>")
+
+    server.answer = insist
+    Store("s3://bucket/set").delete(["a", "b"])
+    assert [question.target for question in server.questions] == ["/bucket?delete"]
