@@ -113,7 +113,7 @@ def prepare(
         return begun if begun.end_shard > done else None
     _check_writable(dst)
     ignored = Counter[str]()
-    listed, columns = _listed(source, asked.options, ignored)
+    listed, columns = _listed(source, asked.options, ignored, dst.url)
     plan = make_plan(dst, asked, listed, columns, plans, manifest.layout_id if manifest else None, progress, ignored)
     if plan is not None and plan.asked != asked:
         raise _other(dst, asked, plan)
@@ -147,12 +147,12 @@ def report(dst: Store, seconds: float, *, already_there: bool) -> PackReport:
 
 
 def _listed(
-    source: str | Path | Sequence[Source], options: SourceOptions, ignored: Counter[str]
+    source: str | Path | Sequence[Source], options: SourceOptions, ignored: Counter[str], dst: str
 ) -> tuple[Iterable[Source], pa.Schema | None]:
     """The sources, and what is known of each. Read as typed: a slash at the end tells a folder from an object."""
     if not isinstance(source, str | Path):
         return source, None
-    return list_sources(str(source), options, ignored), metadata_schema(str(source), options)
+    return list_sources(str(source), options, ignored, dst), metadata_schema(str(source), options, dst)
 
 
 def _check_writable(dst: Store) -> None:

@@ -54,18 +54,22 @@ class SourceOptions(Section):
 
 
 def list_sources(
-    src: str, options: SourceOptions | None = None, ignored: Counter[str] | None = None
+    src: str,
+    options: SourceOptions | None = None,
+    ignored: Counter[str] | None = None,
+    dst: str | None = None,
 ) -> Iterator[Source]:
     """The sources of a folder (here or in a store), of archives, of WebDataset shards, or of a list.
 
     src: also several by `*`, `?` or `{000..099}`. Archives within a folder are opened, too.
     ignored: counts members of archives that are no images, by extension, and links to folders.
-    Raises UserError when `src` is not there, is empty, or cannot be read as what it is.
+    dst: url of the set that is made of them; where its folder lies within `src`, it is passed over.
+    Raises UserError when `src` is not there, is empty, cannot be read as what it is, or is `dst` itself.
     """
     options = options or SourceOptions()
     ignored = Counter() if ignored is None else ignored
     source = None
-    for source in _listed(src, options, ignored):
+    for source in _listed(src, options, ignored, _own(src, dst) if dst else ""):
         yield source
     if source is None:
         besides = f" (left out: {tally(ignored)})" if ignored else ""
@@ -93,7 +97,7 @@ def list_tars(src: str) -> list[str]:
     return found
 
 
-def metadata_schema(src: str, options: SourceOptions | None = None) -> pa.Schema | None:
+def metadata_schema(src: str, options: SourceOptions | None = None, dst: str | None = None) -> pa.Schema | None:
     """Names and types of `Source.columns`, of which a source may lack some; None when there are none.
 
     Raises UserError when several lists differ in them.
@@ -105,7 +109,7 @@ def metadata_schema(src: str, options: SourceOptions | None = None) -> pa.Schema
             raise UserError(f"{url}: other columns, or of other types, than {schemas[0][0]}; pack them apart")
     if schemas:
         return schemas[0][1]
-    found = {name for source in islice(list_sources(src, options), _PEEKED) for name in source.columns or ()}
+    found = {name for source in islice(list_sources(src, options, dst=dst), _PEEKED) for name in source.columns or ()}
     return pa.schema([(name, pa.string()) for name in sorted(found)]) if found else None
 
 
@@ -150,17 +154,45 @@ def _inflated(data: bytes, max_bytes: int) -> bytes:
     return whole
 
 
-def _listed(src: str, options: SourceOptions, ignored: Counter[str]) -> Iterator[Source]:
+def _listed(src: str, options: SourceOptions, ignored: Counter[str], own: str) -> Iterator[Source]:
     for url, prefix in _expanded(src):
+        if _is_in(url, own):
+            continue
         if not _is_folder(url):
             yield from _contents(url, prefix, options, ignored)
             continue
         for file, name, size in _files(url, ignored):
+            if _is_in(file, own):
+                continue
             if _ARCHIVE.search(name):
                 yield from _contents(file, f"{prefix}{name}/", options, ignored)
             else:
                 label = _folder_of(name) if _wants_folder(options, url) else None
                 yield Source(file, size=size, name=prefix + name, label=label)
+
+
+def _own(src: str, dst: str) -> str:
+    """The folder of a set as the listing of `src` would spell it; a set that the sources lie in is not among them."""
+    special = re.search(r"[*?\[{]", src)
+    folder = _spelled(src[: special.start()].rpartition("/")[0] if special else src)
+    own = _spelled(dst)
+    if not is_remote(folder) and not is_remote(own):  # links
+        inside = os.path.relpath(os.path.realpath(own), os.path.realpath(folder))
+        own = folder if inside == "." else f"{folder}/{inside}"
+    if own == folder and not special:
+        raise UserError(f"{dst}: the folder of the sources itself; give the set one of its own: DST={dst}/shards")
+    return "" if _is_in(folder, own) else own
+
+
+def _spelled(place: str) -> str:
+    if (found := store_of(place)) is not None:
+        return f"{found[0].url}/{found[1]}".rstrip("/")
+    return place if is_remote(place) else _local(place)
+
+
+def _is_in(url: str, folder: str) -> bool:
+    """Whether it is the folder or lies below it; nothing lies in one without a name."""
+    return bool(folder) and f"{url}/".startswith(f"{folder}/")
 
 
 def _expanded(src: str) -> Iterator[tuple[str, str]]:

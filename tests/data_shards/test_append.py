@@ -167,3 +167,29 @@ def test_what_cannot_be_appended_to_is_one_line(folder: Path, there: str) -> Non
         Manifest("layout", "contents", 1, (1,), (1,), {}, {}, tars=("file:///a.tar",)).save(store)
     with pytest.raises(UserError, match="make shards without APPEND=1" if there == "nothing" else "indexed where"):
         pack(folder, store, SMALL, append=True)
+
+
+@pytest.mark.parametrize(("kind", "pattern"), [("folder", ""), ("folder", "/*/"), ("link", ""), ("memory", "")])
+def test_a_set_that_lies_among_its_sources_is_none_of_them(folder: Path, kind: str, pattern: str) -> None:
+    (folder.parent / "link").symlink_to(folder)
+    if kind == "memory":
+        src = f"memory://{folder}"
+        place = Store(src)
+        for path in folder.rglob("*.jpg"):
+            place.put(path.relative_to(folder).as_posix(), path.read_bytes())
+    else:
+        src, place = str(folder.parent / "link" if kind == "link" else folder), Store(f"file://{folder}")
+    store = place.at("z/set")
+    place.put("z/setting.jpg", (photo := next(folder.rglob("*.jpg"))).read_bytes())
+    expected = pack(src + pattern, store, SMALL).samples
+    place.put("z/new.jpg", photo.read_bytes())
+    report = pack(src + pattern, store, SMALL, append=True)
+    assert report.refused == 0
+    assert report.samples == expected + 1
+    assert not [name for name in sources(store) if "z/set/" in name]
+
+
+def test_a_set_in_the_very_folder_of_its_sources_is_refused(folder: Path) -> None:
+    for dst in (f"file://{folder}", f"file://{folder}/."):
+        with pytest.raises(UserError, match=r"the folder of the sources itself; .*DST=.*/src/shards"):
+            pack(folder, Store(dst), SMALL)
