@@ -23,6 +23,7 @@ lanes from another lane on in each row, so that no lane gets stuck with one set.
 
 import json
 from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from hashlib import blake2b
@@ -314,6 +315,13 @@ def replacement_place(place: int, size: int, k: int) -> int:
     if not 1 <= k <= REPLACEMENTS:
         raise ValueError(f"replacement {k}; there are 1 to {REPLACEMENTS}")
     return (place + k * size // 2 + k * k) % size
+
+
+def places_to_try(place: int, size: int) -> Iterator[int]:
+    """`place` itself, its 8 replacements, which are few different ones in a small window, then all others of it."""
+    first = [place, *(replacement_place(place, size, k) for k in range(1, REPLACEMENTS + 1))]
+    yield from first
+    yield from (there for n in range(1, size) if (there := (place + n) % size) not in first)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ What comes out depends only on the order, the bytes in the store and the ids giv
 rank reads. A lane holds what is left of its current window and, as far as `prefetch_bytes` allows, the next one.
 
 A sample that cannot be had, or that the caller hands back as undecodable, is replaced by another of its window (see
-`Order.replacement`), recorded, and not tried again. All state lives on the store's event loop.
+`order.places_to_try`), recorded, and not tried again. All state lives on the store's event loop.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Container, Coroutine, Iterable
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -25,7 +26,7 @@ from data_shards.errors import UserError
 from data_shards.fetch import Fetcher
 from data_shards.index import ShardSet
 from data_shards.lane_window import Chunk, LaneWindow, lay_out
-from data_shards.order import REPLACEMENTS, Order, replacement_place
+from data_shards.order import Order, places_to_try
 from data_shards.section import Section
 
 T = TypeVar("T")
@@ -326,20 +327,19 @@ class Reader:
         """The sample of a place of the order, or the first replacement after those in `replaced` that can be had."""
         held = self._holding(lane, index) or lay_out(self._order, lane, index)
         place, size = index - held.window.first_index, held.window.size
-        for k in range(len(replaced), REPLACEMENTS + 1):
-            there = replacement_place(place, size, k) if k else place
+        for there in islice(places_to_try(place, size), len(replaced), None):
             slot, offset = held.slots[there], held.offsets[there]
             sample = self._order.follow(held.window.chunks[slot], offset)
             if sample not in self._skip and sample not in self._removed:
-                found = await self._payload(held.chunks.get(slot), offset, sample, own=not k)
+                found = await self._payload(held.chunks.get(slot), offset, sample, own=not replaced)
                 if isinstance(found, Payload):
                     return Sample(sample, lane, index, *found, replaced)
                 if found is not EMPTY:
                     self._record(sample, index // self._order.lane_batch, found.reason)
             replaced = (*replaced, sample)
         raise UserError(
-            f"{self._shards.store.url}: sample {replaced[0]} and its {REPLACEMENTS} replacements are all bad, the last "
-            f"in {self._where(replaced[-1])[0]}; the set needs repair, or a window more chunks (data.window_chunks)"
+            f"{self._shards.store.url}: sample {replaced[0]} and the other {size - 1} of its window are all bad, the "
+            f"last in {self._where(replaced[-1])[0]}; repair the set, or take more chunks a window (data.window_chunks)"
         )
 
     async def _payload(self, chunk: Chunk | None, offset: int, sample: int, own: bool) -> Fetched:

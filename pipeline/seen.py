@@ -5,15 +5,16 @@ shown at its own places, unless it was removed or bad by then, and in the place 
 of the newest checkpoint, along the attempts that led to it; what was thrown away in between does not count.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 from data_shards.errors import UserError
 from data_shards.index import ShardSet, sample_key
 from data_shards.lookup import find
-from data_shards.order import REPLACEMENTS, Order, replacement_place
+from data_shards.order import REPLACEMENTS, Order, places_to_try
 from data_shards.progress import Progress, quiet
 from data_shards.removed import Removed, read_removed
 from data_shards.store import Store
@@ -156,15 +157,23 @@ def _stood_in(history: History, sample: int, lane: int, index: int) -> Iterator[
     """Steps at which a sample, that has this place of the order, took the place of another; and of which."""
     order = history.order
     number, place, size = (int(value) for value in order.place(lane, index))
-    for k in range(1, REPLACEMENTS + 1):
-        there = (place - k * size // 2 - k * k) % size
+
+    def left_out(there: int, step: int) -> bool:
+        return history.left_out(int(order.sample(lane, number, there)), step)
+
+    for there in _may_have_led_to(place, size, lambda there: left_out(there, history.last - 1)):
         step = (index - place + there) // order.lane_batch
-        if step >= history.last or history.left_out(sample, step):
-            continue
-        before = [there, *(replacement_place(there, size, tried) for tried in range(1, k))]
-        tried = [int(order.sample(lane, number, one)) for one in before]
-        if replacement_place(there, size, k) == place and all(history.left_out(one, step) for one in tried):
-            yield step, tried[0]
+        if step < history.last and not history.left_out(sample, step):
+            before = takewhile(lambda tried: tried != place, places_to_try(there, size))
+            if all(left_out(tried, step) for tried in before):
+                yield step, int(order.sample(lane, number, there))
+
+
+def _may_have_led_to(place: int, size: int, ever_left_out: Callable[[int], bool]) -> set[int]:
+    """The other places of a window that are replaced by this one, or come to it when all between are left out."""
+    found = {(place - k * size // 2 - k * k) % size for k in range(1, REPLACEMENTS + 1)}
+    back = ((place - n) % size for n in range(1, size))
+    return (found | set(takewhile(ever_left_out, back))) - {place}
 
 
 def _attempts(store: Store, newest: commit.Place) -> list[Attempt]:

@@ -17,6 +17,7 @@ from data_shards.order import (
     Order,
     Permutation,
     make_order,
+    places_to_try,
     propose_chunk_samples,
     replacement_place,
 )
@@ -247,6 +248,17 @@ def test_a_replacement_is_the_place_of_the_window_that_the_formula_says(order: O
         number, place, size = (int(value) for value in order.place(lane, index))
         other = (place + (k * size) // 2 + k**2) % size
         assert order.replacement(lane, index, k) == order.sample(lane, number, other)
+
+
+@given(st.integers(1, 200), st.integers(0, 10**6))
+def test_what_is_tried_in_place_of_a_sample_is_its_replacements_and_then_the_rest_of_its_window(
+    size: int, place: int
+) -> None:
+    place %= size
+    tried = list(places_to_try(place, size))
+    assert tried[:9] == [place, *((place + (k * size) // 2 + k**2) % size for k in range(1, 9))]
+    assert set(tried) == set(range(size))
+    assert len(set(tried[9:]) - set(tried[:9])) == len(tried[9:])
 
 
 @given(st.integers(500, 20_000), st.integers(0, 10**6))

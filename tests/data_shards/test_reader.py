@@ -373,10 +373,24 @@ def test_a_replacement_that_is_bad_too_gives_way_to_the_next(photos: Photos, ope
     assert {bad.id for bad in reader.bad} >= set(chain[:3])
 
 
-def test_a_sample_without_a_good_replacement_stops_the_run_in_words(photos: Photos, opened: Opened) -> None:
-    chain = wanted_at(ORDER, 0, 0, 0)
-    reader = opened(bad=tuple(chain))
-    with pytest.raises(UserError, match=f"sample {chain[0]} and its 8 replacements are all bad"):
+@pytest.mark.parametrize("lane", range(4))
+def test_the_last_good_sample_of_a_window_however_small_stands_in_for_all_others(opened: Opened, lane: int) -> None:
+    order = replace(ORDER, chunk_samples=2, window_chunks=4, batch_size=4)
+    size = order.window(lane, 0).size  # 8, 6, 4, 2
+    window = [int(order.sample(lane, 0, place)) for place in range(size)]
+    for good in window[1:]:
+        reader = opened(order, bad=tuple(set(window) - {good}))
+        (sample,) = (sample for sample in reader.batch(0) if sample.lane == lane)
+        assert sample.id == good
+        assert sample.replaced[0] == window[0]
+        assert set(sample.replaced) <= set(window) - {good}
+
+
+def test_a_sample_in_a_window_without_a_good_one_stops_the_run_in_words(opened: Opened) -> None:
+    window = ORDER.window(0, 0)
+    reader = opened(bad=tuple(int(ORDER.sample(0, 0, place)) for place in range(window.size)))
+    first = wanted_at(ORDER, 0, 0, 0)[0]
+    with pytest.raises(UserError, match=f"sample {first} and the other {window.size - 1} of its window are all bad"):
         reader.batch(0)
 
 

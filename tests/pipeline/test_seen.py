@@ -26,8 +26,11 @@ SPOILT, GONE = (7, 33, 60), (5, 20, 21, 80)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return spoilt_set(tmp_path_factory.mktemp("seen"))
+
+
+def spoilt_set(folder: Path) -> str:
     """96 tiles, three of which have a wrong byte."""
-    folder = tmp_path_factory.mktemp("seen")
     store = Store((folder / "set").as_uri())
     pack(write_tiles(folder / "tiles", COUNT), store, PackSettings(shard_bytes=40_000), workers=1)
     shards = ShardSet.open(store)
@@ -40,23 +43,24 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return store.url
 
 
-def config(url: str) -> Config:
-    order = {"url": url, "batch": 8, "lanes": 2, "chunk_samples": 4, "window_chunks": 4}
+def config(url: str, window: int = 4) -> Config:
+    """window: chunks, of as many samples."""
+    order = {"url": url, "batch": 8, "lanes": 2, "chunk_samples": window, "window_chunks": window}
     return Config.model_validate({"data": order, "train": {"steps": STEPS}})
 
 
 class Trained:
     """A run that read its data in two attempts, the second from step 16 on, after images were removed."""
 
-    def __init__(self, url: str, folder: Path) -> None:
+    def __init__(self, url: str, folder: Path, gone: tuple[int, ...] = GONE, window: int = 4) -> None:
         self.store = Store((folder / "run").as_uri())
-        self.shards, self.order, self.config = open_data(config(url))
+        self.shards, self.order, self.config = open_data(config(url, window))
         self.table: list[dict[str, Any]] = self.shards.table().to_pylist()
         self.local = folder / "local"
         self.shown: dict[int, list[int]] = {}
         self.quarantine: list[list[Any]] = []
         self.attempt("started", 0, RESUMED + 3, Removed())
-        remove(self.shards, [self.table[sample]["key"] for sample in GONE], force=True)
+        remove(self.shards, [self.table[sample]["key"] for sample in gone], force=True)
         self.attempt("resumed", RESUMED, STEPS, read_removed(self.shards))
 
     def attempt(self, event: str, start: int, end: int, removed: Removed) -> None:
@@ -82,6 +86,28 @@ class Trained:
 @pytest.fixture(scope="module")
 def trained(data: str, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return Trained(data, tmp_path_factory.mktemp("trained"))
+
+
+def places(trained: Trained, sample: int) -> list[tuple[int, int]]:
+    """Where the reader really showed it: steps, and places in the batch."""
+    return [(step, at) for step, ids in trained.shown.items() for at, one in enumerate(ids) if one == sample]
+
+
+@pytest.mark.slow
+def test_in_windows_so_small_that_any_other_stands_in_the_steps_are_those_of_the_reader_too(tmp_path: Path) -> None:
+    gone = tuple(sample for sample in range(COUNT) if sample % 5 == 0)
+    trained = Trained(spoilt_set(tmp_path), tmp_path, gone, window=2)
+    lane_batch, beyond_the_formula = trained.order.lane_batch, 0
+    for sample in range(COUNT):
+        (image,) = seen(trained.store, trained.table[sample]["key"]).images
+        shown = places(trained, sample)
+        assert sorted([*image.shown, *(step for step, _ in image.in_place)]) == [step for step, _ in shown]
+        for step, at in shown:
+            lane, index = at // lane_batch, (step - 1) * lane_batch + at % lane_batch
+            chain = [int(trained.order.sample(lane, *map(int, trained.order.place(lane, index)[:2])))]
+            chain += [trained.order.replacement(lane, index, k) for k in range(1, 9)]
+            beyond_the_formula += sample not in chain
+    assert beyond_the_formula > 0
 
 
 @pytest.mark.slow
