@@ -31,6 +31,7 @@ class Bucket:
         self.name = name
         self._connections = connections
         self._client: s3fs.S3FileSystem | None = None
+        self._signer: s3fs.S3FileSystem | None = None
         self._direct: Direct | None = None
         self._connecting = asyncio.Lock()
 
@@ -47,13 +48,31 @@ class Bucket:
     async def sign(self, key: str) -> str:
         """A url to read an object by, good for an hour."""
         client = await self.client()
-        url: str = await client.s3.generate_presigned_url("get_object", Params={"Bucket": self.name, "Key": key})
+        async with self._connecting:
+            if self._signer is None:
+                self._signer = await self._in_own_region(client)
+        url: str = await self._signer.s3.generate_presigned_url("get_object", Params={"Bucket": self.name, "Key": key})
         return url
+
+    async def _in_own_region(self, client: "s3fs.S3FileSystem") -> "s3fs.S3FileSystem":
+        """The client, or one for the bucket's region: AWS leads a call there, but refuses a url signed for another."""
+        if not str(client.s3.meta.endpoint_url).endswith((".amazonaws.com", ".amazonaws.com.cn")):
+            return client
+        try:
+            answer = await client.s3.head_bucket(Bucket=self.name)
+        except boto.ClientError as error:
+            answer = error.response
+        region = answer["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region")
+        if region in (None, client.s3.meta.region_name):
+            return client
+        signer = _unconnected(self._connections, client.session, region)
+        await signer.set_session()
+        return signer
 
     async def client(self) -> "s3fs.S3FileSystem":
         async with self._connecting:
             if self._client is None:
-                client = _unconnected(self._connections)
+                client = _unconnected(self._connections, AioSession())
                 async with self._in_time():
                     await client.set_session()
                 client.s3.meta.events.register("before-call.s3.DeleteObjects", _add_md5)
@@ -61,11 +80,14 @@ class Bucket:
         return self._client
 
     async def close(self) -> None:
-        if self._client is not None:
-            client, self._client = self._client, None
-            if self._direct is not None:
-                self._direct.close()
+        if self._direct is not None:
+            self._direct.close()
+        client, signer = self._client, self._signer
+        self._client = self._signer = None
+        if client is not None:
             await client._s3creator.__aexit__(None, None, None)
+        if signer is not None and signer is not client:
+            await signer._s3creator.__aexit__(None, None, None)
 
     def url(self, key: str) -> str:
         return f"s3://{self.name}/{key}" if key else f"s3://{self.name}"
@@ -115,13 +137,14 @@ class Bucket:
             ) from error
 
 
-def _unconnected(connections: int) -> "s3fs.S3FileSystem":
+def _unconnected(connections: int, session: AioSession, region: str | None = None) -> "s3fs.S3FileSystem":
     client = s3fs.S3FileSystem(
         asynchronous=True,
         loop=asyncio.get_running_loop(),
         skip_instance_cache=True,
         use_listings_cache=False,
-        session=AioSession(),
+        session=session,
+        client_kwargs={"region_name": region},
         config_kwargs={
             "max_pool_connections": connections,
             "retries": {"total_max_attempts": 1},

@@ -1,14 +1,18 @@
 """What is asked of S3, by a server that answers as it is told to: what the real one of the tests does not insist on."""
 
+import asyncio
 import base64
 import hashlib
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+from aiobotocore.awsrequest import AioAWSResponse
+from aiobotocore.httpsession import AIOHTTPSession
 
+from data_shards.s3_bucket import Bucket
 from data_shards.store import Store
 
 
@@ -68,7 +72,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     keys = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
     for name, value in {**keys, "AWS_ENDPOINT_URL": server.url}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.delenv("AWS_PROFILE", raising=False)
+    for name in ("AWS_PROFILE", "AWS_CONFIG_FILE", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
     yield server
     server.close()
 
@@ -83,3 +88,42 @@ def test_a_deletion_carries_the_md5_that_older_servers_insist_on(server: Server)
     server.answer = insist
     Store("s3://bucket/set").delete(["a", "b"])
     assert [question.target for question in server.questions] == ["/bucket?delete"]
+
+
+def signed(bucket: Bucket, keys: str) -> list[str]:
+    async def sign() -> list[str]:
+        urls = await asyncio.gather(*map(bucket.sign, keys))
+        await bucket.close()
+        return list(urls)
+
+    return asyncio.run(sign())
+
+
+@pytest.mark.parametrize("status", [200, 301, 400, 403])
+def test_a_url_is_signed_for_the_region_of_the_bucket_where_the_profile_names_another(
+    server: Server, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    asked: list[str] = []
+
+    class Nothing:
+        async def read(self) -> bytes:
+            return b""
+
+    async def amazon(_: AIOHTTPSession, request: Any) -> AioAWSResponse:
+        asked.append(f"{request.method} {request.url}")
+        there = "eu-west-1" in request.url
+        return AioAWSResponse(request.url, 200 if there else status, {"x-amz-bucket-region": "eu-west-1"}, Nothing())
+
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    monkeypatch.setattr(AIOHTTPSession, "send", amazon)
+    for url in signed(Bucket("photos", 2), "abc"):
+        assert url.startswith("https://photos.s3.")
+        assert "%2Feu-west-1%2Fs3%2Faws4_request" in url
+    assert {one.split()[0] for one in asked} == {"HEAD"}
+    assert len(asked) <= 2  # for all keys together; the second is led there
+
+
+def test_a_server_of_ones_own_is_not_asked_for_its_region(server: Server) -> None:
+    (url,) = signed(Bucket("photos", 2), "a")
+    assert url.startswith(f"{server.url}/photos/a?")
+    assert server.questions == []
