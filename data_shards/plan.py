@@ -314,8 +314,10 @@ def _totals(database: "duckdb.DuckDBPyConnection", asked: Asked) -> tuple[int, i
 
 def _stored_bytes(source: Source, asked: Asked) -> int:
     """What a shard will hold of a source; 0 when it will be refused."""
+    skip = asked.options.skip_unreachable
     try:
-        return len(examine(read_source(source, asked.settings.max_bytes), asked.settings).data)
+        data = read_source(source, asked.settings.max_bytes, skip_unreachable=skip)
+        return len(examine(data, asked.settings).data)
     except Refused:
         return 0
 

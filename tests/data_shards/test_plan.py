@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from data_shards.errors import UserError
 from data_shards.plan import MOST_GROUPS, Asked, PackSettings, Plan, load_plans, make_plan
 from data_shards.sources import Source, SourceOptions
-from data_shards.store import Store
+from data_shards.store import Store, Unavailable
 
 ASKED = Asked("there", PackSettings(shard_bytes=100_000), SourceOptions())
 PLAN = Plan(1, "identity", ASKED, sources=10, bytes=10, first_shard=0, shards=2, after=None)
@@ -65,6 +65,13 @@ def test_a_column_with_the_name_of_one_of_ours_is_refused(tmp_path: Path) -> Non
         make_plan(Store(f"memory://{tmp_path.name}"), ASKED, sources(3), pa.schema({"sha256": pa.string()}))
 
 
+def test_a_source_that_does_not_answer_stops_the_plan_unless_such_are_to_be_skipped(tmp_path: Path) -> None:
+    store, broken = Store(f"memory://{tmp_path.name}"), [Source("/proc/self/mem", name="a.jpg")]
+    with pytest.raises(Unavailable, match="/proc/self/mem: Input/output error"):
+        make_plan(store, ASKED, broken)
+    assert make_plan(store, ASKED._replace(options=SourceOptions(skip_unreachable=True)), broken) is not None
+
+
 def test_a_plan_of_another_version_is_refused(tmp_path: Path) -> None:
     store = Store(f"memory://{tmp_path.name}")
     store.put("plans/1/PLAN.json", b'{"version": 99}')
@@ -86,7 +93,7 @@ def test_ten_times_as_many_sources_take_no_more_memory(tmp_path: Path) -> None:
         from pathlib import Path
         from data_shards import plan
         from data_shards.sources import Source, SourceOptions
-        from data_shards.store import Store
+        from data_shards.store import Store, Unavailable
         plan.MEMORY_BYTES = 100 * 2**20
         count, folder = int(sys.argv[1]), sys.argv[2]
         listed = (Source(f"/a/folder/of/images/{n}.jpg", size=100_000, name=f"{n}.jpg") for n in range(count))
