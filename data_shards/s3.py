@@ -33,6 +33,7 @@ PART_BYTES = 16 * 2**20  # AWS advises 8 to 16 MiB a request
 SLOWEST_BYTES_S = 2**20  # a connection slower than this is given up and made again
 ATTEMPT_S = 30.0  # for an answer to begin, beside the time for its bytes; at most a quarter of all the time there is
 CHECK_S = 5.0
+DOWNLOADS = 5  # begun at most, of an object that others write over
 URL_S = 60.0  # a signed url is used for; it is good for an hour
 URLS = 1000  # are kept
 REFUSED_S = 10.0  # after an answer that only the ordinary client understands
@@ -68,10 +69,10 @@ class S3:
         self.counters.bytes_read += end - start
         return fed
 
-    async def _read(self, key: str, start: int | None, end: int | None) -> bytes:
+    async def _read(self, key: str, start: int | None, end: int | None, **condition: str) -> bytes:
         """By the ordinary client, which understands every answer."""
         whole = not start and end is None
-        wanted = {} if whole else {"Range": f"bytes={start or 0}-{'' if end is None else end - 1}"}
+        wanted = condition if whole else {"Range": f"bytes={start or 0}-{'' if end is None else end - 1}", **condition}
         answer_s = self._answer_s(self.retry_seconds)
         async with asyncio.timeout(answer_s):
             answer = await self._bucket.call("get_object", Key=key, **wanted)
@@ -191,13 +192,25 @@ class S3:
             return {"PartNumber": number, "ETag": answer["ETag"]}
 
     async def download(self, key: str, local: Path) -> None:
-        size = await self.size(key)
+        for _ in range(DOWNLOADS):
+            with contextlib.suppress(AlreadyExists):  # another version than the one that was begun with
+                await self._download(key, local)
+                return
+        raise StoreError(
+            f"{self._bucket.url(key)}: was written over {DOWNLOADS} times while it was read; again when that is over"
+        )
+
+    async def _download(self, key: str, local: Path) -> None:
+        head = await self._head(key)
+        size, same = int(head["ContentLength"]), {"IfMatch": head["ETag"]} if "ETag" in head else {}
         await asyncio.to_thread(local.write_bytes, b"")
         gate = asyncio.Semaphore(4)
 
         async def fetch(start: int) -> None:
             async with gate:
-                data = await self.read(key, start, min(start + PART_BYTES, size))
+                end = min(start + PART_BYTES, size)
+                data = await self._tried(partial(self._read, key, start, end, **same), key, end - start, patient=True)
+                self.counters.bytes_read += len(data)
                 await asyncio.to_thread(_write_at, local, start, data)
 
         try:

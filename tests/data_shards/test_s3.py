@@ -2,18 +2,21 @@
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 from aiobotocore.awsrequest import AioAWSResponse
 from aiobotocore.httpsession import AIOHTTPSession
 
+from data_shards.s3 import PART_BYTES
 from data_shards.s3_bucket import Bucket
-from data_shards.store import Store
+from data_shards.store import Store, StoreError
 
 
 class Question(NamedTuple):
@@ -53,7 +56,8 @@ class Server:
                 for name, value in ({"Content-Length": str(len(answer.body))} | answer.headers).items():
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(b"" if question.method == "HEAD" else answer.body)
+                with contextlib.suppress(ConnectionError):  # a client that has no use for it any more
+                    self.wfile.write(b"" if question.method == "HEAD" else answer.body)
 
             do_HEAD = do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815
 
@@ -127,3 +131,44 @@ def test_a_server_of_ones_own_is_not_asked_for_its_region(server: Server) -> Non
     (url,) = signed(Bucket("photos", 2), "a")
     assert url.startswith(f"{server.url}/photos/a?")
     assert server.questions == []
+
+
+class Changing:
+    """An object of three ranges, of which every version is of one letter: asked for a range, it may become the next."""
+
+    def __init__(self, changes: int) -> None:
+        self.changes, self.version, self.lock = changes, 0, threading.Lock()
+
+    @property
+    def data(self) -> bytes:
+        return bytes([65 + self.version]) * (2 * PART_BYTES + 5 - self.version)
+
+    def __call__(self, question: Question) -> Answer:
+        with self.lock:
+            return self.answer(question)
+
+    def answer(self, question: Question) -> Answer:
+        etag = {"ETag": f'"{self.version}"'}
+        if question.method == "HEAD":
+            return Answer(200, {**etag, "Content-Length": str(len(self.data))})
+        if question.headers.get("if-match", etag["ETag"]) != etag["ETag"]:
+            return Answer(412, body=b"<Error><Code>PreconditionFailed</Code></Error>")
+        start, end = map(int, question.headers["range"].removeprefix("bytes=").split("-"))
+        place = {"Content-Range": f"bytes {start}-{end}/{len(self.data)}"}
+        answer = Answer(206, {**etag, **place}, self.data[start : end + 1])
+        self.version += self.version < self.changes
+        return answer
+
+
+def test_an_object_that_is_written_over_while_it_comes_down_is_of_one_version(server: Server, tmp_path: Path) -> None:
+    server.answer = changing = Changing(2)
+    Store("s3://bucket/set").download("x", tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == changing.data
+
+
+def test_an_object_that_is_always_written_over_is_given_up_in_one_line(server: Server, tmp_path: Path) -> None:
+    server.answer = Changing(100)
+    with pytest.raises(StoreError, match=r"s3://bucket/set/x: was written over \d+ times") as error:
+        Store("s3://bucket/set").download("x", tmp_path / "x")
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
