@@ -9,6 +9,7 @@ for itself.
 import re
 import tarfile
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
@@ -86,17 +87,29 @@ def _kind(extension: str) -> str:
 def _sample(file: BinaryIO, group: list[Member], ignored: Counter[str]) -> list[Member]:
     by_extension = [(_split(member.name)[1], member) for member in group]
     found = [m for e, m in by_extension if e in _IMAGES]
+    if found and len({e.rpartition(".")[2] for e, _ in by_extension}) == 1:  # IMG_1.edited.jpg; but no 1.mask.png
+        found = group
     found = found or [m for e, m in by_extension if e.rpartition(".")[2] in _IMAGES]  # photo.1.jpg
     found = found or [m for e, m in by_extension if not e]
-    texts = {e: m for e, m in by_extension if e in _TEXTS and m.size <= _TEXT_BYTES and not m.deflated and found}
-    ignored.update(_kind(e) for e, m in by_extension if m not in found and e not in texts)
-    read = {extension: _text(file, member) for extension, member in texts.items()}
+    texts = {e: _text(file, m) for e, m in by_extension if e in _TEXTS and m.size <= _TEXT_BYTES and found}
+    read = {extension: text for extension, text in texts.items() if text is not None}
+    ignored.update(_kind(e) for e, m in by_extension if m not in found and e not in read)
     return [member._replace(texts=read or None) for member in found]
 
 
-def _text(file: BinaryIO, member: Member) -> str:
+def _text(file: BinaryIO, member: Member) -> str | None:
+    """None for one that is too long when it is inflated, or damaged."""
     file.seek(member.offset)
-    return file.read(member.size).decode("utf-8", "backslashreplace").strip()
+    data = file.read(member.size)
+    if member.deflated:
+        inflater = zlib.decompressobj(-15)
+        try:
+            data = inflater.decompress(data, _TEXT_BYTES + 1)
+        except zlib.error:
+            return None
+        if not inflater.eof or len(data) > _TEXT_BYTES:
+            return None
+    return data.decode("utf-8", "backslashreplace").strip()
 
 
 def _tar(file: BinaryIO, url: str, ignored: Counter[str]) -> Iterator[Member]:

@@ -8,6 +8,7 @@ import itertools
 import lzma
 import random
 import tarfile
+import tracemalloc
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -286,6 +287,42 @@ def test_a_webdataset_shard_gives_its_images_with_labels_and_texts(photos: dict[
     assert [source.label for source in listed(path, label="folder")] == [None, "dir.x", None]
     with pytest.raises(UserError, match=r"has no \.class; SET=label=folder"):
         listed(path, label="class")
+
+
+def test_labels_and_captions_in_a_zip_are_read_deflated_too(photos: dict[str, bytes], tmp_path: Path) -> None:
+    one = next(iter(photos.values()))
+    said = {"0.cls": b"cat" * 10, "0.txt": b"two cats\n" * 3, "1.txt": b"x" * (2**20 + 1), "1.json": b"{}"}
+    path = zip_of(tmp_path / "a.zip", dict(sorted(({"0.jpg": one, "1.jpg": one} | said).items())), zipfile.ZIP_DEFLATED)
+    ignored = Counter[str]()
+    first, second = listed(path, ignored)
+    assert (first.label, first.columns) == ("cat" * 10, {"txt": ("two cats\n" * 3).strip()})
+    assert second.columns == {"json": "{}"}
+    assert ignored == {"txt": 1}
+
+
+def test_a_text_in_a_zip_that_is_damaged_or_swells_is_left_out(photos: dict[str, bytes], tmp_path: Path) -> None:
+    one = next(iter(photos.values()))
+    members = {"0.jpg": one, "0.txt": b"two cats " * 30, "1.jpg": one, "1.txt": bytes(2**27)}
+    path = zip_of(tmp_path / "a.zip", members, zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(path) as archive:
+        at = archive.getinfo("0.txt").header_offset + 30 + len("0.txt")
+    data = bytearray(path.read_bytes())
+    data[at : at + 4] = b"\xff" * 4
+    path.write_bytes(data)
+    ignored = Counter[str]()
+    tracemalloc.start()
+    assert [source.columns for source in listed(path, ignored)] == [None, None]
+    assert tracemalloc.get_traced_memory()[1] < 20 * MB
+    tracemalloc.stop()
+    assert ignored == {"txt": 2}
+
+
+def test_images_that_are_told_apart_by_what_follows_the_first_dot_are_all_taken(
+    photos: dict[str, bytes], tmp_path: Path
+) -> None:
+    one = next(iter(photos.values()))
+    names = ["IMG_1.jpg", "IMG_1.edited.jpg", "2020.01.02.jpg", "2020.jpg"]
+    assert list(read(tar_of(tmp_path / "a.tar", dict.fromkeys(names, one)))) == names
 
 
 def test_members_that_are_no_images_are_counted_in_the_report_of_a_packing(
