@@ -30,7 +30,9 @@ from data_shards.store import (
 T = TypeVar("T")
 
 PART_BYTES = 16 * 2**20  # AWS advises 8 to 16 MiB a request
+PARTS = 4  # of an upload or a download on their way, and in memory, at a time
 SLOWEST_BYTES_S = 2**20  # a connection slower than this is given up and made again
+SLOWER = 4  # times as long may what has run out of time take in the end
 ATTEMPT_S = 30.0  # for an answer to begin, beside the time for its bytes; at most a quarter of all the time there is
 CHECK_S = 5.0
 DOWNLOADS = 5  # begun at most, of an object that others write over
@@ -139,7 +141,7 @@ class S3:
         mark = {"writer": secrets.token_hex(8)}
         begun = await self._tried(partial(self._bucket.call, "create_multipart_upload", Key=key, Metadata=mark), key)
         whole = {"Key": key, "UploadId": begun["UploadId"]}
-        gate = asyncio.Semaphore(4)  # parts in memory
+        gate = asyncio.Semaphore(PARTS)
         try:
             async with asyncio.TaskGroup() as group:
                 starts = range(0, size, each)
@@ -187,7 +189,7 @@ class S3:
             data = await asyncio.to_thread(_slice, local, start, size)
             md5 = await asyncio.to_thread(content_md5, data)
             call = partial(self._bucket.call, "upload_part", **whole, PartNumber=number, Body=data, ContentMD5=md5)
-            answer = await self._tried(call, whole["Key"], len(data))
+            answer = await self._tried(call, whole["Key"], PARTS * len(data))  # they share the line
             self.counters.bytes_written += len(data)
             return {"PartNumber": number, "ETag": answer["ETag"]}
 
@@ -204,7 +206,7 @@ class S3:
         head = await self._head(key)
         size, same = int(head["ContentLength"]), {"IfMatch": head["ETag"]} if "ETag" in head else {}
         await asyncio.to_thread(local.write_bytes, b"")
-        gate = asyncio.Semaphore(4)
+        gate = asyncio.Semaphore(PARTS)
 
         async def fetch(start: int) -> None:
             async with gate:
@@ -289,17 +291,17 @@ class S3:
     ) -> T:
         """What `call` gives, asked for again until it is there. `size`: bytes that go over the wire, for the deadline.
 
-        None when only the answer tells how many: `call` has a deadline of its own.
+        None when only the answer tells how many: `call` has a deadline of its own. After a time-out the bytes are
+        given more time, which does not count as the store's silence.
         `patient`: a key that has worked before and is refused now may work again (rotated, or the store is unwell).
         One that has expired is renewed in any case.
         """
         limit_s = self.retry_seconds if retry_seconds is None else retry_seconds
-        start = time.monotonic()
+        start, slow_s, times = time.monotonic(), 0.0, 1
         for attempt in range(1_000_000):
+            bytes_s = times * (size or 0) / SLOWEST_BYTES_S
             try:
-                answer = await self._once(
-                    call, None if size is None else self._answer_s(limit_s) + size / SLOWEST_BYTES_S
-                )
+                answer = await self._once(call, None if size is None else self._answer_s(limit_s) + bytes_s)
                 self._key_worked = True
                 return answer
             except Exception as error:
@@ -310,8 +312,10 @@ class S3:
                 )
                 if not may_change:
                     raise known from error
+                if isinstance(error, TimeoutError) and times < SLOWER:
+                    slow_s, times = slow_s + bytes_s, 2 * times
                 pause = random.uniform(0.5, 1.5) * min(0.1 * 2**attempt, 10.0)
-                if waited + pause > limit_s:
+                if waited - slow_s + pause > limit_s:
                     raise self._give_up(known, key, waited) from error
             self.counters.retries += 1
             if isinstance(known, Denied):

@@ -172,3 +172,23 @@ def test_an_object_that_is_always_written_over_is_given_up_in_one_line(server: S
         Store("s3://bucket/set").download("x", tmp_path / "x")
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_an_upload_over_a_slow_line_is_given_the_time_that_its_parts_take_together(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slowly(question: Question) -> Answer:
+        if "partNumber=" in question.target:
+            threading.Event().wait(2.6)  # the line: more than a part is given alone, or at first
+        if question.method == "POST" and "uploads" in question.target:
+            return Answer(body=b"<InitiateMultipartUploadResult><UploadId>1</UploadId></InitiateMultipartUploadResult>")
+        return Answer(headers={"ETag": '"1"'})
+
+    server.answer = slowly
+    monkeypatch.setattr("data_shards.s3.PART_BYTES", 2**16)
+    monkeypatch.setattr("data_shards.s3.SLOWEST_BYTES_S", 2**18)  # a second for four parts
+    (tmp_path / "x").write_bytes(bytes(3 * 2**16))
+    store = Store("s3://bucket/set", retry_seconds=4)
+    store.upload(tmp_path / "x", "x")
+    assert store.counters.bytes_written == 3 * 2**16
