@@ -19,7 +19,7 @@ from data_shards.errors import UserError
 
 _IMAGES = {"jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "tif", "tiff", "gif", "avif", "heic", "heif", "jp2"}
 _IMAGES |= {"ppm", "pgm", "pnm"}
-_TEXTS = {"cls", "txt", "json"}
+TEXTS = {"cls", "txt", "json"}
 _TEXT_BYTES = 2**20  # longer ones are left out
 _COMPRESSED = {
     b"\x1f\x8b": "gunzip",
@@ -91,7 +91,7 @@ def _sample(file: BinaryIO, group: list[Member], ignored: Counter[str]) -> list[
         found = group
     found = found or [m for e, m in by_extension if e.rpartition(".")[2] in _IMAGES]  # photo.1.jpg
     found = found or [m for e, m in by_extension if not e]
-    texts = {e: _text(file, m) for e, m in by_extension if e in _TEXTS and m.size <= _TEXT_BYTES and found}
+    texts = {e: _text(file, m) for e, m in by_extension if e in TEXTS and m.size <= _TEXT_BYTES and found}
     read = {extension: text for extension, text in texts.items() if text is not None}
     ignored.update(_kind(e) for e, m in by_extension if m not in found and e not in read)
     return [member._replace(texts=read or None) for member in found]

@@ -218,10 +218,13 @@ class ShardSet:
         return found
 
     def table(self) -> Any:
-        """The Parquet rows of all samples in the order of their ids, as a pyarrow Table. For small sets."""
+        """The Parquet rows of all samples in the order of their ids, as a pyarrow Table. For small sets.
+
+        A column that some shards lack, as of what was appended, is null there.
+        """
         import pyarrow as pa
 
-        return pa.concat_tables(self.tables())
+        return pa.concat_tables(self.tables(), promote_options="permissive")
 
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[Any]:
         """The same a shard at a time, a few of them asked for ahead; columns that a table lacks are left out.

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, ClassVar, NamedTuple
 import pyarrow as pa
 from braceexpand import braceexpand
 
-from data_shards.archives import archive_kind, images
+from data_shards.archives import TEXTS, archive_kind, images
 from data_shards.errors import UserError
 from data_shards.files import is_remote, opened, read_range, read_whole, store_of
 from data_shards.images import Refused
@@ -28,7 +28,7 @@ from data_shards.section import Section
 from data_shards.store import Denied, Unavailable
 
 _ARCHIVE = re.compile(r"\.(tar|zip|tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst|lz4))$", re.IGNORECASE)
-_PEEKED = 1000  # sources that are looked at to see what an archive says of its images
+_PEEKED = 1000  # sources that are looked at to see whether they are in archives
 
 
 class Source(NamedTuple):
@@ -109,7 +109,10 @@ def metadata_schema(src: str, options: SourceOptions | None = None, dst: str | N
             raise UserError(f"{url}: other columns, or of other types, than {schemas[0][0]}; pack them apart")
     if schemas:
         return schemas[0][1]
-    found = {name for source in islice(list_sources(src, options, dst=dst), _PEEKED) for name in source.columns or ()}
+    peeked = list(islice(list_sources(src, options, dst=dst), _PEEKED))
+    found = {name for source in peeked for name in source.columns or ()}
+    if any(source.offset is not None for source in peeked):  # others in archives may have what these lack
+        found |= TEXTS - {"cls" if options.label == "auto" else options.label}
     return pa.schema([(name, pa.string()) for name in sorted(found)]) if found else None
 
 

@@ -193,3 +193,13 @@ def test_a_set_in_the_very_folder_of_its_sources_is_refused(folder: Path) -> Non
     for dst in (f"file://{folder}", f"file://{folder}/."):
         with pytest.raises(UserError, match=r"the folder of the sources itself; .*DST=.*/src/shards"):
             pack(folder, Store(dst), SMALL)
+
+
+def test_a_set_whose_parts_say_different_things_of_their_images_is_one_table(folder: Path) -> None:
+    store = Store(f"file://{folder.parent}/dst")
+    pack(folder, store, SMALL)
+    more(folder, 5)
+    new = sorted(str(path) for path in (folder / "new").rglob("*.jpg"))
+    pq.write_table(pa.table({"path": new, "licence": ["CC0"] * 5}), folder.parent / "list.parquet")
+    pack(folder.parent / "list.parquet", store, SMALL, append=True)
+    assert ShardSet.open(store).table()["licence"].to_pylist() == 40 * [None] + 5 * ["CC0"]

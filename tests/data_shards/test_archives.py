@@ -289,6 +289,17 @@ def test_a_webdataset_shard_gives_its_images_with_labels_and_texts(photos: dict[
         listed(path, label="class")
 
 
+def test_captions_are_kept_however_many_images_without_any_come_first(tmp_path: Path) -> None:
+    tar_of(tmp_path / "a.tar", [(f"{n:04d}.jpg", b"x") for n in range(1001)])
+    tar_of(tmp_path / "b.tar", sample("0", b"x", txt="a dog", cls="3"))
+    for label, expected in (("auto", ["json", "txt"]), ("folder", ["cls", "json", "txt"])):
+        schema = metadata_schema(str(tmp_path), SourceOptions(label=label))
+        assert schema is not None
+        assert schema.names == expected
+    (tmp_path / "list.txt").write_text("a.jpg\n")
+    assert metadata_schema(str(tmp_path / "list.txt")) is None
+
+
 def test_labels_and_captions_in_a_zip_are_read_deflated_too(photos: dict[str, bytes], tmp_path: Path) -> None:
     one = next(iter(photos.values()))
     said = {"0.cls": b"cat" * 10, "0.txt": b"two cats\n" * 3, "1.txt": b"x" * (2**20 + 1), "1.json": b"{}"}
