@@ -75,7 +75,10 @@ def read_range(url: str, start: int, size: int) -> bytes:
     else:
         data = _patiently(url, lambda: _filesystem(url)[0].cat_file(_filesystem(url)[1], start, start + size))
     if len(data) != size:
-        raise Truncated(f"{url}: ends before byte {start + size}, though it was longer when it was listed; pack again")
+        raise Truncated(
+            f"{url}: ends before byte {start + size}, though it was longer when it was listed, and what is begun keeps "
+            f"to that; fetch it again, or to pack what it is now, give it a DST of its own"
+        )
     return data
 
 

@@ -1,5 +1,6 @@
 """Lists of files: text, a path or url a line, or Parquet with a column of them, and with what else is said of each."""
 
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
@@ -22,9 +23,9 @@ class Row(NamedTuple):
 
 
 def text_rows(file: BinaryIO) -> Iterator[Row]:
-    """The lines that are not empty."""
-    for line in file:
-        if path := line.rstrip(b"\r\n").decode("utf-8", "surrogateescape"):
+    """The lines that are not empty; a byte order mark belongs to none."""
+    for number, line in enumerate(file):
+        if path := (line if number else line.removeprefix(BOM_UTF8)).rstrip(b"\r\n").decode("utf-8", "surrogateescape"):
             yield Row(path, None, None)
 
 

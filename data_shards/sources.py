@@ -87,14 +87,14 @@ def one_spelling(src: str) -> str:
 
 
 def list_tars(src: str) -> list[str]:
-    """The tars that `src` stands for: a folder of them, a pattern, or one. Raises UserError when there is none."""
+    """The tars that `src` (a folder, a pattern, or one) stands for, each once. Raises UserError when there is none."""
     found = []
     for url, _ in _expanded(src):
         files = _files(url, Counter()) if _is_folder(url) else [(url, ".tar", None)]
         found += [file for file, name, _ in files if name.endswith(".tar")]
     if not found:
         raise UserError(f"{src}: there is no .tar in it; make shards SRC=s3://bucket/shards IN_PLACE=1 DST=...")
-    return found
+    return list(dict.fromkeys(found))
 
 
 def metadata_schema(src: str, options: SourceOptions | None = None, dst: str | None = None) -> pa.Schema | None:
@@ -205,7 +205,11 @@ def _expanded(src: str) -> Iterator[tuple[str, str]]:
         yield (src if is_remote(src) else _local(src)), ""
         return
     fixed = src[: special.start()].rpartition("/")[0]
-    for pattern in braceexpand(src) if "{" in src else [src]:
+    try:
+        patterns = [*braceexpand(src)] if "{" in src else [src]
+    except ValueError:  # unbalanced
+        raise UserError(f"{src}: its braces do not match; several are written as in {{000..099}}") from None
+    for pattern in patterns:
         for url in _matches(pattern):
             yield url, f"{url[len(fixed if is_remote(src) else _local(fixed)) :].lstrip('/')}/"
 

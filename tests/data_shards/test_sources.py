@@ -16,8 +16,8 @@ import pytest
 
 from data_shards.errors import UserError
 from data_shards.images import Refused
-from data_shards.sources import Source, SourceOptions, list_sources, metadata_schema, read_source
-from data_shards.store import Denied, StoreError, Unavailable
+from data_shards.sources import Source, SourceOptions, list_sources, list_tars, metadata_schema, read_source
+from data_shards.store import Denied, StoreError, Truncated, Unavailable
 from tests.photos import write_tiles
 
 MB = 10**6
@@ -121,6 +121,7 @@ def test_labels_can_be_left_out(tiles: Path) -> None:
         (lambda at: (at / "empty").mkdir(), "empty", "there is no file in it; make shards SRC="),
         (lambda at: None, "no*thing", "nothing has such a name"),
         (lambda at: None, "{0..3}.tar", "0.tar: no such file"),
+        (lambda at: None, "{0..3.tar", r"{0..3.tar: its braces do not match; .*\{000..099\}"),
         (lambda at: (at / "x").write_bytes(b"\xff\xd8\xff\0"), "x", "neither a tar, a zip nor a list"),
         (lambda at: (at / "x").touch(), "x", "there is no file in it"),
         (lambda at: (at / "x").write_bytes(b"PAR1 and so on"), "x", "not a whole Parquet file"),
@@ -147,6 +148,23 @@ def test_a_text_list_has_paths_from_its_own_folder_and_urls(tiles: Path, tmp_pat
     assert {source.label for source in found} == {None}
     by_folder = list(list_sources(str(tmp_path / "list.txt"), SourceOptions(label="folder")))
     assert [source.label for source in by_folder[:2]] == ["here", images[0].parent.name]
+
+
+def test_the_mark_that_some_editors_put_before_a_list_is_no_part_of_its_first_name(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("\ufeffa.jpg\nb.jpg\n\ufeffc.jpg\n", encoding="utf-8")
+    assert names(tmp_path / "list.txt") == ["a.jpg", "b.jpg", "\ufeffc.jpg"]
+
+
+def test_a_tar_that_two_patterns_name_is_indexed_once(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.tar").touch()
+    assert list_tars(f"{tmp_path}/{{b,?}}.tar") == [f"{tmp_path}/b.tar", f"{tmp_path}/a.tar"]
+
+
+def test_an_archive_that_became_shorter_is_told_with_what_helps(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(b"x" * 100)
+    with pytest.raises(Truncated, match=r"a\.tar: ends before byte 120, .* give it a DST of its own"):
+        read_source(Source(f"{tmp_path}/a.tar", 90, 30), MB)
 
 
 def test_a_list_as_find_writes_it_names_objects_as_they_are_called(tmp_path: Path) -> None:
