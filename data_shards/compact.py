@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from data_shards.disk import told_when_full
 from data_shards.errors import UserError
 from data_shards.index import RECORD, ShardSet, dali_path, index_path, shard_path, table_path
 from data_shards.plan import Plan, forgotten, load_plans
@@ -67,9 +68,10 @@ class CompactReport:
 
 
 def compact(store: Store, progress: Progress = quiet) -> CompactReport:
-    """Erase what the removal lists name. Run one at a time. Raises UserError when shards lie elsewhere.
+    """Erase what the removal lists name. Run one at a time.
 
-    A shard that has some is brought here and put again whole: remove much, compact seldom.
+    A shard that has some is brought here and put again whole: remove much, compact seldom. Raises UserError when shards
+    lie elsewhere, or the disk for temporary files is full.
     """
     shards = ShardSet.open(store)
     if shards.manifest.tars:
@@ -108,10 +110,11 @@ def _compact_group(
     """Of each shard that was not done before: how many images were erased, and their bytes."""
     tables = {shard: pq.read_table(pa.BufferReader(store.get(table_path(shard)))) for shard, _ in touched}
     todo = [(shard, places) for shard, places in touched if _left(tables[shard], places)]
-    if group and todo:
-        sources = {shard: tables[shard]["source"].take(places).to_pylist() for shard, places in todo}
-        _erase_in_plan(store, plans[group[0]], group[1], {shard: set(names) for shard, names in sources.items()})
-    return [_compact_shard(store, shard, places, tables[shard]) for shard, places in todo]
+    with told_when_full():
+        if group and todo:
+            sources = {shard: tables[shard]["source"].take(places).to_pylist() for shard, places in todo}
+            _erase_in_plan(store, plans[group[0]], group[1], {shard: set(names) for shard, names in sources.items()})
+        return [_compact_shard(store, shard, places, tables[shard]) for shard, places in todo]
 
 
 def _left(table: pa.Table, places: Places) -> int:

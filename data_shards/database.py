@@ -1,7 +1,11 @@
 """DuckDB for what does not fit into memory: so much of it, and a folder for the rest."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from data_shards.errors import UserError
 
 if TYPE_CHECKING:
     import duckdb
@@ -20,3 +24,19 @@ def connect(folder: Path, memory_bytes: int) -> "duckdb.DuckDBPyConnection":
     database = duckdb.connect(str(folder / "work.duckdb"), config=options)
     database.execute("set enable_progress_bar = false")  # it would go to stdout, among what a script reads
     return database
+
+
+@contextlib.contextmanager
+def connected(folder: Path, memory_bytes: int, what: str) -> "Iterator[duckdb.DuckDBPyConnection]":
+    """The same, closed at the end, in a folder for temporary files; what: is done there, for people.
+
+    Raises UserError for what the engine complains of: its disk is full, or its memory too small.
+    """
+    import duckdb
+
+    try:
+        with connect(folder, memory_bytes) as database:
+            yield database
+    except duckdb.Error as error:
+        text = " ".join(str(error).split())
+        raise UserError(f"{folder.parent}: {what} failed; TMPDIR=... takes another disk: {text}") from error

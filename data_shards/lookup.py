@@ -16,7 +16,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from data_shards.database import connect
+from data_shards.database import connected
+from data_shards.disk import told_when_full
 from data_shards.index import ShardSet
 from data_shards.progress import Progress, quiet
 
@@ -40,10 +41,17 @@ class Found:
 
 
 def find(shards: ShardSet, lines: Iterable[str], progress: Progress = quiet) -> Found:
-    """The samples that any of the lines names; each line is a key, a source or a sha256 in hex."""
+    """The samples that any of the lines names; each line is a key, a source or a sha256 in hex.
+
+    Raises UserError when the disk is full.
+    """
     keys: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
     count = 0
-    with tempfile.TemporaryDirectory(prefix="farseer-find-") as folder, connect(Path(folder), MEMORY_BYTES) as db:
+    with (
+        told_when_full(),
+        tempfile.TemporaryDirectory(prefix="farseer-find-") as folder,
+        connected(Path(folder), MEMORY_BYTES, "looking for the images") as db,
+    ):
         db.execute("CREATE TABLE wanted (line VARCHAR)")
         named = filter(None, (line.strip() for line in lines))
         while some := list(islice(named, 100_000)):

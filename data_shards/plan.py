@@ -9,7 +9,6 @@ The sources are listed once. A keyed permutation of their ranks puts neighbours 
 by it, on disk (TMPDIR) where memory does not do. So memory is bounded, whatever the number of sources.
 """
 
-import contextlib
 import json
 import os
 import tempfile
@@ -25,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import NonNegativeInt, PositiveInt
 
-from data_shards.database import connect
+from data_shards.database import connected
 from data_shards.errors import UserError
 from data_shards.images import Refused, Rules, examine
 from data_shards.permutation import MAX_SIZE, Permutation
@@ -197,7 +196,10 @@ def make_plan(
     """
     if taken := set(columns.names if columns else ()) & set(COLUMNS.names):
         raise UserError(f"{asked.source}: {', '.join(sorted(taken))}: the index has columns of that name; rename them")
-    with tempfile.TemporaryDirectory(prefix="farseer-plan-") as name, _database(Path(name)) as database:
+    with (
+        tempfile.TemporaryDirectory(prefix="farseer-plan-") as name,
+        connected(Path(name), MEMORY_BYTES, "sorting the sources") as database,
+    ):
         folder = Path(name)
         _list(database, asked, sources, columns, progress)
         for plan in earlier:
@@ -222,21 +224,6 @@ def make_plan(
 
 def _border(number: int, total: int, parts: int) -> int:
     return total * number // parts
-
-
-@contextlib.contextmanager
-def _database(folder: Path) -> Iterator["duckdb.DuckDBPyConnection"]:
-    """Raises UserError for what the engine complains of: its disk is full, or its memory too small."""
-    import duckdb
-
-    try:
-        with connect(folder, MEMORY_BYTES) as database:
-            yield database
-    except duckdb.Error as error:
-        text = " ".join(str(error).split())
-        raise UserError(
-            f"{folder.parent}: sorting the sources failed; TMPDIR=... takes another disk: {text}"
-        ) from error
 
 
 def _list(

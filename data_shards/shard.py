@@ -4,8 +4,6 @@ Owner, time and mode are fixed and members are named by their place, so the same
 nothing of the machine that packed them or of a source's path is inside the tar.
 """
 
-import contextlib
-import errno
 import io
 import tarfile
 import tempfile
@@ -18,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_shards.errors import UserError
+from data_shards.disk import told_when_full
 from data_shards.images import Photo
 from data_shards.index import RECORD, dali_path, index_path, sample_key, shard_digest, shard_path, table_path
 from data_shards.sources import Source
@@ -61,7 +59,7 @@ def write_shard(
 ) -> Written:
     """Write a shard: its tar, then its index. columns: types of the sources' metadata. Keeps one image in memory."""
     # a file without a name: whatever happens to this process, nothing of it stays on the disk
-    with _told(), tempfile.TemporaryFile(prefix="farseer-shard-") as file:
+    with told_when_full(), tempfile.TemporaryFile(prefix="farseer-shard-") as file:
         rows = [*_write_tar(file, number, images)]
         file.flush()
         store.upload(Path(f"/proc/self/fd/{file.fileno()}"), shard_path(number))
@@ -99,20 +97,6 @@ def put_index(store: Store, number: int, rows: Sequence[Row], columns: pa.Schema
     store.put(index_path(number), records.tobytes())
     store.put(table_path(number), table.getvalue())
     return Written(len(rows), size, shard_digest(bytes.fromhex(one.columns["sha256"]) for one in rows))
-
-
-@contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """A full disk is the user's to mend."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        folder = tempfile.gettempdir()
-        raise UserError(
-            f"{folder}: {error.strerror}; TMPDIR=... takes another disk, the same command goes on"
-        ) from error
 
 
 def _write_tar(file: IO[bytes], number: int, images: Iterable[tuple[Source, Photo]]) -> Iterator[Row]:

@@ -1,5 +1,6 @@
 """Erasing removed images: nothing of them is left, nothing else moves, and nobody who reads meanwhile notices."""
 
+import errno
 import hashlib
 import tarfile
 from collections.abc import Callable
@@ -245,3 +246,15 @@ def test_an_index_that_is_damaged_is_no_empty_place(shards: ShardSet) -> None:
         for step in range(8):
             reader.batch(step)
         assert {bad.reason for bad in reader.bad} == {"its index record is damaged"}
+
+
+def test_a_full_disk_is_told_in_one_line(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tempfile.mkdtemp", full)
+        with pytest.raises(UserError, match="No space left on device; TMPDIR=") as error:
+            compact(shards.store)
+    assert "\n" not in str(error.value)
+    assert compact(shards.store).images == len(GONE)
