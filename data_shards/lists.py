@@ -1,5 +1,6 @@
 """Lists of files: text, a path or url a line, or Parquet with a column of them, and with what else is said of each."""
 
+import re
 from codecs import BOM_UTF8
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
@@ -41,10 +42,15 @@ def parquet_rows(file: BinaryIO, url: str, path_column: str | None, label_column
 
 
 def parquet_schema(file: BinaryIO, url: str, path_column: str | None, label_column: str | None) -> pa.Schema | None:
-    """Names and types of what is in `Row.columns`."""
+    """Names and types of what is in `Row.columns`. Raises UserError for a type that a plan cannot keep."""
     schema = _opened(file, url).schema_arrow
     path_column = _column(schema, url, path_column, label_column)
     fields = [f.with_name(_renamed(f.name)) for f in schema if f.name not in (path_column, label_column)]
+    for field in fields:
+        if re.search(r"\bduration\[|\bhalffloat\b(?!:)", str(field.type)):
+            raise UserError(
+                f"{url}: column {field.name} is of {field.type}, which a plan cannot keep; cast it, or leave it out"
+            )
     return pa.schema(fields) if fields else None
 
 

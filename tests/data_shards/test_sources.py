@@ -248,6 +248,16 @@ def test_several_lists_are_taken_by_a_pattern(tmp_path: Path) -> None:
     assert names(tmp_path / "part-{2,0}.txt") == ["2.jpg", "0.jpg"]
 
 
+@pytest.mark.parametrize("kind", [pa.duration("s"), pa.float16(), pa.list_(pa.float16())])
+def test_a_column_of_a_type_that_cannot_be_sorted_is_told_with_what_to_do(kind: pa.DataType, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"path": ["a.jpg"], "odd": pa.nulls(1, kind)}), tmp_path / "list.parquet")
+    with pytest.raises(UserError, match=r"list\.parquet: column odd is of .*; cast it, or leave it out"):
+        metadata_schema(str(tmp_path / "list.parquet"))
+    fine = pa.struct({"duration": pa.int32(), "halffloat": pa.float32()})
+    pq.write_table(pa.table({"path": ["a.jpg"], "odd": pa.nulls(1, fine)}), tmp_path / "list.parquet")
+    assert metadata_schema(str(tmp_path / "list.parquet")) == pa.schema({"odd": fine})
+
+
 def test_several_parquet_lists_must_agree_in_their_columns(tiles: Path, tmp_path: Path) -> None:
     _, table = parquet_list(tmp_path, tiles)
     pq.write_table(table, tmp_path / "part-0.parquet")
