@@ -183,7 +183,7 @@ def test_features_that_are_to_stay_are_made_again_where_only_the_score_is_there(
 
 def test_features_that_are_to_stay_do_not_go_with_another_evaluation_that_has_them_now(question: Question) -> None:
     exam, _ = question.answer()
-    other = replace(question, held_out=question.bank)
+    other = replace(question, bank=question.held_out, held_out=question.bank)
     theirs = open_exam(other.run, other.bank, other.held_out, size=32)
     for one in (exam, theirs):  # all features are there, and only the other evaluation needs them
         one.begin()
