@@ -139,7 +139,7 @@ class Array:
                 "requeue": True,
                 "chdir": str(self.folder / "snapshot"),  # python -m looks there first
                 "export": ",".join(INHERITED),
-                **switched_on(site),
+                **{name: value for name, value in switched_on(site).items() if name != "exclusive"},  # a task is small
             },
             **{name: value for name, value in optional.items() if value is not None},
             **sbatch_options(site),

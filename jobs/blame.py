@@ -115,7 +115,10 @@ def kind(message: str) -> str:
 
 
 _KINDS = (
-    ("out of memory", r"out ?of ?memory|\boom|MemoryError|cannot allocate|ended by signal 9|\(Killed\)"),
+    (
+        "out of memory",
+        r"out ?of ?memory|\boom|MemoryError|cannot allocate|allocation failed|by signal 9|\(Killed\)",
+    ),
     ("hang", r"stood still"),
     ("time", r"time limit|asked to stop"),
     ("disk", r"No space left|Errno 28|Read-only file system|Errno 30"),

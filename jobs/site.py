@@ -95,6 +95,15 @@ class Site(Section):
             raise ValueError("an absolute path, such as /shared/farseer or ~/farseer, of variables that are set")
         return str(full)
 
+    @field_validator("extra")
+    @classmethod
+    def _leaves_each_rank_all_gpus(cls, options: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
+        """A rank takes its GPU by its number on the node, so it must see them all."""
+        binding = [name for name in options if name.replace("_", "-") in ("gpus-per-task", "gpu-bind", "tres-per-task")]
+        if binding:
+            raise ValueError(f"no {', '.join(binding)}: with gpus_per_node each rank takes one of its node by itself")
+        return options
+
     @field_validator("environment")
     @classmethod
     def _holds_no_secret(cls, variables: dict[str, str]) -> dict[str, str]:

@@ -214,8 +214,11 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> _Source:
         raise ConfigError(f"{path}: extends itself (through {', '.join(str(p) for p in seen)})")
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config; in {path.parent}: {_configs_in(path.parent)}") from None
+    except (FileNotFoundError, IsADirectoryError):
+        folder = path if path.is_dir() else path.parent
+        raise ConfigError(f"{path}: no such config; in {folder}: {_configs_in(folder)}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     own = _Source()

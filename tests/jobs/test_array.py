@@ -56,11 +56,17 @@ def test_what_a_user_can_mend_is_left_for_who_submitted_and_the_task_fails(
 
 
 def test_a_task_s_script_has_no_secret_of_a_login_profile_and_no_option_that_is_switched_off() -> None:
-    site = Site(name="here", shared_dir="/nowhere", extra={"exclusive": False, "mail-type": "END"})
+    site = Site(name="here", shared_dir="/nowhere", extra={"hold": False, "mail-type": "END"})
     asked = Array(site, "pack", "1", "parts", "s3://x")._executor(3).parameters
     assert asked["setup"][0].startswith("unset AWS_ACCESS_KEY_ID ")
-    assert "exclusive" not in asked["additional_parameters"]
+    assert "hold" not in asked["additional_parameters"]
     assert asked["additional_parameters"]["mail-type"] == "END"
+
+
+def test_a_task_takes_no_node_for_itself_as_a_run_may() -> None:
+    site = Site(name="here", shared_dir="/nowhere", extra={"exclusive": True})
+    asked = Array(site, "evaluate", "1", "parts", "s3://x")._executor(3).parameters
+    assert "exclusive" not in asked["additional_parameters"]
 
 
 def test_work_whose_state_slurm_does_not_tell_is_not_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,6 +138,7 @@ def test_a_host_to_blame_twice_stays_out_until_it_is_forgotten(tmp_path: Path) -
     ("message", "name"),
     [
         ("torch.OutOfMemoryError: CUDA out of memory", "out of memory"),
+        ("the GPU is full; each of these takes less of it: more ranks: DALI: CUDA allocation failed", "out of memory"),
         ("a rank on node2 left first, without a word (Killed)", "out of memory"),
         ("rank 0 on node1: Hang: training stood still for 61 s", "hang"),
         ("rank 0 on node1: the time limit came 500 s after the start, before the first step", "time"),

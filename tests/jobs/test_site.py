@@ -59,6 +59,13 @@ def test_a_shared_folder_that_another_folder_or_node_would_take_for_another_one_
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("option", ["gpus-per-task: 1", "gpus_per_task: 1", "gpu-bind: closest"])
+def test_an_option_that_would_hide_gpus_from_a_rank_is_refused(tmp_path, option):
+    path = write(tmp_path, f"shared_dir: /shared\ngpus_per_node: 8\nextra: {{{option}}}")
+    with pytest.raises(UserError, match=r"extra: .*with gpus_per_node each rank takes one of its node by itself"):
+        load_site(path)
+
+
 @pytest.mark.parametrize("text", ["", "- a", "a: b: c", "\tx"])
 def test_a_site_file_that_holds_no_settings_is_refused_in_a_line(tmp_path, text):
     path = write(tmp_path, text)

@@ -120,6 +120,8 @@ def test_overrides_win_over_files_and_take_scientific_notation(good: Path) -> No
 def test_a_missing_file_is_answered_with_those_that_there_are(good: Path) -> None:
     with pytest.raises(ConfigError, match=r"no such config; in .*: good\.yaml"):
         load(good.with_name("god.yaml"))
+    with pytest.raises(ConfigError, match=r"no such config; in .*: good\.yaml"):
+        load(good.parent)
 
 
 @pytest.mark.parametrize("length", ["train.epochs=1", "train.images=100 train.epochs=2"])
