@@ -283,11 +283,13 @@ class Checkpointer:
         away = count // 2  # of ranks on several nodes, a rank so far away is on another node
         judged = (rank - away) % count
         again = self._ranks.together(lambda: self._complaint(place, rank, manifests) if complaints[rank] else None)
+        if count == 1 or not any(again):
+            return again
         others = self._ranks.together(lambda: self._complaint(place, judged, manifests) if again[judged] else None)
         nodes = self._ranks.exchange(self._node)
         for suspect, said in enumerate(again):
             judge = (suspect + away) % count
-            if said and judge != suspect and not others[judge]:
+            if said and not others[judge]:
                 raise _spoilt(nodes[suspect], said, f"on {nodes[judge]}")
         return again
 

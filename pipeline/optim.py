@@ -95,7 +95,10 @@ class Larc(torch.optim.Optimizer):
         return loss
 
     def _move(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, float]) -> None:
-        """All at once: a kernel for each small operation on each parameter would keep a GPU waiting for the host."""
+        """Of all at once: a kernel for each small operation on each parameter would keep a GPU waiting for the host.
+
+        Only the products with LARC's own numbers, which never leave the device, are made parameter by parameter.
+        """
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter].update(_fresh_state(self, parameter))
