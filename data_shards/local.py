@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -12,9 +13,11 @@ from pathlib import Path
 
 import fsspec
 
-from data_shards.store import AlreadyExists, Consumer, Counters, Entry, NotFound, StoreError, Truncated
+from data_shards.store import AlreadyExists, Consumer, Counters, Entry, NotFound, StoreError, Truncated, Unavailable
 
 _HIDDEN = ".part-"
+# What a shared disk says while its server is away or restarts. A start that meets it is followed by another.
+_AWAY = {errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EREMOTEIO}
 
 
 class Folder:
@@ -123,7 +126,8 @@ def _named(key: str) -> Iterator[None]:
     except FileExistsError:
         raise AlreadyExists(f"file:///{key}: is there already") from None
     except OSError as error:
-        raise StoreError(f"file:///{key}: {error.strerror}") from error
+        kind = Unavailable if error.errno in _AWAY else StoreError
+        raise kind(f"file:///{key}: {error.strerror}") from error
 
 
 @contextlib.contextmanager

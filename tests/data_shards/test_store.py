@@ -1,6 +1,7 @@
 """Stores without a server. What S3 does is in tests/real/test_store_s3.py."""
 
 import asyncio
+import errno
 import os
 import pickle
 import signal
@@ -86,6 +87,20 @@ def test_the_folders_right_below_are_named_once_each_and_without_what_they_hold(
     assert store.folders() == ("a", "b", "c-d")
     assert store.folders("b") == ("deep",)
     assert store.folders("nowhere") == ()
+
+
+@pytest.mark.parametrize(("number", "passing"), [(errno.ESTALE, True), (errno.EIO, True), (errno.EROFS, False)])
+def test_a_shared_disk_that_is_away_may_be_back_for_another_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, passing: bool
+) -> None:
+    def away(*_: object) -> bytes:
+        with local._named("shared/runs/x"):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(local.Folder, "_read", away)
+    with pytest.raises(StoreError, match=f"file:///shared/runs/x: {os.strerror(number)}") as error:
+        Store(tmp_path.as_uri()).get("x")
+    assert error.value.passing == passing
 
 
 def test_a_deeper_store_is_the_same_place_and_counts_together(store: Store) -> None:
