@@ -91,7 +91,8 @@ def opened(url: str) -> Iterator[BinaryIO]:
         elif (place := store_of(url)) is not None:
             file = io.BufferedReader(_Object(*place), READ_AHEAD)
         else:
-            file = _patiently(url, lambda: _filesystem(url)[0].open(_filesystem(url)[1], "rb"))
+            there = _patiently(url, lambda: _filesystem(url)[0].open(_filesystem(url)[1], "rb"))
+            file = io.BufferedReader(_Patient(url, there), READ_AHEAD)
         with file:
             yield file
 
@@ -119,6 +120,34 @@ class _Object(io.RawIOBase):
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
+
+
+class _Patient(io.RawIOBase):
+    """A file behind another protocol, read again where an answer came badly."""
+
+    def __init__(self, url: str, file: Any) -> None:
+        self._url, self._file = url, file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return bool(self._file.seekable())
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return int(self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def readinto(self, buffer: Any) -> int:
+        data = _patiently(self._url, lambda: self._file.read(len(buffer)))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _read_local(path: Path, max_bytes: int) -> bytes:

@@ -1,15 +1,18 @@
 """What is listed of folders and lists, and how it is read: from this machine, from HTTP, from anything fsspec knows."""
 
+import io
 import os
+import tarfile
 import threading
 import tracemalloc
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -366,6 +369,84 @@ def test_a_file_without_end_is_refused_when_the_limit_is_reached(site: str) -> N
     assert refused(Source(f"{site}/endless/x"), 2 * MB) == "too many bytes"
     assert tracemalloc.get_traced_memory()[1] < 10 * MB
     tracemalloc.stop()
+
+
+class Ranges(BaseHTTPRequestHandler):
+    """Gives parts of one file; the `failing`-th GET is answered by 503, or its body is cut."""
+
+    protocol_version = "HTTP/1.1"
+    data: bytes
+    failing: int
+    cut: bool
+    asked: int
+
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.data)))
+        self.send_header("Accept-Ranges", "bytes")
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        type(self).asked += 1
+        bad = self.asked == self.failing
+        start, end = (int(place) for place in self.headers["Range"].removeprefix("bytes=").split("-"))
+        body = self.data[start : end + 1]
+        self.send_response(503 if bad and not self.cut else 206)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Range", f"bytes {start}-{start + len(body) - 1}/{len(self.data)}")
+        self.end_headers()
+        self.wfile.write(body[: len(body) // 2] if bad else body)
+        self.close_connection = bad
+
+    def log_message(self, *args: object) -> None:
+        """Nothing on the terminal."""
+
+
+def listed_behind_http(name: str, data: bytes, failing: int, cut: bool) -> list[Source]:
+    Ranges.data, Ranges.failing, Ranges.cut, Ranges.asked = data, failing, cut, 0
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Ranges)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        return [
+            source._replace(url=name) if name.endswith(".tar") else source
+            for source in list_sources(f"http://127.0.0.1:{server.server_port}/{name}")
+        ]
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def tar_of_noise() -> bytes:
+    """20 MB, more than is read at once."""
+    random, file = np.random.default_rng(0), io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for n in range(20):
+            member = tarfile.TarInfo(f"{n:02d}.jpg")
+            member.size = 10**6
+            tar.addfile(member, io.BytesIO(random.bytes(10**6)))
+    return file.getvalue()
+
+
+def list_of_urls() -> bytes:
+    """Of 14 MB, which are not read at once either."""
+    file, noise = io.BytesIO(), np.random.default_rng(0)
+    urls = [f"https://a/{noise.bytes(3000).hex()}.jpg" for _ in range(2300)]
+    pq.write_table(pa.table({"url": urls}), file, compression="none", use_dictionary=False)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("made", [tar_of_noise, list_of_urls])
+def test_an_archive_or_list_behind_http_is_read_whole_whichever_answer_comes_badly(
+    made: Callable[[], bytes], cut: bool
+) -> None:
+    name, data = "x.tar" if made is tar_of_noise else "x.parquet", made()
+    whole = listed_behind_http(name, data, 0, cut)
+    asked = Ranges.asked
+    assert len(whole) >= 20
+    assert asked > 1
+    for failing in range(1, asked + 1):
+        assert listed_behind_http(name, data, failing, cut) == whole, failing
 
 
 def test_a_server_that_is_down_or_lets_nobody_in_stops_the_packing_unless_that_is_wanted(site: str) -> None:
