@@ -22,7 +22,7 @@ import yaml
 from data_shards.errors import UserError
 from jobs import daemons, rank, slurm
 from jobs.blame import START_LINE, excluded
-from jobs.runs import Job, owned
+from jobs.runs import Job, end, owned
 from jobs.site import CARRIED, INHERITED, ROOT, SECRETS, Site, export_lines
 from jobs.start import cancel_marker, note
 
@@ -52,10 +52,19 @@ def launch(
             raise UserError(f"SITE={site.name}: shared_dir: {site.shared_dir} cannot be written: {error}") from None
         cancel_marker(run_dir).unlink(missing_ok=True)
         job = (_on_this_machine if site.executor == "local" else _on_slurm)(site, run, store, config)
-        job.save()
+        _remember(job)
     version = None if job.local else slurm.version()
     note(run_dir, "submitted", job=job.id, committed=committed, code=_version(code), slurm=version)
     return job
+
+
+def _remember(job: Job) -> None:
+    """Write down whose job it is; one that nothing tells of must not run."""
+    try:
+        job.save()
+    except OSError as error:
+        end(job)
+        raise UserError(f"{job.run_dir}: cannot be written ({error.strerror}); job {job.id} was ended again") from error
 
 
 def packed_code(run_dir: Path) -> Path:

@@ -1,3 +1,4 @@
+import errno
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ from data_shards.errors import UserError
 from jobs import launch as launching
 from jobs.blame import blame
 from jobs.launch import batch_script, guarded, launch, slurm_executor
+from jobs.runs import Job
 from jobs.site import CARRIED, Site
 from jobs.start import events
 
@@ -327,6 +329,24 @@ def test_a_refused_submission_of_a_new_run_leaves_nothing_behind(tmp_path, monke
             Site(shared_dir=str(tmp_path / "shared")), "first", "s3://runs/first", {}, code=write(tmp_path / "c", CODE)
         )
     assert files(tmp_path / "shared") == []
+
+
+def test_a_job_that_cannot_be_written_down_is_ended_again(tmp_path, monkeypatch):
+    site = Site(name="x", shared_dir=str(tmp_path / "shared"))
+    ended = []
+
+    def full(job):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(
+        launching, "_on_slurm", lambda site, run, store, config: Job(run, site.run_dir(run), store, "7")
+    )
+    monkeypatch.setattr(Job, "save", full)
+    monkeypatch.setattr(launching, "end", ended.append)
+    with pytest.raises(UserError, match=r"shared/first: cannot be written \(No space left .*\); job 7 was ended again"):
+        launch(site, "first", "file:///store/first", {})
+    assert [job.id for job in ended] == ["7"]
+    assert not site.run_dir("first").exists()
 
 
 def test_a_refused_submission_leaves_an_old_run_its_config_and_a_cancel_that_was_asked_for(tmp_path, monkeypatch):
