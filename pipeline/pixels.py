@@ -6,11 +6,13 @@ size of an image either: packing has, and the reader's checksums see to it that 
 """
 
 import re
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 import google_crc32c
@@ -79,6 +81,7 @@ class Graph:
             device_id=device.index if device.type == "cuda" else None,
             prefetch_queue_depth=depth,
         )
+        _remove_generated()
 
     def schedule(self) -> None:
         self._pipeline.schedule_run()
@@ -110,6 +113,13 @@ class Graph:
         """What DALI is fed: n encoded images, and five arguments a crop where it cuts."""
         encoded = [np.frombuffer(image, np.uint8) for image in batch.images]
         return [encoded, *(crop_arguments(batch.draws, self._augment) if self._dali_cuts else [])]
+
+
+def _remove_generated() -> None:
+    """DALI keeps what it makes of `define` in temporary files, which it removes when a process ends well, alone."""
+    for name, module in [*sys.modules.items()]:
+        if name.startswith("__autograph_generated_file") and module.__file__:
+            Path(module.__file__).unlink(missing_ok=True)
 
 
 @pipeline_def(enable_conditionals=True)  # it writes this function anew: the plainer, the better

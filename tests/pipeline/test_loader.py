@@ -1,9 +1,11 @@
 """pipeline.loader and pipeline.pixels on real JPEGs, with every kind of damage planted."""
 
 import io
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -263,6 +265,13 @@ def test_rendering_an_image_that_does_not_decode_says_so(tiles: list[bytes]) -> 
     drawn = draw(AUGMENT, SEED, np.zeros(2, np.int64), np.arange(2), sizes[:, 0], sizes[:, 1])
     with pytest.raises(ValueError, match="does not decode"):
         render([tiles[0], tiles[1][:500]], sizes, AUGMENT, drawn, CPU)
+
+
+def test_what_dali_generates_does_not_stay_in_the_folder_for_temporary_files(tiles: list[bytes]) -> None:
+    Graph(AUGMENT, [32], 1, torch.device("cpu"))
+    made = [module for name, module in sys.modules.items() if name.startswith("__autograph_generated_file")]
+    assert made  # else DALI has another name for them
+    assert not [module.__file__ for module in made if module.__file__ and Path(module.__file__).exists()]
 
 
 DALIS = "Critical error in pipeline:\nError in MIXED operator `nvidia.dali.fn.decoders.image`\n"
