@@ -53,9 +53,9 @@ class S3:
         self._free = asyncio.Semaphore(connections)
         self._key_worked = False
 
-    async def read(self, key: str, start: int | None, end: int | None) -> bytes:
+    async def read(self, key: str, start: int | None, end: int | None, **condition: str) -> bytes:
         size = None if end is None else end - (start or 0)
-        data = await self._tried(partial(self._read, key, start, end), key, size, patient=True)
+        data = await self._tried(partial(self._read, key, start, end, **condition), key, size, patient=True)
         self.counters.bytes_read += len(data)
         return data
 
@@ -210,9 +210,7 @@ class S3:
 
         async def fetch(start: int) -> None:
             async with gate:
-                end = min(start + PART_BYTES, size)
-                data = await self._tried(partial(self._read, key, start, end, **same), key, end - start, patient=True)
-                self.counters.bytes_read += len(data)
+                data = await self.read(key, start, min(start + PART_BYTES, size), **same)
                 await asyncio.to_thread(_write_at, local, start, data)
 
         try:
