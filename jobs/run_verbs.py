@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from jobs.verbs import add_verb, duration, json_option, say, site_option, table, use_keys
+from jobs.verbs import add_verb, duration, json_option, say, say_found, site_option, table, use_keys
 
 if TYPE_CHECKING:
     from data_shards.store import Store
@@ -80,7 +80,7 @@ def plan(options: argparse.Namespace) -> int:
     config, site = _config_and_site(options)
     site.activate()
     made = make_plan(config, site, options.name, options.images_per_s)
-    say(*([json.dumps(made.to_json(), indent=2)] if options.json else made.text()))
+    say_found(options, made.to_json(), made.text())
     return 0
 
 
@@ -119,7 +119,7 @@ def status(options: argparse.Namespace) -> int:
         found = [*statuses(site), *others]
         lines = table(HEAD, map(_row, found)) if found else [NO_RUNS.format(site.shared_dir)]
         if options.json or not options.watch:
-            say(*([json.dumps([asdict(one) for one in found], indent=2)] if options.json else lines))
+            say_found(options, [asdict(one) for one in found], lines)
             sys.stderr.write("".join(f"{line}\n" for line in complaints))
             return 0
         say("\x1b[H\x1b[2J" + f"{time.strftime('%H:%M:%S')}, {len(found)} runs", *lines, *complaints)
@@ -134,7 +134,7 @@ def doctor(options: argparse.Namespace) -> int:
     config, site = _config_and_site(options)
     site.activate()
     found = examine(site, config.store, [source.url for source in config.data.sets], options.probe)
-    say(*([json.dumps([asdict(one) for one in found], indent=2)] if options.json else (one.line() for one in found)))
+    say_found(options, [asdict(one) for one in found], (one.line() for one in found))
     return 1 if any(one.ok is False for one in found) else 0
 
 
