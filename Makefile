@@ -146,6 +146,10 @@ evaluate: .venv/stamp ## neighbours, linear probe of RUN= on labelled sets (BANK
 report: .venv/stamp ## evaluate RUN= and write its report, one page (BANK= HELD_OUT= as above, TO=file.html)
 	@$(FARSEER) report $(run_option) $(site_option) "$(or $(BANK),$(error say what to learn from: BANK=s3://...))" "$(or $(HELD_OUT),$(error say what to ask: HELD_OUT=s3://...))" $(if $(TO),--to "$(TO)")
 
+.PHONY: dashboard
+dashboard: .venv/stamp ## one page of RUN="a b", or of the newest runs: curves, scores, differences (WATCH=1 STORE= TO=)
+	@$(FARSEER) dashboard $(if $(RUN),--run "$(RUN)") $(site_option) $(if $(STORE),--store "$(STORE)") $(if $(TO),--to "$(TO)") $(call flag,WATCH,watch)
+
 .PHONY: export
 export: .venv/stamp ## the trunk of RUN= as a folder that timm reads (STEP= TO=folder or s3://.. JSON=1)
 	@$(FARSEER) export $(run_option) $(site_option) $(if $(STEP),--step "$(STEP)") $(if $(TO),--to "$(TO)") $(call flag,JSON,json)

@@ -34,21 +34,23 @@ def elsewhere(site: Site, stores: Iterable[str]) -> tuple[list[Status], list[str
             try:
                 store = Store(url, retry_seconds=PATIENCE_S)
                 others = [store.at(name) for name in store.folders() if f"{store.url}/{name}" not in own]
-                found += [status for status in pool.map(_status, others) if status is not None]
+                found += [status for status in pool.map(status_in, others) if status is not None]
             except UserError as error:
                 complaints.append(f"runs of other sites are not shown: {error}")
     return sorted(found, key=lambda status: status.run), complaints
 
 
-def _status(store: Store) -> Status | None:
-    """None for a folder that is no run."""
+def status_in(store: Store) -> Status | None:
+    """What its folder in the store says of a run; None for a folder that is none."""
     told = read_events(store)
     if not told:
         return None
     last = next((event["event"] for event in reversed(told) if event["event"] in (*ENDS, *BEGINS)), "")
     words = last if last in ENDS else "elsewhere"
     job = next((str(event["job"]) for event in reversed(told) if "job" in event), "")
-    found = summary(store.url.rpartition("/")[2], words, told, newest_rows(store), job=job, nodes="elsewhere")
+    found = summary(
+        store.url.rpartition("/")[2], store.url, words, told, newest_rows(store), job=job, nodes="elsewhere"
+    )
     return replace(found, look=_where_to_look(found, told))
 
 

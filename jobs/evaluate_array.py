@@ -10,7 +10,8 @@ from jobs.array import Array, Task
 from jobs.site import ROOT, Site
 from jobs.verbs import ProgressLine
 from pipeline import commit
-from pipeline.evaluate.exam import Exam, Score, open_exam
+from pipeline.evaluate.exam import Exam, open_exam
+from pipeline.evaluate.score import Score
 
 _DAMAGED = "damaged"  # beside what tasks say of their errors: that it is the checkpoint
 

@@ -14,7 +14,8 @@ from jobs.site import Site
 from jobs.slurm import SlurmError
 from jobs.verbs import complain
 from pipeline import commit
-from pipeline.evaluate.exam import Exam, Score, open_exam
+from pipeline.evaluate.exam import Exam, open_exam
+from pipeline.evaluate.score import Score
 from pipeline.evaluate.wandb_score import show
 
 LOOK_S = 30.0  # between two looks for a newer checkpoint

@@ -1,12 +1,15 @@
-"""The verbs for what came of a run: evaluate, report, export, replay, sync; each imports what it needs when called."""
+"""The verbs for what came of a run, from evaluate to sync; each imports what it needs when called."""
 
 import argparse
+import time
 from pathlib import Path
 from typing import Any
 
 from data_shards.errors import UserError
 from jobs.run_verbs import newest_job, run_folder, run_option
-from jobs.verbs import add_verb, json_option, positive, progress, say, say_found, site_option
+from jobs.verbs import add_verb, complain, json_option, positive, progress, say, say_found, site_option
+
+WATCH_S = 30  # between two pages of a dashboard
 
 
 def result_verbs(verbs: Any) -> None:
@@ -33,6 +36,15 @@ def result_verbs(verbs: Any) -> None:
     site_option(options)
     json_option(options)
 
+    options = add_verb(verbs, "dashboard", dashboard, "one page of several runs: curves, scores, how they differ")
+    options.add_argument(
+        "--run", default="", dest="names", help="names, or urls of runs' folders; else the newest runs"
+    )
+    options.add_argument("--store", action="append", default=[], help="a folder of runs, such as s3://runs, to look at")
+    options.add_argument("--to", default="var/dashboard.html", help="the page's file")
+    options.add_argument("--watch", action="store_true", help=f"write it anew every {WATCH_S} s")
+    site_option(options)
+
     options = run_option(add_verb(verbs, "replay", replay, "what a run saw at a step: its images and crops, one page"))
     options.add_argument("--step", type=int, required=True, help="as the rows of metrics count, from 1")
     options.add_argument("--to", help="the page's file; by default var/replay-<run>-<step>.html")
@@ -44,7 +56,7 @@ def result_verbs(verbs: Any) -> None:
 def evaluate(options: argparse.Namespace) -> int:
     from jobs.evaluating import Question
     from jobs.site import load_site
-    from pipeline.evaluate.exam import lines
+    from pipeline.evaluate.score import lines
 
     if options.every and ("://" in options.name or options.step):
         raise UserError("EVERY= follows a run that its site knows by name, from its newest checkpoint on: no STEP=")
@@ -93,6 +105,26 @@ def export(options: argparse.Namespace) -> int:
     found = export_run(run_folder(options), target, options.step)
     say_found(options, found, found.lines())
     return 0
+
+
+def dashboard(options: argparse.Namespace) -> int:
+    from jobs.dashboard import briefs
+    from jobs.site import load_site
+    from pipeline.report.dashboard import write_dashboard
+
+    site, page = load_site(options.site), Path(options.to)
+    site.activate()
+    while True:
+        found, complaints = briefs(site, options.names.split(), options.store)
+        if not found and not complaints:
+            raise UserError(f"no runs in {site.shared_dir} yet; make submit starts one")
+        write_dashboard(page, found, time.time(), WATCH_S if options.watch else None)
+        say(f"{time.strftime('%H:%M:%S')} dashboard of {len(found)} runs: {page}")
+        for line in complaints:
+            complain(line)
+        if not options.watch:
+            return 0
+        time.sleep(WATCH_S)
 
 
 def replay(options: argparse.Namespace) -> int:

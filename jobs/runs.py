@@ -189,6 +189,7 @@ class Status:
     goodput: Goodput | None
     seconds_ago: float | None  # since the last step
     look: str  # where to look next; empty when all is well
+    store: str  # the run's folder there; empty when that is not known
 
 
 def statuses(site: Site) -> list[Status]:
@@ -220,7 +221,7 @@ def _job_or_why_not(site: Site, run: str) -> Job | Status:
 
 
 def _unknown(run: str, why: UserError) -> Status:
-    return replace(summary(run, "unknown", [], [], job="", nodes=""), look=str(why))
+    return replace(summary(run, "", "unknown", [], [], job="", nodes=""), look=str(why))
 
 
 def _unasked(one: Status, job: Job, error: str) -> Status:
@@ -236,12 +237,14 @@ def status(job: Job, queue: Sequence[slurm.Queued] | None = None) -> Status:
     entry = next((entry for entry in queue if entry.job == job.id), None)
     told, rows, ends = history(job.run_dir), *_rows(job.run_dir)
     word = state(job, queue)
-    found = summary(job.run, _in_words(job, word), told, rows, job=job.id, nodes=_nodes(job, entry))
+    found = summary(job.run, job.store, _in_words(job, word), told, rows, job=job.id, nodes=_nodes(job, entry))
     good = goodput(told, ends, time.time() if word == "RUNNING" else None)
     return replace(found, goodput=good, look=_where_to_look(found, entry, told, rows))
 
 
-def summary(run: str, words: str, told: Sequence[Row], rows: Sequence[Row], *, job: str, nodes: str) -> Status:
+def summary(
+    run: str, store: str, words: str, told: Sequence[Row], rows: Sequence[Row], *, job: str, nodes: str
+) -> Status:
     """What a run's events and its last rows say of it. words: its state."""
     result, spent = (rows[-1]["result"], rows[-1]["run"]) if rows else ({}, {})
     step, steps, now = result.get("step"), _latest(told, "steps"), time.time()
@@ -266,6 +269,7 @@ def summary(run: str, words: str, told: Sequence[Row], rows: Sequence[Row], *, j
         goodput=None,
         seconds_ago=now - spent["time"] if "time" in spent else None,
         look="",
+        store=store,
     )
 
 

@@ -9,7 +9,7 @@ import math
 import re
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -114,9 +114,14 @@ def read_events(store: Store) -> list[dict[str, Any]]:
 
 
 def read_metrics(store: Store) -> list[dict[str, Any]]:
-    """The rows of a run, one a step: where an attempt began again, the rows of those before it end."""
+    """The rows of a run, one a step."""
+    return in_order(read_attempts(store))
+
+
+def in_order(attempts: Mapping[int, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """One row a step, of the rows of all attempts: where one began again, the rows of those before it end."""
     rows: dict[int, dict[str, Any]] = {}
-    for _, own in sorted(read_attempts(store).items()):
+    for _, own in sorted(attempts.items()):
         first = min(row["result"]["step"] for row in own)
         rows = {step: row for step, row in rows.items() if step < first} | {row["result"]["step"]: row for row in own}
     return [rows[step] for step in sorted(rows)]

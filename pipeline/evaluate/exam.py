@@ -29,37 +29,12 @@ from pipeline.evaluate.extract import Features, extract
 from pipeline.evaluate.knn import nearest, vote
 from pipeline.evaluate.labels import Labels, read_labels
 from pipeline.evaluate.probe import Probe, fit
+from pipeline.evaluate.score import Score, read_scores, score_path
 from pipeline.run import read_config
 from pipeline.weights import trained_trunk
 
 NEIGHBOURS = (1, 20, 200)
 _ROWS = 4096  # asked at once
-TITLES = {
-    "knn1": "1 neighbour",
-    "knn20": "20 neighbours",
-    "knn200": "200 neighbours",
-    "probe": "linear probe",
-    "probe_top5": "probe, first 5",
-}
-
-
-@dataclass(frozen=True)
-class Score:
-    """Shares of held-out images that come out right, 0 to 1, under the keys of TITLES. size: pixels.
-
-    bank, held_out: how many images. decay: the probe's, as the bank chose it.
-    """
-
-    run: str
-    step: int
-    bank_url: str
-    held_out_url: str
-    size: int
-    bank: int
-    held_out: int
-    classes: int
-    decay: float
-    right: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -84,7 +59,7 @@ class Exam:
     @property
     def path(self) -> str:
         """Of the score."""
-        return f"eval/step-{self.step:09d}/score-{self.name}.json"
+        return score_path(f"{self.step:09d}", self.name)
 
     @cached_property
     def parts(self) -> list[tuple[Features, int]]:
@@ -165,9 +140,7 @@ class Exam:
 
     def history(self) -> list[Score]:
         """The scores of all steps of the run on the same sets, the oldest first."""
-        name = self.path.rpartition("/")[2]
-        paths = sorted(entry.path for entry in self.run.list("eval") if entry.path.endswith(f"/{name}"))
-        return [Score(**json.loads(self.run.get(path))) for path in paths]
+        return read_scores(self.run, self.name)
 
 
 def open_exam(run: Store, bank_url: str, held_out_url: str, step: int | None = None, size: int | None = None) -> Exam:
@@ -209,19 +182,6 @@ def by_probe(probe: Probe, held_out: Tensor, asked: Tensor) -> dict[str, float]:
         best = probe.logits(queries).topk(min(5, len(probe.bias)), dim=1).indices == wanted[:, None]
         first, five = first + int(best[:, 0].sum()), five + int(best.any(dim=1).sum())
     return {"probe": first / len(held_out), "probe_top5": five / len(held_out)}
-
-
-def lines(score: Score, history: Iterable[Score]) -> list[str]:
-    """For a terminal: what was asked, and a row for each step that was asked so."""
-    rows = [["step", *TITLES.values()]]
-    rows += [[f"{one.step:,}", *(f"{one.right[key]:.1%}" for key in TITLES)] for one in history]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        f"{score.run}: {score.bank:,} images of {score.bank_url} to learn {score.classes:,} classes from, "
-        f"{score.held_out:,} of {score.held_out_url} to tell apart, at {score.size} pixels; guessing: "
-        f"{1 / score.classes:.1%}",
-        *("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows),
-    ]
 
 
 def _device() -> torch.device:

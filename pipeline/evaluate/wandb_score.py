@@ -6,7 +6,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from data_shards.store import Store
-from pipeline.evaluate.exam import Score
+from pipeline.evaluate.score import Score
 from pipeline.monitor import MonitorSettings
 from pipeline.run import read_record
 from pipeline.wandb_client import end_service, one_line, open_client

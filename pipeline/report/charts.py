@@ -19,7 +19,7 @@ MOST_POINTS = 600  # of a curve; more are averaged, a screen does not show them
 
 @dataclass(frozen=True)
 class Series:
-    """A curve. kind is its look: trend, raw (faint, behind the others) or second."""
+    """A curve. kind is its look: trend, raw (faint, behind the others), second; run-0, run-1, ... of several runs."""
 
     name: str
     steps: Sequence[int]
@@ -83,8 +83,11 @@ class Frame:
         return element("line", class_=f"mark {mark.what}", data_step=mark.step, x1=at, x2=at, y1=0, y2=100)
 
     def curve(self, series: Series) -> Markup:
-        points = zip(map(self.along, series.steps), map(self.down, series.values), strict=True)
-        return element("polyline", class_=f"curve {series.kind}", points=" ".join(f"{x},{y}" for x, y in points))
+        points = [*zip(map(self.along, series.steps), map(self.down, series.values), strict=True)]
+        look = series.kind
+        if len(points) == 1:
+            points, look = points * 2, f"{series.kind} dot"  # a line to itself is drawn, a point alone is not
+        return element("polyline", class_=f"curve {look}", points=" ".join(f"{x},{y}" for x, y in points))
 
 
 def line_chart(
@@ -98,11 +101,12 @@ def line_chart(
     unit: str = "",
     size: str = "small",
     about: str = "",
+    legend: bool = True,
 ) -> Markup:
     """Curves over steps 0 to last_step.
 
     marks: vertical lines. reference: a value and its name, a horizontal line. unit: behind each number. about: a
-    sentence below. size: small or large.
+    sentence below. size: small or large. legend: the names of several curves.
     """
     series = [thinned(one) for one in series if one.values]
     if not series:
@@ -123,9 +127,14 @@ def line_chart(
         element("div", element("output"), class_="cursor", hidden=True, aria_hidden="true"),
         class_=f"plot {size}",
     )
-    caption = _caption(title, shown if len(shown) > 1 else ())
+    caption = _caption(title, shown if legend and len(shown) > 1 else ())
     below = element("p", about, class_="about") if about else ""
     return element("figure", caption, plot, below, _hover_data(frame, shown, unit), class_="chart")
+
+
+def key(name: str, kind: str) -> Markup:
+    """A name beside the look of its curves."""
+    return element("span", name, class_=f"key {kind}")
 
 
 def bars(groups: Sequence[tuple[str, str, Sequence[tuple[str, float]], float]]) -> Markup:
@@ -133,11 +142,11 @@ def bars(groups: Sequence[tuple[str, str, Sequence[tuple[str, float]], float]]) 
     return element("div", *(_bar_group(*group) for group in groups), class_="bars")
 
 
-def trend(steps: Sequence[int], values: Sequence[float]) -> list[float]:
+def trend(values: Sequence[float]) -> list[float]:
     """A moving mean over a fortieth of the curve, at least five values; shorter at the ends, where there are fewer."""
     if not values:
         return []
-    width = max(5, len(steps) // 40) | 1
+    width = max(5, len(values) // 40) | 1
     window, ones = np.ones(width), np.ones(len(values))
     half = width // 2
     sums = np.convolve(np.asarray(values, np.float64), window)[half : half + len(values)]
@@ -193,8 +202,7 @@ def _in_words(title: str, series: Sequence[Series], marks: Sequence[Mark]) -> st
 
 
 def _caption(title: str, shown: Sequence[Series]) -> Markup:
-    keys = (element("span", one.name, class_=f"key {one.kind}") for one in shown)
-    return element("figcaption", element("span", title, class_="name"), *keys)
+    return element("figcaption", element("span", title, class_="name"), *(key(one.name, one.kind) for one in shown))
 
 
 def _tick(axis: str, value: float, percent: float, unit: str) -> Markup:
@@ -205,12 +213,18 @@ def _tick(axis: str, value: float, percent: float, unit: str) -> Markup:
 def _mark_labels(frame: Frame, marks: Sequence[Mark]) -> Iterator[Markup]:
     """Words above the lines: what stopped the run to the left of its line, what went on to the right.
 
-    Near an edge, both in one label. Of many marks none has words: they would cover each other.
+    Near an edge, and of lines near each other, all in one label. Of many marks none has words: they would cover each
+    other.
     """
-    steps = sorted({mark.step for mark in marks})
-    for step in steps if len(steps) <= 3 else ():
-        at, here = frame.along(step), [mark.what for mark in marks if mark.step == step]
-        if not 15 < at < 85:
+    groups: list[list[Mark]] = []
+    for mark in sorted(marks, key=lambda mark: mark.step):
+        if groups and frame.along(mark.step) - frame.along(groups[-1][0].step) < _LABEL:
+            groups[-1].append(mark)
+        else:
+            groups.append([mark])
+    for group in groups if len(groups) <= 3 else ():
+        at, here = frame.along(group[0].step), [mark.what for mark in group]
+        if not _LABEL < at < 100 - _LABEL or group[0].step != group[-1].step:
             yield _mark_label(" · ".join(here), here[-1], "before" if at > 50 else "behind", at)
             continue
         for what in here:
@@ -227,11 +241,12 @@ def _reference_label(frame: Frame, value: float, name: str) -> Markup:
 
 def _hover_data(frame: Frame, shown: Sequence[Series], unit: str) -> Markup:
     """For the script: the steps and the values as they are printed. `<` cannot end the element."""
-    curves = [[list(one.steps), [number(value) + unit for value in one.values]] for one in shown]
+    curves = [[list(one.steps), [number(value) + unit for value in one.values], one.name] for one in shown]
     text = json.dumps({"last": frame.x.high, "series": curves}, separators=(",", ":"))
     return element("script", Markup(text.replace("<", "\\u003c")), type="application/json")
 
 
+_LABEL = 15  # per cent of the width that a word takes
 _BAR, _GAP, _FULL = 14, 4, 86  # pixels, pixels, the percentage of the width that stands for 1
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.evaluate.score import Score
 from pipeline.evaluate.table import Evaluation
 
 
@@ -39,7 +40,8 @@ class Refusal:
 class ReportData:
     """rows, events: as a run keeps them, one row a step. config: as Config.dump gives it, all defaults filled in.
 
-    crops: WebP pictures, the crops of one image each. environments: of each attempt, the first one first.
+    scores: of evaluations on sets of any size, the oldest step first. crops: WebP pictures, the crops of one image
+    each. environments: of each attempt, the first one first.
     """
 
     run: str
@@ -47,6 +49,7 @@ class ReportData:
     rows: Sequence[dict[str, Any]]
     events: Sequence[dict[str, Any]]
     evaluation: Evaluation | None = None
+    scores: Sequence[Score] = ()
     crops: Sequence[bytes] = ()
     examples: Sequence[Example] = ()
     refused: Sequence[Refusal] = ()

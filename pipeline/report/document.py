@@ -9,14 +9,21 @@ from pipeline.report.markup import Markup, element, join
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
-def write_document(path: Path, title: str, sections: Iterable[Markup], parts: Sequence[str]) -> None:
-    """Write a page that takes an older one's place whole, or not at all. parts: styles and scripts beside this file."""
+def write_document(
+    path: Path, title: str, sections: Iterable[Markup], parts: Sequence[str], again_s: int | None = None
+) -> None:
+    """Write a page that takes an older one's place whole, or not at all.
+
+    parts: styles and scripts beside this file. again_s: how long until a browser reads the file again.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     told = {name: Markup((files(__package__) / name).read_text("utf-8")) for name in parts}
     head = element(
         "head",
         element("meta", charset="utf-8"),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", http_equiv="Content-Security-Policy", content=POLICY),
+        element("meta", http_equiv="refresh", content=again_s) if again_s is not None else "",
         element("title", f"{title} · Farseer"),
         *(element("style", text) for name, text in told.items() if name.endswith(".css")),
     )

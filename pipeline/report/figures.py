@@ -10,12 +10,25 @@ from typing import Any
 from pipeline.report.data import ReportData
 
 Row = dict[str, Any]
+Points = tuple[list[int], list[float]]  # steps, and a value at each
 
 
-def column(data: ReportData, key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a result, where it was measured."""
+def column(data: ReportData, key: str, scale: float = 1.0) -> Points:
+    """A result, where it was measured."""
     told = [(row["result"]["step"], row["result"][key]) for row in data.rows if row["result"].get(key) is not None]
-    return [step for step, _ in told], [value for _, value in told]
+    return [step for step, _ in told], [scale * value for _, value in told]
+
+
+def pace(data: ReportData) -> Points:
+    """Images a second, as of `settled`."""
+    rows = settled(data.rows)
+    return [row["result"]["step"] for row in rows], [row["run"]["images_s"] for row in rows]
+
+
+def waits(data: ReportData) -> Points:
+    """`wait_percent`, as of `settled`."""
+    rows = settled(data.rows)
+    return [row["result"]["step"] for row in rows], [wait_percent(row) for row in rows]
 
 
 def settled(rows: Sequence[Row]) -> list[Row]:

@@ -6,17 +6,22 @@ from pathlib import Path
 
 from pipeline.report.data import ReportData
 from pipeline.report.document import figures, write_document
-from pipeline.report.figures import date, last_loss, ln_k, number, percent, settled, times, wait_percent
+from pipeline.report.figures import date, last_loss, last_step, ln_k, number, percent, settled, times, wait_percent
 from pipeline.report.learned import learned, neighbours, seen
 from pipeline.report.markup import Markup, element
 from pipeline.report.provenance import images, run
+from pipeline.report.scores import scores
 from pipeline.report.training import training
 
 
 def write_report(path: Path, data: ReportData) -> None:
     """Write the page: one file, complete in itself. It takes an older one's place whole, or not at all."""
-    sections = (section(data) for section in (_head, training, seen, learned, neighbours, images, run))
-    write_document(path, data.run, sections, ("style.css", "script.js"))
+    parts = (_head, training, seen, learned, neighbours, _scores, images, run)
+    write_document(path, data.run, (part(data) for part in parts), ("style.css", "script.js"))
+
+
+def _scores(data: ReportData) -> Markup:
+    return scores([(data.run, data.scores)], last_step(data))
 
 
 def _head(data: ReportData) -> Markup:

@@ -156,6 +156,5 @@ def preview(store: Store, path: Path) -> Preview:
     from pipeline.report.preview_page import write_preview
 
     found = gather(store)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_preview(path, found)
     return found

@@ -82,11 +82,11 @@ def _event(event: dict[str, Any]) -> tuple[str, ...]:
     return clock(event["time"]), attempt, step, str(event["event"]), more
 
 
-def table(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> Markup:
-    """Rows of words."""
+def table(rows: Iterable[Sequence[str]], head: Sequence[str] = (), kind: str = "words") -> Markup:
+    """Rows of words. kind: words, which break where they must, or runs, which do not."""
     heading = element("thead", element("tr", *(element("th", text, scope="col") for text in head))) if head else ""
     body = element("tbody", *(element("tr", *(element("td", text) for text in row)) for row in rows))
-    return element("div", element("table", heading, body, class_="words"), class_="scroll")
+    return element("div", element("table", heading, body, class_=kind), class_="scroll")
 
 
 def folded(title: str, beside: str, inside: Markup) -> Markup:

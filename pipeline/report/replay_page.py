@@ -12,7 +12,6 @@ from pipeline.report.pictures import crop_strips
 
 def write_replay(path: Path, replayed: Replayed) -> None:
     """Write the page: one file, complete in itself."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     title = f"{replayed.run.rpartition('/')[2]}, step {replayed.step:,}"
     head = element(
         "header",

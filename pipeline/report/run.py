@@ -13,6 +13,7 @@ from data_shards.store import Store
 from pipeline.augment import draw
 from pipeline.config import Config
 from pipeline.evaluate.run import open_tiles
+from pipeline.evaluate.score import read_scores
 from pipeline.evaluate.table import Evaluation, Neighbours
 from pipeline.evaluate.tiles import Tiles
 from pipeline.evaluate.views import render_distorted
@@ -52,6 +53,7 @@ def report_run(
         rows=read_metrics(store),
         events=events,
         evaluation=evaluation,
+        scores=read_scores(store),
         crops=first_crops(config, read_record(store), bank) if bank_url == config.data.url else (),
         examples=examples(evaluation, bank, held_out, config),
         refused=[refusal for url in (bank_url, held_out_url) for refusal in refusals(Store(url))],
@@ -64,7 +66,6 @@ def report_run(
             "Shards": f"{bank_url}, held out {held_out_url}",
         },
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_report(path, data)
     return path
 

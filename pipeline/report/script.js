@@ -14,9 +14,10 @@ const show = step => charts.forEach(({ cursor, output, series, last }) => {
   cursor.hidden = step === null;
   if (step === null) return;
   cursor.style.left = 100 * step / last + "%";
-  cursor.classList.toggle("late", step > last * 0.6);
-  const values = series.map(([steps, values]) => values[nearest(steps, step)]);  // in the order of the legend
-  output.textContent = "step " + Math.round(step) + ": " + values.join(", ");
+  cursor.classList.toggle("late", step > last * 0.5);
+  const at = "step " + Math.round(step) + ":", many = series.length > 2;
+  const values = series.map(([steps, values, name]) => values[nearest(steps, step)] + (many ? "  " + name : ""));
+  output.textContent = many ? [at, ...values].join("\n") : at + " " + values.join(", ");  // in the order of the legend
 });
 charts.forEach(({ plot, last }) => {
   plot.addEventListener("pointermove", event => {

@@ -4,7 +4,7 @@ from typing import Any
 
 from pipeline.report.charts import Mark, Series, line_chart, trend
 from pipeline.report.data import ReportData
-from pipeline.report.figures import column, last_step, listed, ln_k, settled, wait_percent
+from pipeline.report.figures import column, last_step, listed, ln_k, pace, waits
 from pipeline.report.markup import Markup, element, join
 
 MARKED = ("preempted", "terminated", "cancelled", "failed", "resumed")
@@ -46,7 +46,7 @@ def _common(data: ReportData) -> dict[str, Any]:
 
 
 def _smoothed(steps: list[int], values: list[float]) -> list[Series]:
-    return [Series("each step", steps, values, "raw"), Series("moving mean", steps, trend(steps, values))]
+    return [Series("each step", steps, values, "raw"), Series("moving mean", steps, trend(values))]
 
 
 def _loss_chart(data: ReportData) -> Markup:
@@ -67,23 +67,20 @@ def _lr_chart(data: ReportData) -> Markup:
 
 
 def _images_chart(data: ReportData) -> Markup:
-    rows = settled(data.rows)
-    series = _smoothed([row["result"]["step"] for row in rows], [row["run"]["images_s"] for row in rows])
-    return line_chart("Images a second", series, from_zero=True, about=_WITHOUT_FIRST, **_common(data))
+    return line_chart("Images a second", _smoothed(*pace(data)), from_zero=True, about=_WITHOUT_FIRST, **_common(data))
 
 
 def _wait_chart(data: ReportData) -> Markup:
-    rows = settled(data.rows)
-    series = _smoothed([row["result"]["step"] for row in rows], [wait_percent(row) for row in rows])
     about = f"Share of a step. {_WITHOUT_FIRST}"
-    return line_chart("Waiting for data", series, from_zero=True, unit=" %", about=about, **_common(data))
+    return line_chart(
+        "Waiting for data", _smoothed(*waits(data)), from_zero=True, unit=" %", about=about, **_common(data)
+    )
 
 
 def _usage_chart(data: ReportData) -> Markup:
-    used, entropy = column(data, "prototypes_used"), column(data, "code_entropy")
     series = [
-        Series("in use", used[0], [100 * value for value in used[1]]),
-        Series("entropy of a code, of ln K", entropy[0], [100 * value for value in entropy[1]], "second"),
+        Series("in use", *column(data, "prototypes_used", 100)),
+        Series("entropy of a code, of ln K", *column(data, "code_entropy", 100), "second"),
     ]
     about = "In use: first choice of some image of a step. A collapse shows here first: few are, or codes are at 100 %."
     return line_chart("Prototypes", series, from_zero=True, unit=" %", about=about, **_common(data))

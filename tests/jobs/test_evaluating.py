@@ -14,7 +14,8 @@ from jobs.evaluating import Question
 from jobs.runs import Job
 from jobs.site import Site
 from jobs.slurm import SlurmError
-from pipeline.evaluate.exam import Exam, Score, open_exam
+from pipeline.evaluate.exam import Exam, open_exam
+from pipeline.evaluate.score import Score
 from tests.pipeline.evaluate.sets import labelled
 from tests.pipeline.test_export import a_run
 

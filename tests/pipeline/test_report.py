@@ -234,6 +234,14 @@ def test_marks_at_one_step_have_words_on_both_sides_of_it_and_near_the_edge_on_o
         assert "before" in labels[0].classes
 
 
+def test_marks_near_each_other_share_their_words(shown: Any) -> None:
+    labels = chart(shown(), "Loss").all("span", "mark-label")  # resumed at 100, preempted at 120 of 200
+    assert [label.text for label in labels] == ["resumed · preempted"]
+    far = [{**event, "step": {100: 40}.get(event["step"], event["step"])} for event in report().events]
+    labels = chart(shown(events=far), "Loss").all("span", "mark-label")
+    assert [label.text for label in labels] == ["resumed", "preempted"]
+
+
 def test_the_first_step_of_each_start_does_not_count_as_pace(shown: Any) -> None:
     page = shown()
     figures = dict(zip([n.text for n in page.all("dt")], [n.text for n in page.all("dd")][::2], strict=True))
@@ -270,7 +278,7 @@ def test_the_data_for_the_script_cannot_end_its_element_and_is_json(shown: Any) 
     for script in shown().all("script")[:-1]:
         told = json.loads(script.text)
         assert told["last"] == 200
-        assert all(len(steps) == len(values) for steps, values in told["series"])
+        assert all(len(steps) == len(values) for steps, values, _ in told["series"])
 
 
 def test_the_untrained_trunk_is_the_one_with_random_weights_also_where_a_run_began_with_others(shown: Any) -> None:
@@ -365,7 +373,7 @@ def test_thinning_keeps_the_mean_of_a_curve_and_its_last_step() -> None:
 def test_the_trend_is_a_mean_of_the_values_around() -> None:
     values = np.random.default_rng(1).normal(size=50).tolist()
     expected = [np.mean(values[max(0, i - 2) : i + 3]) for i in range(50)]
-    assert trend(list(range(50)), values) == pytest.approx(expected)
+    assert trend(values) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 0.002), (4.1, 6.3), (0, 187.0), (3, 3), (0, 1e6), (0.93, 0.9301)])

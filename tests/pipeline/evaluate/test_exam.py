@@ -9,8 +9,9 @@ import torch
 from data_shards.errors import UserError
 from data_shards.pack import Source
 from pipeline.evaluate import extract as extracting
-from pipeline.evaluate.exam import TITLES, by_neighbours, by_probe, lines, open_exam
+from pipeline.evaluate.exam import by_neighbours, by_probe, open_exam
 from pipeline.evaluate.probe import fit
+from pipeline.evaluate.score import TITLES, lines
 from tests.photos import write_tiles
 from tests.pipeline.evaluate.sets import labelled, packed
 from tests.pipeline.test_export import a_run

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data_shards.store import Store
-from pipeline.evaluate.exam import TITLES, Score
+from pipeline.evaluate.score import TITLES, Score
 from pipeline.evaluate.wandb_score import show
 from pipeline.monitor import MonitorSettings
 from pipeline.run import Record
