@@ -10,6 +10,7 @@ import platform
 import signal
 import statistics
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -32,6 +33,7 @@ STILL_S = 60.0  # without a step, or so many medians if that is longer: worth a 
 MEDIANS = 20
 NOT_SAVED = ("save failed", "save refused", "save delayed")  # events, until the next "committed"
 WAITS = 0.3  # of the time for data: worth a look
+ALONE = 0.75  # of that for one rank: worth naming it
 
 
 @dataclass(frozen=True)
@@ -239,7 +241,7 @@ def status(job: Job, queue: Sequence[slurm.Queued] | None = None) -> Status:
     word = state(job, queue)
     found = summary(job.run, job.store, _in_words(job, word), told, rows, job=job.id, nodes=_nodes(job, entry))
     good = goodput(told, ends, time.time() if word == "RUNNING" else None)
-    return replace(found, goodput=good, look=_where_to_look(found, entry, told, rows))
+    return replace(found, goodput=good, look=_where_to_look(found, job, entry, told, rows))
 
 
 def summary(
@@ -316,7 +318,7 @@ def _nodes(job: Job, entry: slurm.Queued | None) -> str:
     return "here" if job.local else entry.nodes if entry is not None else ""
 
 
-def _where_to_look(one: Status, entry: slurm.Queued | None, told: Sequence[Row], rows: Sequence[Row]) -> str:
+def _where_to_look(one: Status, job: Job, entry: slurm.Queued | None, told: Sequence[Row], rows: Sequence[Row]) -> str:
     """The most urgent thing, in words; empty when all is well."""
     state, _, reason = one.state.removesuffix(")").partition(" (")
     if state != "running":
@@ -330,8 +332,21 @@ def _where_to_look(one: Status, entry: slurm.Queued | None, told: Sequence[Row],
     if (trouble := troubled(told)) is not None:
         return trouble
     if one.wait is not None and one.wait > WAITS:
-        return f"waits for data {one.wait:.0%} of the time: reader.connections, cpus_per_rank"
+        alone = _starved(job, rows) if (_latest(told, "ranks") or 1) > 1 else ""
+        return f"waits for data {one.wait:.0%} of the time{alone}: reader.connections, cpus_per_rank"
     return ""
+
+
+def _starved(job: Job, rows: Sequence[Row]) -> str:
+    """In words, the one rank for whose images the others wait; empty when several are short of them."""
+    waited = Counter[int]()
+    for row in rows:
+        waited[row["run"].get("wait_rank", -1)] += row["run"].get("wait_s", 0.0)
+    rank, seconds = waited.most_common(1)[0]
+    if rank < 0 or seconds < ALONE * waited.total():
+        return ""
+    host = next((f" on {one.host}" for one in job.start.ranks() if one.rank == rank), "")
+    return f", most of it for rank {rank}{host}"
 
 
 def troubled(told: Sequence[Row]) -> str | None:

@@ -1,7 +1,7 @@
-"""What ranks tell each other at each step: one asynchronous sum of a few integers, read one step later.
+"""What ranks tell each other at each step: one asynchronous sum of a few integers and one maximum, read one step later.
 
-It costs no stall and no sync with a GPU: the sum of step s is started at its end and read at the start of step s + 1,
-by all ranks alike, so that all see a request to stop at the same batch boundary.
+It costs no stall and no sync with a GPU: what is told of step s is started at its end and read at the start of step
+s + 1, by all ranks alike, so that all see a request to stop at the same batch boundary.
 """
 
 import math
@@ -16,6 +16,7 @@ _Words = NDArray[np.uint64]
 
 _UNIT = 2.0**-32  # losses are added as integers of this unit: the sum does not depend on the order of ranks
 _LARGEST = 1e5  # a loss beyond is told as this: the sum fits 64 bits on 20,000 ranks
+_RANKS = 2**20  # below a wait in microseconds stands whose it is
 
 
 @dataclass(frozen=True)
@@ -45,28 +46,48 @@ class StepSums:
         return None if self.not_finite else self.loss * _UNIT / world_size
 
 
+@dataclass(frozen=True)
+class Agreed:
+    """What all ranks read of a step. wait_s: how long the one that waited longest for its images did; wait_rank: which.
+
+    The others wait for that one: a single starved rank slows down all, and no mean shows it.
+    """
+
+    sums: StepSums
+    wait_s: float
+    wait_rank: int
+
+
 class Agreement:
-    """One sum in flight. Other collectives of its gloo group belong between `finish` and the next `begin`."""
+    """One step in flight. Other collectives of its gloo group belong between `finish` and the next `begin`."""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self._group = group
-        self._tensor: torch.Tensor | None = None
-        self._work: dist.Work | None = None
+        self._told: list[torch.Tensor] = []
+        self._work: list[dist.Work] = []
 
-    def begin(self, sums: StepSums) -> None:
-        """Start adding this rank's values. Raises RuntimeError when those of the step before were not read."""
-        if self._work is not None:
+    def begin(self, sums: StepSums, wait_s: float) -> None:
+        """Start telling this rank's values. Raises RuntimeError when those of the step before were not read."""
+        if self._work:
             raise RuntimeError("the sums of the step before were not read; call finish first")
-        self._tensor = torch.tensor([getattr(sums, f.name) for f in fields(sums)], dtype=torch.int64)
-        self._work = dist.all_reduce(self._tensor, group=self._group, async_op=True)
+        longest = round(wait_s * 1e6) * _RANKS + dist.get_rank(self._group)
+        values = [getattr(sums, f.name) for f in fields(sums)], [longest]
+        self._told = [torch.tensor(value, dtype=torch.int64) for value in values]
+        self._work = [
+            dist.all_reduce(tensor, how, self._group, async_op=True)
+            for tensor, how in zip(self._told, (dist.ReduceOp.SUM, dist.ReduceOp.MAX), strict=True)
+        ]
 
-    def finish(self) -> StepSums | None:
-        """The sums of the last step begun, None when none is in flight."""
-        if self._work is None or self._tensor is None:
+    def finish(self) -> Agreed | None:
+        """What the ranks told of the last step begun, None when none is in flight."""
+        if not self._work:
             return None
-        self._work.wait()
-        self._work = None
-        return StepSums(*self._tensor.tolist())
+        for work in self._work:
+            work.wait()
+        self._work = []
+        sums, longest = (tensor.tolist() for tensor in self._told)
+        microseconds, rank = divmod(longest[0], _RANKS)
+        return Agreed(StepSums(*sums), microseconds / 1e6, rank)
 
 
 def fixed_point(loss: float) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytorch_lightning as pl
 
 from data_shards.errors import UserError
-from pipeline.agreement import Agreement, StepSums, batch_hash, fixed_point
+from pipeline.agreement import Agreed, Agreement, StepSums, batch_hash, fixed_point
 from pipeline.checkpoint import Found
 from pipeline.loader import Batch, Loader
 from pipeline.module import StepResult, SwAV
@@ -105,7 +105,6 @@ class Watch(pl.Callback):
         self._counters = dict(counters)
         now = time.perf_counter()
         run_part = {"time": time.time(), "step_s": now - self._started}
-        run_part["wait_s"] = grown["batch_wait_s"]  # in this time: Lightning asks for a batch a step ahead
         run_part["reader_wait_s"] = grown.get("wait_s", 0.0)
         self._started = now
         self._last = (result, run_part)
@@ -120,28 +119,29 @@ class Watch(pl.Callback):
                 **{name: int(counters.get(name, 0)) for name in READING},
                 preempted=int(session.request.preempted),
                 terminated=int(session.request.terminated),
-            )
+            ),
+            wait_s=grown["batch_wait_s"],  # in this time: Lightning asks for a batch a step ahead
         )
 
     def _finish_step(self) -> None:
         """Read the sums of the last step: its row, and whether all stop here."""
-        sums = self.agreement.finish()
-        if sums is None or self._last is None:
+        agreed = self.agreement.finish()
+        if agreed is None or self._last is None:
             return
-        result, run_part = self._last
+        (result, run_part), sums = self._last, agreed.sums
         if sums.preempted:
             self.stopping = "cancelled" if self._cancelled() else "preempted"
         elif sums.terminated:
             self.stopping = "terminated"
         if self._monitor is not None:
-            self._monitor.row(*self._row(result, run_part, sums))
+            self._monitor.row(*self._row(result, run_part, agreed))
             if (recovered := self._recovery.step(result.step, run_part["time"])) is not None:
                 self.session._event("recovered", **recovered)
 
     def _row(
-        self, result: StepResult, run_part: dict[str, Any], sums: StepSums
+        self, result: StepResult, run_part: dict[str, Any], agreed: Agreed
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        batch = self.session.config.data.batch
+        batch, sums = self.session.config.data.batch, agreed.sums
         row = {
             "step": result.step,
             "loss": sums.mean_loss(self.session.launch.world_size),
@@ -154,6 +154,8 @@ class Watch(pl.Callback):
         }
         run = {
             **run_part,
+            "wait_s": min(agreed.wait_s, run_part["step_s"]),  # the other rank's step may be longer
+            "wait_rank": agreed.wait_rank,
             "images_s": batch / run_part["step_s"],
             "replaced": sums.replaced,
             "read_mb_s": sums.bytes_read / 1e6 / run_part["step_s"],

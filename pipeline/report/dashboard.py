@@ -55,7 +55,7 @@ CURVES = (
     Curve("Prototypes in use", lambda data: column(data, "prototypes_used", 100), " %", smooth=False),
     Curve("Entropy of a code, of ln K", lambda data: column(data, "code_entropy", 100), " %", smooth=False),
     Curve("Images a second", pace),
-    Curve("Waiting for data", waits, " %", about="Share of a step."),
+    Curve("Waiting for data", waits, " %", about="Share of a step, of the rank that waits longest."),
 )
 
 

@@ -71,7 +71,7 @@ def _images_chart(data: ReportData) -> Markup:
 
 
 def _wait_chart(data: ReportData) -> Markup:
-    about = f"Share of a step. {_WITHOUT_FIRST}"
+    about = f"Share of a step, of the rank that waits longest. {_WITHOUT_FIRST}"
     return line_chart(
         "Waiting for data", _smoothed(*waits(data)), from_zero=True, unit=" %", about=about, **_common(data)
     )

@@ -149,6 +149,25 @@ def test_the_wait_for_data_is_that_of_many_steps_and_not_of_the_last_one_for_whi
     assert status(job, queued("RUNNING")).wait == pytest.approx(0.3)
 
 
+@pytest.mark.parametrize(
+    ("starved", "ranks", "told"),
+    [((1, 1, 1, 0), 2, ", most of it for rank 1 on node2"), ((1, 0, 1, 0), 2, ""), ((0, 0, 0, 0), 1, "")],
+)
+def test_a_rank_for_whose_images_all_others_wait_is_named_with_its_host(job, starved, ranks, told):
+    spent = {"time": time.time(), "step_s": 0.5, "wait_s": 0.4}
+    rows = [{"result": {"step": n}, "run": {**spent, "wait_rank": rank}} for n, rank in enumerate(starved)]
+    lines(job.run_dir / "a01" / "metrics.jsonl", *rows)
+    begun = {"time": time.time(), "attempt": 1, "event": "started", "step": 0, "steps": 9, "ranks": ranks}
+    lines(job.run_dir / "a01" / "events.jsonl", begun)
+    for rank in range(2):
+        record = {"rank": rank, "host": f"node{rank + 1}", "pid": 1, "started": 1, "log": ""}
+        start = job.run_dir / "starts" / "42-1" / f"rank-000{rank}.json"
+        start.parent.mkdir(parents=True, exist_ok=True)
+        start.write_text(json.dumps(record))
+    expected = f"waits for data 80% of the time{told}: reader.connections, cpus_per_rank"
+    assert status(job, queued("RUNNING")).look == expected
+
+
 def attempt(job: Job, number: int, start: int, rows: list[tuple[int, float]], *events: dict[str, Any]) -> None:
     """An attempt as it lies on the shared disk: its start, its rows (step, time) of a second each, its events."""
     begun = {"event": "resumed" if start else "started", "step": start, "steps": 200, "ranks": 2}

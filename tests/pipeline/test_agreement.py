@@ -10,7 +10,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.agreement import Agreement, StepSums, batch_hash, fixed_point
+from pipeline.agreement import Agreed, Agreement, StepSums, batch_hash, fixed_point
 from tests.pipeline.distributed import run
 
 WORD = 2**64
@@ -20,8 +20,8 @@ def sums(**values: int) -> StepSums:
     return StepSums(**{field.name: 0 for field in fields(StepSums)} | values)
 
 
-def two_steps(rank: int) -> tuple[list[StepSums | None], str]:
-    """What a rank reads: nothing, then the sums of its first step, then those of its second, then nothing.
+def two_steps(rank: int) -> tuple[list[Agreed | None], str]:
+    """What a rank reads: nothing, then what was told of its first step, then of its second, then nothing.
 
     And what it is told when it begins a step without having read the one before.
     """
@@ -46,12 +46,13 @@ def two_steps(rank: int) -> tuple[list[StepSums | None], str]:
             held_bytes=2**50,
             preempted=0,
             terminated=0,
-        )
+        ),
+        wait_s=[0.25, 1.5][rank],
     )
     with pytest.raises(RuntimeError) as told:
-        agreement.begin(sums())
+        agreement.begin(sums(), 0.0)
     read.append(agreement.finish())
-    agreement.begin(sums(loss=fixed_point([math.nan, 1.0][rank]), not_finite=1 - rank, preempted=rank))
+    agreement.begin(sums(loss=fixed_point([math.nan, 1.0][rank]), not_finite=1 - rank, preempted=rank), 0.5 - rank / 4)
     return [*read, agreement.finish(), agreement.finish()], str(told.value)
 
 
@@ -59,7 +60,8 @@ def two_steps(rank: int) -> tuple[list[StepSums | None], str]:
 def test_both_ranks_read_the_same_sums_one_step_later_and_none_is_dropped_in_silence() -> None:
     first, second = run(2, two_steps)
     assert first == second
-    (nothing, one, two, end), told = first
+    (nothing, *steps, end), told = first
+    one, two = (agreed.sums for agreed in steps)
     assert nothing is None
     assert end is None
     # hashes modulo 2^64
@@ -68,6 +70,7 @@ def test_both_ranks_read_the_same_sums_one_step_later_and_none_is_dropped_in_sil
     assert (two.preempted, two.terminated, two.not_finite) == (1, 0, 1)
     assert two.mean_loss(2) is None
     assert "not read" in told
+    assert [(agreed.wait_s, agreed.wait_rank) for agreed in steps] == [(1.5, 1), (0.5, 0)]
 
 
 @given(st.lists(st.floats(0, 100, width=32), min_size=1, max_size=64), st.randoms())
