@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
+import torch
 
 from data_shards.errors import UserError
 from pipeline.agreement import Agreed, Agreement, StepSums, batch_hash, fixed_point
@@ -160,7 +161,7 @@ class Watch(pl.Callback):
             "replaced": sums.replaced,
             "read_mb_s": sums.bytes_read / 1e6 / run_part["step_s"],
             **{name: getattr(sums, name) for name in (*READ, *READING)},
-            "rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            **_memory(),
         }
         return row, run
 
@@ -184,3 +185,9 @@ class Watch(pl.Callback):
         quiet = max(config.swav.freeze_prototypes_steps, config.optim.warmup_steps)
         wandb_id, prototypes = session.record.wandb_id, config.swav.prototypes
         return Monitor(session.run, config.monitor, config.dump(), wandb_id, prototypes, quiet)
+
+
+def _memory() -> dict[str, int]:
+    """Peaks of this process so far, in bytes. gpu_bytes: as torch handed them out, what `make plan` foretells."""
+    peaks = {"rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    return peaks | ({"gpu_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_initialized() else {})

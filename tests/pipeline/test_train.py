@@ -322,8 +322,8 @@ def test_a_gpu_that_is_full_is_told_in_one_line_with_what_needs_less(tiles: str,
     assert plain == f'{begin}SET="efficiency.activation_checkpointing=true", {sharded}, {end}'
 
 
-def rows(values: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    return [row["result"] for row in read_metrics(Store(f"{values['store']}/{name}"))]
+def rows(values: dict[str, Any], name: str, part: str = "result") -> list[dict[str, Any]]:
+    return [row[part] for row in read_metrics(Store(f"{values['store']}/{name}"))]
 
 
 @pytest.mark.slow
@@ -353,3 +353,6 @@ def test_a_run_that_was_killed_goes_on_with_the_same_crops(
         assert [row[key] for row in straight] == [row[key] for row in killed]
     losses = torch.tensor([[row["loss"] for row in run] for run in (straight, killed)])
     torch.testing.assert_close(losses[0], losses[1], rtol=0 if device == "cpu" else 0.02, atol=0)
+    for spent in rows(values, "straight", "run"):
+        assert spent["rss_bytes"] > 0
+        assert spent.get("gpu_bytes", 0) > 0 if device == "cuda" else "gpu_bytes" not in spent
