@@ -144,7 +144,7 @@ evaluate: .venv/stamp ## neighbours, linear probe of RUN= on labelled sets (BANK
 
 .PHONY: report
 report: .venv/stamp ## evaluate RUN= and write its report, one page (BANK= HELD_OUT= as above, TO=file.html)
-	@$(FARSEER) report $(run_option) $(site_option) "$(or $(BANK),$(error say what to learn from: BANK=s3://...))" "$(or $(HELD_OUT),$(error say what to ask: HELD_OUT=s3://...))" $(if $(TO),--to "$(TO)")
+	@$(FARSEER) report $(run_option) $(site_option) "$(or $(BANK),$(error say what to learn from: BANK=s3://... (make dashboard needs none)))" "$(or $(HELD_OUT),$(error say what to ask: HELD_OUT=s3://...))" $(if $(TO),--to "$(TO)")
 
 .PHONY: dashboard
 dashboard: .venv/stamp ## one page of RUN="a b", or of the newest runs: curves, scores, differences (WATCH=1 STORE= TO=)

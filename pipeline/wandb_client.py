@@ -73,6 +73,7 @@ def _init(mode: Any, folder: Path, identity: dict[str, Any]) -> Any:
         disable_code=True,
         init_timeout=INIT_S,
         finish_timeout=FINISH_S,
+        finish_timeout_raises=True,  # else what W&B has not got by then would count as sent
         x_disable_meta=True,
         x_disable_stats=True,
         x_transaction_log_flush_interval=FLUSH_S,

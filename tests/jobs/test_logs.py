@@ -118,6 +118,7 @@ def test_following_shows_each_line_once_and_whole_until_the_job_is_over(job, mon
 
     monkeypatch.setattr(showing, "state", state)
     monkeypatch.setattr(showing, "FOLLOW_S", 0)
+    monkeypatch.setattr(showing, "ASK_S", 0)
     out = io.StringIO()
     show(job, 10, follow=True, out=out)
     assert out.getvalue() == "0| one\n0| two\n0| three\n"

@@ -279,10 +279,12 @@ def test_rows_that_wandb_lost_with_a_killed_start_or_never_saw_are_sent_by_the_n
         ]
     )
     killed = Run(store, tmp_path, 2)
-    until(lambda: any(wandb_file.rows(path) for path in files(tmp_path)))
-    until(lambda: (tmp_path / "wandb" / "sent.json").exists())
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    try:
+        until(lambda: any(wandb_file.rows(path) for path in files(tmp_path)))
+        until(lambda: (tmp_path / "wandb" / "sent.json").exists())
+    finally:
+        child.kill()
+        child.wait()
     local = local_lines(killed, "metrics")
     last = local[-1]["result"]["step"]
     third = Run(store, tmp_path, 3)
@@ -349,6 +351,37 @@ def test_a_wandb_server_that_cannot_be_reached_leaves_an_offline_run_and_the_key
     (path,) = (path for path in files(tmp_path) if "offline-run" in path.parts[-2])
     assert [row["step"] for row in wandb_file.rows(path)] == [1, 2, 3, 4, 5]
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and key.encode() in path.read_bytes()]
+
+
+def test_what_wandb_has_not_taken_by_the_end_does_not_count_as_sent(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow:
+        """A client whose server takes rows and no end: W&B's own says so by that error where it is told to raise."""
+
+        def log(self, row: dict[str, Any]) -> None:
+            pass
+
+        def finish(self) -> None:
+            raise TimeoutError("Timed out finishing run.")
+
+    monkeypatch.setattr("pipeline.monitor.open_client", lambda *_, **__: Slow())
+    run = Run(store, tmp_path, 1)
+    monitor = open_monitor(run, wandb="offline")
+    feed(monitor, range(1, 4))
+    monitor.close(60.0)
+    (failed,) = local_lines(run, "events")
+    assert failed["reason"] == "Timed out finishing run.; its rows go out with the next start"
+    assert not (tmp_path / "wandb" / "sent.json").exists()
+
+
+def test_wandb_is_told_to_say_when_it_could_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = wandb_client.open_client("offline", tmp_path, lambda why: None, id="run-id", project="x")
+    try:
+        assert client.settings.finish_timeout_raises
+    finally:
+        client.finish()
+        wandb_client.end_service()
 
 
 def test_a_disk_that_wandb_cannot_use_stops_nothing(store: Store, tmp_path: Path) -> None:

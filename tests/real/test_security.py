@@ -88,7 +88,8 @@ def test_no_secret_is_in_store_run_folder_logs_wandb_files_or_slurms_spool_and_t
     assert holding(stored(store), *secrets) == []
     searched = holding(stored(store), b"def submit(")
     assert [f"code/{job.id}.tar.gz"] == searched, "the search must see inside the archive"
-    assert any(name.endswith(".wandb") for name in holding(contents(job.run_dir / "wandb"), b"grad_norm"))
+    rows = holding(contents(job.run_dir / "wandb"), b"grad_norm")
+    assert any(name.endswith(".wandb") for name in rows), (happened, logs(job))
 
 
 def over(job: Job) -> bool:
