@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+TEMPERATURE = 0.07  # of the votes
 _QUERIES = 512  # at a time
 _LOW = 2**31 - 1  # all bits of a float32 but its sign; where that is set, the others order it backwards
 _BLOCK = 8192  # images of the bank that they are compared with at once
@@ -59,7 +60,7 @@ def _wide(features: Tensor) -> Tensor:
     return features.float() if features.dtype == torch.float16 else features
 
 
-def vote(similarities: Tensor, labels: Tensor, classes: int, temperature: float = 0.07) -> Tensor:
+def vote(similarities: Tensor, labels: Tensor, classes: int, temperature: float = TEMPERATURE) -> Tensor:
     """The label with most weight; a neighbour weighs exp(similarity / temperature).
 
     similarities: (Q, k); labels: (Q, k), of the neighbours, whole numbers below `classes`. Returns (Q,); of equal

@@ -6,19 +6,16 @@ same clean images of the bank. Rows where the trained trunk loses stand in the t
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
-from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from data_shards.errors import UserError
-from data_shards.section import Section
 from pipeline.evaluate.baselines import colours, histogram, pixels
 from pipeline.evaluate.copies import found
 from pipeline.evaluate.features import features, with_statistics_of
-from pipeline.evaluate.knn import nearest, vote
-from pipeline.evaluate.probe import DECAYS, fit
+from pipeline.evaluate.knn import TEMPERATURE, nearest, vote
+from pipeline.evaluate.probe import fit
 from pipeline.evaluate.table import COLUMNS, Evaluation, Neighbours, Row
 from pipeline.evaluate.tiles import Tiles
 from pipeline.evaluate.views import Views
@@ -35,42 +32,24 @@ TITLES = {
     "stamps_knn1": "Cut-out → its kind, 1 neighbour, leaving one out",
     "stamps_probe": "Held-out cut-out → its kind, linear probe",
 }
+EXAMPLES = 10  # held-out tiles whose neighbours are kept
+NEIGHBOURS = 5  # of each
 
 
-class EvaluateSettings(Section):
-    """Knobs that change figures: hold them fixed over what is compared."""
-
-    affects_results: ClassVar[bool] = False
-
-    temperature: PositiveFloat = 0.07  # of the neighbours' votes
-    batch: PositiveInt = 128  # images a forward
-    decays: tuple[PositiveFloat, ...] = DECAYS  # of the probe; the best on a fifth of the bank is taken
-    examples: PositiveInt = 10  # held-out tiles whose neighbours are kept
-    neighbours: PositiveInt = 5
-
-
-def evaluate(
-    trained: nn.Module,
-    untrained: nn.Module,
-    bank: Tiles,
-    held_out: Tiles,
-    views: Views,
-    settings: EvaluateSettings | None = None,
-) -> Evaluation:
+def evaluate(trained: nn.Module, untrained: nn.Module, bank: Tiles, held_out: Tiles, views: Views) -> Evaluation:
     """Measure both trunks and both baselines; the same inputs give the same figures.
 
     Trunks map (N, 3, s, s) to (N, C) and are left as they were. views: `render_views(bank, held_out, ...)`.
     Raises UserError when the tiles do not come from two photographs at least.
     """
-    settings = settings or EvaluateSettings()
     photographs, stamps = _photographs(bank, held_out), _stamps(bank, held_out)
     columns = {
-        "trained": _under(trained, views, settings.batch),
-        "untrained": _under(untrained, views, settings.batch),
+        "trained": _under(trained, views),
+        "untrained": _under(untrained, views),
         "histogram": _without_trunk(histogram, views),
         "pixels": _without_trunk(pixels, views),
     }
-    scores = {name: _scores(columns[name], photographs, stamps, settings) for name in COLUMNS}
+    scores = {name: _scores(columns[name], photographs, stamps) for name in COLUMNS}
     tiles = {key: len(right) for key, right in scores["trained"].items()}
     rows = [
         Row(
@@ -89,9 +68,9 @@ def evaluate(
         "photographs": photographs.classes,
         "kinds_of_cut_outs": stamps.classes,
         "size": views.bank.shape[-1],
-        "temperature": settings.temperature,
+        "temperature": TEMPERATURE,
     }
-    return Evaluation(COLUMNS, rows, _examples(trunks, photographs, settings), facts)
+    return Evaluation(COLUMNS, rows, _examples(trunks, photographs), facts)
 
 
 @dataclass(frozen=True)
@@ -139,32 +118,29 @@ def _task(bank: Tiles, held_out: Tiles, in_bank: Tensor, in_held_out: Tensor) ->
     return _Task(in_bank, numbers(left), in_held_out, numbers(right), len(number))
 
 
-def _under(trunk: nn.Module, views: Views, batch: int) -> _Features:
-    measured = with_statistics_of(trunk, views.bank, batch)
-    return _Features(
-        *(features(measured, view, batch) for view in (views.bank, views.held_out, views.distorted, views.grey))
-    )
+def _under(trunk: nn.Module, views: Views) -> _Features:
+    measured = with_statistics_of(trunk, views.bank)
+    return _described(views, lambda view: features(measured, view))
 
 
 def _without_trunk(describe: Callable[[Tensor], Tensor], views: Views) -> _Features:
-    return _Features(
-        *(
-            describe(colours(view, views.mean, views.std))
-            for view in (views.bank, views.held_out, views.distorted, views.grey)
-        )
-    )
+    return _described(views, lambda view: describe(colours(view, views.mean, views.std)))
 
 
-def _scores(f: _Features, photographs: _Task, stamps: _Task, settings: EvaluateSettings) -> dict[str, Tensor]:
+def _described(views: Views, describe: Callable[[Tensor], Tensor]) -> _Features:
+    return _Features(*map(describe, (views.bank, views.held_out, views.distorted, views.grey)))
+
+
+def _scores(f: _Features, photographs: _Task, stamps: _Task) -> dict[str, Tensor]:
     """Row's key -> for each tile whether it came out right, (tiles,) bool."""
     bank, labels = f.bank[photographs.bank], photographs.bank_labels
     clean, asked = f.held_out[photographs.held_out], photographs.held_out_labels
 
     def by_neighbours(queries: Tensor, k: int) -> Tensor:
         similarity, places = nearest(bank, queries, k)
-        return vote(similarity, labels[places], photographs.classes, settings.temperature) == asked
+        return vote(similarity, labels[places], photographs.classes) == asked
 
-    probe = fit(bank, labels, photographs.classes, settings.decays)
+    probe = fit(bank, labels, photographs.classes)
     right = {f"distorted_knn{k}": by_neighbours(f.distorted, k) for k in (1, 5, 20)}
     right |= {
         "distorted_probe": probe.predict(f.distorted) == asked,
@@ -174,29 +150,27 @@ def _scores(f: _Features, photographs: _Task, stamps: _Task, settings: EvaluateS
         "grey_copy": found(clean, f.grey),
     }
     if stamps.classes > 1 and len(stamps.bank) and len(stamps.held_out):
-        right |= _stamp_scores(f.bank[stamps.bank], f.held_out[stamps.held_out], stamps, settings)
+        right |= _stamp_scores(f.bank[stamps.bank], f.held_out[stamps.held_out], stamps)
     return right
 
 
-def _stamp_scores(bank: Tensor, held_out: Tensor, stamps: _Task, settings: EvaluateSettings) -> dict[str, Tensor]:
+def _stamp_scores(bank: Tensor, held_out: Tensor, stamps: _Task) -> dict[str, Tensor]:
     every = torch.cat([bank, held_out])
     labels = torch.cat([stamps.bank_labels, stamps.held_out_labels])
     _, places = nearest(every, every, k=1, leave_one_out=True)
-    probe = fit(bank, stamps.bank_labels, stamps.classes, settings.decays)
+    probe = fit(bank, stamps.bank_labels, stamps.classes)
     return {
         "stamps_knn1": labels[places[:, 0]] == labels,
         "stamps_probe": probe.predict(held_out) == stamps.held_out_labels,
     }
 
 
-def _examples(trunks: dict[str, _Features], photographs: _Task, settings: EvaluateSettings) -> list[Neighbours]:
+def _examples(trunks: dict[str, _Features], photographs: _Task) -> list[Neighbours]:
     """Neighbours of tiles spread evenly over the held-out ones, sorted by photograph: no result has a say in which."""
     ordered = photographs.held_out_labels.argsort(stable=True)
-    count = min(settings.examples, len(ordered))
+    count = min(EXAMPLES, len(ordered))
     shown = ordered[[(2 * n + 1) * len(ordered) // (2 * count) for n in range(count)]]
-    best = {
-        name: nearest(f.bank[photographs.bank], f.distorted[shown], settings.neighbours) for name, f in trunks.items()
-    }
+    best = {name: nearest(f.bank[photographs.bank], f.distorted[shown], NEIGHBOURS) for name, f in trunks.items()}
     return [
         Neighbours(
             query=int(photographs.held_out[place]),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from data_shards.errors import UserError
-from pipeline.evaluate.suite import EvaluateSettings, evaluate
+from pipeline.evaluate.suite import evaluate
 from pipeline.evaluate.table import Evaluation, Neighbours, Row
 from pipeline.evaluate.tiles import Tiles
 from pipeline.evaluate.views import Views
@@ -122,7 +122,7 @@ def test_examples_are_spread_over_photographs_and_their_neighbours_come_from_the
 def test_without_cut_outs_their_rows_are_left_out(views: Views) -> None:
     held_out = tiles_of(list(HELD_OUT.labels[:18]))
     clean = Views(views.bank, views.held_out[:18], views.distorted, views.grey, MEAN, STD)
-    table = evaluate(Trunk(0), Trunk(1), BANK, held_out, clean, EvaluateSettings(decays=(0.1,)))
+    table = evaluate(Trunk(0), Trunk(1), BANK, held_out, clean)
     assert "stamps_knn1" not in {row.key for row in table.rows}
     with pytest.raises(KeyError):
         table.row("stamps_probe")
