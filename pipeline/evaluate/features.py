@@ -4,10 +4,9 @@ import copy
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import update_bn
 
 
-@torch.no_grad()
 def with_statistics_of(trunk: nn.Module, images: Tensor, batch: int = 128) -> nn.Module:
     """A copy of the trunk, in evaluation mode, whose batch-norm statistics are means over batches of `images`.
 
@@ -16,15 +15,9 @@ def with_statistics_of(trunk: nn.Module, images: Tensor, batch: int = 128) -> nn
     """
     copied = copy.deepcopy(trunk).eval()
     copied.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    norms = [module for module in copied.modules() if isinstance(module, _BatchNorm)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a mean over all batches
-        norm.train()
     count = -(-len(images) // batch)
-    for first in range(count if norms else 0):
-        copied(_to(images[first::count], copied))
-    return copied.eval()
+    update_bn((_to(images[first::count], copied) for first in range(count)), copied)
+    return copied
 
 
 @torch.no_grad()
