@@ -1,4 +1,4 @@
-"""Nearest neighbours by cosine similarity, and what they say an image shows."""
+"""Nearest neighbours by cosine similarity: what they say an image shows, and whether a copy finds its original."""
 
 import torch
 from torch import Tensor
@@ -70,3 +70,9 @@ def vote(similarities: Tensor, labels: Tensor, classes: int, temperature: float 
     weights = ((similarities - nearest_first) / temperature).double().exp()  # one factor for all: the winner stays
     scores = weights.new_zeros(len(labels), classes).scatter_add_(1, labels, weights)
     return scores.argmax(dim=1)
+
+
+def found(originals: Tensor, copies: Tensor) -> Tensor:
+    """Whether copy i is more similar to original i than to any other. Both (N, C), returns (N,) bool."""
+    _, places = nearest(originals, copies, k=1)
+    return places[:, 0] == places.new_tensor(range(len(copies)))

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from data_shards.errors import UserError
 from pipeline.evaluate.baselines import colours, histogram, pixels
-from pipeline.evaluate.copies import found
 from pipeline.evaluate.features import features, with_statistics_of
-from pipeline.evaluate.knn import TEMPERATURE, nearest, vote
+from pipeline.evaluate.knn import TEMPERATURE, found, nearest, vote
 from pipeline.evaluate.probe import fit
 from pipeline.evaluate.table import COLUMNS, Evaluation, Neighbours, Row
 from pipeline.evaluate.tiles import Tiles
