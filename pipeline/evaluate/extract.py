@@ -36,7 +36,7 @@ from data_shards.progress import Progress, quiet
 from data_shards.removed import Removed, read_removed
 from data_shards.store import Store
 from pipeline import snapshot
-from pipeline.augment import AugmentSettings, Draws
+from pipeline.augment import AugmentSettings
 from pipeline.evaluate.tiles import unusable
 from pipeline.evaluate.views import first_undecodable, plain
 from pipeline.pixels import Encoded, Graph, UndecodableError
@@ -226,7 +226,7 @@ def _encoded(made: Features, batches: Iterable[Ids]) -> Generator[tuple[Ids, Enc
                     raise _unusable(made, sample, found.reason)
             images = [found for found in fetched if isinstance(found, Payload)]
             sizes = np.array([(image.height, image.width) for image in images], np.int64)
-            yield ids, Encoded([image.data for image in images], sizes, [_seen(sizes, made.size)])
+            yield ids, Encoded([image.data for image in images], sizes, [plain(sizes, made.size, SHARE)])
 
 
 def _fetched(shards: ShardSet, batches: Iterable[Ids]) -> Generator[tuple[Ids, list[Fetched]], None, None]:
@@ -254,7 +254,3 @@ def _fetched(shards: ShardSet, batches: Iterable[Ids]) -> Generator[tuple[Ids, l
         for _, coming in ahead:
             coming.cancel()
         shards.store.submit(close()).result()
-
-
-def _seen(sizes: NDArray[np.int64], size: int) -> Draws:
-    return plain(sizes, size, SHARE)

@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 from data_shards.errors import UserError
 from data_shards.index import ShardSet
 from data_shards.removed import read_removed
-
-Ids = NDArray[np.int64]
+from pipeline.evaluate.tiles import unlabelled
 
 
 @dataclass(frozen=True)
@@ -68,8 +67,5 @@ def _labels(shards: ShardSet) -> Any:
     gone[read_removed(shards).ids.astype(np.int64)] = True
     labels = pc.if_else(pa.array(gone), "", pc.fill_null(labels, ""))
     if missing := int(pc.sum(pc.equal(labels, "")).as_py()) - int(gone.sum()):
-        raise UserError(
-            f"{shards.store.url}: {missing:,} of {len(labels):,} images have no label, and an evaluation needs one for "
-            "each; pack it from folders named by what they show, or evaluate on another set"
-        )
+        raise unlabelled(shards.store.url, missing, len(labels))
     return labels

@@ -56,10 +56,7 @@ def read_tiles(shards: ShardSet) -> Tiles:
     table = rows.take(ids).to_pydict()
     labels = [label or "" for label in table["label"]]
     if "" in labels:
-        raise UserError(
-            f"{shards.store.url}: {labels.count('')} of {len(labels)} images have no label, and an evaluation needs "
-            "one for each; pack it from folders named by what they show, or evaluate on another set"
-        )
+        raise unlabelled(shards.store.url, labels.count(""), len(labels))
     images: list[bytes] = []
     places = zip(map(shards.locate, ids.tolist()), table["offset"], table["size"], strict=True)
     for shard, group in groupby(places, lambda place: place[0][0]):
@@ -68,6 +65,14 @@ def read_tiles(shards: ShardSet) -> Tiles:
         images += [data[offset : offset + size] for _, offset, size in group]
     sizes = np.column_stack([table["height"], table["width"]]).astype(np.int64)
     return Tiles(images, labels, sizes, ids, shards.store.url, table["key"])
+
+
+def unlabelled(url: str, missing: int, images: int) -> UserError:
+    """What to say of a set that has images without a label."""
+    return UserError(
+        f"{url}: {missing:,} of {images:,} images have no label, and an evaluation needs one for each; pack it from "
+        "folders named by what they show, or evaluate on another set"
+    )
 
 
 def unusable(url: str, key: str, reason: str) -> UserError:
