@@ -5,7 +5,6 @@ is there at once.
 """
 
 import json
-import math
 import re
 import threading
 import warnings
@@ -43,8 +42,8 @@ class Journal:
         The file is closed each time, which shows the line to other machines of a shared disk. A disk that refuses does
         not stop anything: the line goes to the store alone.
         """
-        kept: dict[str, Any] = _finite(line)
-        text = json.dumps(kept, allow_nan=False).encode() + b"\n"
+        kept: dict[str, Any] = json.loads(json.dumps(line), parse_constant=lambda name: None)
+        text = json.dumps(kept).encode() + b"\n"
         with self._lines:
             self._pending.append(text)
             try:
@@ -86,10 +85,13 @@ class Journal:
 
 
 def json_lines(path: Path, start: int = 0) -> list[bytes]:
-    """The lines of a file from a byte on, without those that were cut; none when there is no file."""
+    """The lines of a file, without those that were cut; none when there is no file.
+
+    start: a byte, from the end if it is negative.
+    """
     try:
         with path.open("rb") as file:
-            file.seek(start)
+            file.seek(start if start >= 0 else max(0, start + path.stat().st_size))
             lines = file.read().split(b"\n")
     except FileNotFoundError:
         return []
@@ -98,14 +100,14 @@ def json_lines(path: Path, start: int = 0) -> list[bytes]:
 
 def last_line(path: Path) -> dict[str, Any] | None:
     """The last whole line of a file; None when it has none, or there is no file."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - TAIL_BYTES))
-            lines = [line for line in file.read().split(b"\n") if _is_json(line)]
-    except FileNotFoundError:
-        return None
+    lines = json_lines(path, -TAIL_BYTES)
     found: dict[str, Any] | None = json.loads(lines[-1]) if lines else None
     return found
+
+
+def attempt_folders(folder: Path) -> dict[int, Path]:
+    """By their numbers, the lowest first, what a run's attempts have in its folder on the shared disk."""
+    return dict(sorted((int(path.name[1:]), path) for path in folder.glob("a[0-9]*")))
 
 
 def read_events(store: Store) -> list[dict[str, Any]]:
@@ -154,11 +156,3 @@ def _is_json(line: bytes) -> bool:
         return isinstance(json.loads(line), dict)
     except ValueError:
         return False
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import PositiveFloat, PositiveInt
 
 from data_shards.section import Section
-from pipeline.journal import json_lines
+from pipeline.journal import attempt_folders, json_lines
 from pipeline.wandb_client import Mode, end_service, one_line, open_client
 
 if TYPE_CHECKING:  # pipeline.run reads a config, of which the settings below are a section
@@ -193,8 +193,7 @@ class WandbRows:
         """Rows of earlier attempts between the last step sent and `first`, in order; a later attempt's counts."""
         rows: dict[int, dict[str, Any]] = {}
         if self._sent + 1 < first:
-            folders = self._run.local.parent.glob("a[0-9]*")
-            for folder in sorted(folders, key=lambda path: int(path.name[1:])):
+            for folder in attempt_folders(self._run.local.parent).values():
                 if folder != self._run.local:
                     rows |= {
                         row["result"]["step"]: row for row in map(json.loads, json_lines(folder / "metrics.jsonl"))

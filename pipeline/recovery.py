@@ -7,14 +7,14 @@ nothing.
 from pathlib import Path
 from typing import Any
 
-from pipeline.journal import last_line
+from pipeline.journal import attempt_folders, last_line
 
 
 class Recovery:
     """folder: the run's on the shared disk. attempt: this one. start: the step that it goes on from."""
 
     def __init__(self, folder: Path, attempt: int, start: int) -> None:
-        earlier = [path for path in folder.glob("a[0-9]*/metrics.jsonl") if int(path.parent.name[1:]) < attempt]
+        earlier = [path / "metrics.jsonl" for number, path in attempt_folders(folder).items() if number < attempt]
         last = [row for row in map(last_line, earlier) if row is not None]
         self._start = start
         self._reached = max((row["result"]["step"] for row in last), default=None)

@@ -34,7 +34,7 @@ from data_shards.mixture import mixed, parts_of
 from data_shards.order import ORDER_VERSION, Order, make_order
 from data_shards.store import AlreadyExists, NotFound, Store
 from pipeline.config import Config, differences, parse
-from pipeline.journal import Journal
+from pipeline.journal import Journal, attempt_folders
 
 
 class Superseded(UserError):
@@ -202,10 +202,10 @@ class Run:
 
         Folders of this number or above are of another run that had the same name; their lines are put aside.
         """
-        for folder in sorted(self.local.parent.glob("a[0-9]*"), key=lambda path: int(path.name[1:])):
+        for number, folder in attempt_folders(self.local.parent).items():
             for name in ("metrics", "events"):
                 path = folder / f"{name}.jsonl"
-                if int(folder.name[1:]) >= self.attempt:
+                if number >= self.attempt:
                     _put_aside(path)
                 else:
                     left = Journal(path, self.store, f"{name}/a{self.attempt:02d}-left-by-{folder.name}")
