@@ -17,8 +17,7 @@ from pipeline.agreement import Agreed, Agreement, StepSums, batch_hash, fixed_po
 from pipeline.checkpoint import Found
 from pipeline.loader import Batch, Loader
 from pipeline.module import StepResult, SwAV
-from pipeline.monitor import CLOSE_S, Monitor
-from pipeline.recovery import Recovery
+from pipeline.monitor import CLOSE_S, Monitor, Recovery
 from pipeline.weights import begin
 
 if TYPE_CHECKING:

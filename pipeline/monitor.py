@@ -12,12 +12,13 @@ import threading
 import time
 from collections import deque
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import PositiveFloat, PositiveInt
 
 from data_shards.section import Section
-from pipeline.journal import attempt_folders, json_lines
+from pipeline.journal import attempt_folders, json_lines, last_line
 from pipeline.wandb_client import Mode, end_service, one_line, open_client
 
 if TYPE_CHECKING:  # pipeline.run reads a config, of which the settings below are a section
@@ -117,6 +118,28 @@ class Monitor:
             reason = f"collapse: mean loss {mean:.4f} of {len(self._losses)} steps, ln K is {self._ln_k:.4f}"
             self.run.event("alarm", step=result["step"], reason=reason)
         self._alarmed = near
+
+
+class Recovery:
+    """How long a start took to bring its run forward again, told once, when it has come to a step that is new.
+
+    folder: the run's on the shared disk, with the rows of earlier attempts; a start at another site, which has none,
+    tells nothing. attempt: this one. start: the step that it goes on from.
+    """
+
+    def __init__(self, folder: Path, attempt: int, start: int) -> None:
+        earlier = [path / "metrics.jsonl" for number, path in attempt_folders(folder).items() if number < attempt]
+        last = [row for row in map(last_line, earlier) if row is not None]
+        self._start = start
+        self._reached = max((row["result"]["step"] for row in last), default=None)
+        self._heard = max((row["run"]["time"] for row in last), default=0.0)
+
+    def step(self, step: int, time: float) -> dict[str, Any] | None:
+        """A step has ended, at that time; what to tell if it is the first new one."""
+        if self._reached is None or step <= self._reached:
+            return None
+        redone, self._reached = max(0, self._reached - self._start), None
+        return {"step": step, "seconds": round(time - self._heard, 1), "redone": redone}
 
 
 class WandbRows:

@@ -1,7 +1,7 @@
 import json
 from pathlib import Path
 
-from pipeline.recovery import Recovery
+from pipeline.monitor import Recovery
 
 
 def attempt(folder: Path, number: int, *rows: tuple[int, float]) -> None:
