@@ -13,9 +13,13 @@ import signal
 import time
 from contextlib import suppress
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import pytorch_lightning as pl
 from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
+
+if TYPE_CHECKING:
+    from pipeline.train import Launch
 
 
 class StopRequest:
@@ -75,12 +79,9 @@ def _replace(owner: object, name: str, function: object) -> None:
 class RankEnvironment(ClusterEnvironment):
     """Ranks as the launch gave them, whoever launched."""
 
-    def __init__(
-        self, rank: int, local_rank: int, local_world_size: int, world_size: int, address: str, port: int
-    ) -> None:
+    def __init__(self, launch: "Launch") -> None:
         super().__init__()
-        self._rank, self._local_rank, self._local_world_size = rank, local_rank, local_world_size
-        self._world_size, self._address, self._port = world_size, address, port
+        self._launch = launch
 
     @property
     def creates_processes_externally(self) -> bool:
@@ -88,30 +89,30 @@ class RankEnvironment(ClusterEnvironment):
 
     @property
     def main_address(self) -> str:
-        return self._address
+        return self._launch.master_addr
 
     @property
     def main_port(self) -> int:
-        return self._port
+        return self._launch.master_port
 
     @staticmethod
     def detect() -> bool:
         return False
 
     def world_size(self) -> int:
-        return self._world_size
+        return self._launch.world_size
 
     def set_world_size(self, size: int) -> None:
         """Fixed by the launch."""
 
     def global_rank(self) -> int:
-        return self._rank
+        return self._launch.rank
 
     def set_global_rank(self, rank: int) -> None:
         """Fixed by the launch."""
 
     def local_rank(self) -> int:
-        return self._local_rank
+        return self._launch.local_rank
 
     def node_rank(self) -> int:
-        return self._rank // self._local_world_size
+        return self._launch.rank // self._launch.local_world_size

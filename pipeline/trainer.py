@@ -42,16 +42,8 @@ def build_trainer(config: Config, launch: "Launch", request: StopRequest, callba
 
 
 def _replicated(config: Config, launch: "Launch") -> dict[str, Any]:
-    environment = RankEnvironment(
-        launch.rank,
-        launch.local_rank,
-        launch.local_world_size,
-        launch.world_size,
-        launch.master_addr,
-        launch.master_port,
-    )
     strategy = DDPStrategy(
-        cluster_environment=environment,
+        cluster_environment=RankEnvironment(launch),
         broadcast_buffers=False,
         gradient_as_bucket_view=True,
         find_unused_parameters=config.efficiency.deterministic,

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from jobs.daemons import wait_until
 from pipeline.signals import RankEnvironment, StopRequest, own_signals
+from pipeline.train import Launch
 from tests.pipeline.distributed import run
 
 STEPS = 6
@@ -164,7 +165,7 @@ def train_with_a_sigterm_on_rank_0(rank: int) -> tuple[int, bool, int]:
 
     for name in ("broadcast", "barrier", "all_reduce", "all_gather"):
         setattr(dist, name, counted(getattr(dist, name)))
-    environment = RankEnvironment(rank, rank, 2, 2, "127.0.0.1", 0)
+    environment = RankEnvironment(Launch("", "", rank, rank, 2, 2, "127.0.0.1", 0))
     ours = trainer(strategy=DDPStrategy(cluster_environment=environment), devices=2, use_distributed_sampler=False)
     module, request = Tiny(signal.SIGTERM if rank == 0 else None), StopRequest()
     own_signals(ours, request)
@@ -190,7 +191,7 @@ def test_a_sigterm_on_one_of_two_ranks_neither_stops_them_nor_makes_lightning_ta
 
 
 def test_ranks_are_those_that_the_launch_gave() -> None:
-    environment = RankEnvironment(5, 1, 4, 8, "node-a", 1234)
+    environment = RankEnvironment(Launch("", "", 5, 1, 4, 8, "node-a", 1234))
     assert (environment.global_rank(), environment.local_rank(), environment.node_rank()) == (5, 1, 1)
     assert (environment.world_size(), environment.main_address, environment.main_port) == (8, "node-a", 1234)
     environment.set_global_rank(0)
