@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -49,13 +49,12 @@ class Ranks:
             value = work()
         except Exception as error:  # noqa: BLE001 - raised again below, when the others know
             own = error
-        failure = None if own is None else _Failure.of(own).dump()
-        answers = self.exchange([value, failure])
+        answers = self.exchange([value, None if own is None else _told(own)])
         if own is not None:
             raise own
         for rank, (_, failed) in enumerate(answers):
             if failed is not None:
-                raise _Failure(*failed).elsewhere(rank)
+                raise _elsewhere(rank, *failed)
         return [value for value, _ in answers]
 
     def from_first(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -84,28 +83,17 @@ def same_removed(shards: ShardSet, ranks: Ranks) -> Removed:
     return Removed.of(ranks.from_first(ids), counts)
 
 
-@dataclass(frozen=True)
-class _Failure:
+def _told(error: Exception) -> tuple[str, int, bool, bool]:
     """What other ranks are told of an error."""
+    text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return text, getattr(error, "exit_code", 1), may_pass(error), isinstance(error, Unavailable)
 
-    text: str
-    exit_code: int
-    passing: bool
-    unavailable: bool
 
-    @classmethod
-    def of(cls, error: Exception) -> "_Failure":
-        text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        return cls(text, getattr(error, "exit_code", 1), may_pass(error), isinstance(error, Unavailable))
-
-    def dump(self) -> list[Any]:
-        return list(astuple(self))
-
-    def elsewhere(self, rank: int) -> UserError:
-        """The error that the others raise, which is judged as that of the rank is."""
-        error = (Unavailable if self.unavailable else UserError)(f"rank {rank}: {self.text}")
-        error.exit_code, error.passing = self.exit_code, self.passing
-        return error
+def _elsewhere(rank: int, text: str, exit_code: int, passing: bool, unavailable: bool) -> UserError:
+    """The error that the others raise, which is judged as that of the rank is."""
+    error = (Unavailable if unavailable else UserError)(f"rank {rank}: {text}")
+    error.exit_code, error.passing = exit_code, passing
+    return error
 
 
 def _decode(data: torch.Tensor) -> Any:
