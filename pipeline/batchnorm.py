@@ -48,7 +48,7 @@ def commit_statistics(module: nn.Module, keep: bool) -> None:
         norm.pending.clear()
 
 
-def average_running_statistics(module: nn.Module, group: ProcessGroup | None = None) -> None:
+def average_running_statistics(module: nn.Module) -> None:
     """Set the running statistics to their mean over the ranks, before a checkpoint or an evaluation.
 
     A moving average is linear, so that averaging now and then changes nothing in the end. One collective, in float64,
@@ -58,8 +58,8 @@ def average_running_statistics(module: nn.Module, group: ProcessGroup | None = N
     if not buffers or not dist.is_initialized():
         return
     flat = torch.cat([buffer.double() for buffer in buffers])
-    dist.all_reduce(flat, group=group)
-    flat /= dist.get_world_size(group)
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
     means = torch.split(flat, [buffer.numel() for buffer in buffers])
     for buffer, mean in zip(buffers, means, strict=True):
         buffer.copy_(mean)
@@ -127,7 +127,8 @@ class GroupBatchNorm(nn.Module):
 
     def _across_ranks(self, x: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
         if not x.is_cuda:
-            return _across_cpus(x, self.weight, self.bias, self.eps, group)
+            result: tuple[Tensor, Tensor, Tensor] = _AcrossRanks.apply(x, self.weight, self.bias, self.eps, group)  # type: ignore[no-untyped-call]
+            return result
         mean, variance = self._blank()
         running = (mean, variance, self.eps, 1.0)
         ranks = dist.get_world_size(group)
@@ -202,14 +203,6 @@ class _AcrossGPUs(TorchsAcrossGPUs):
         ctx.save_for_backward(x, weight, mean, inverse_std, counts.to(torch.int32))
         ctx.process_group = group
         return torch.batch_norm_elemt(x, weight, bias, mean, inverse_std, eps)
-
-
-def _across_cpus(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, group: ProcessGroup
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(normalised, mean, unbiased variance) of the rows of all ranks of the group; two of (C,)."""
-    result: tuple[Tensor, Tensor, Tensor] = _AcrossRanks.apply(x, weight, bias, eps, group)  # type: ignore[no-untyped-call]
-    return result
 
 
 def _norms(module: nn.Module) -> Iterator[GroupBatchNorm]:

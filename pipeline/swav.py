@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup, ReduceOp
+from torch.distributed import ReduceOp
 from torch.nn import functional
 
 from data_shards.errors import UserError
@@ -39,7 +39,7 @@ class SwAVSettings(Section):
 
 
 @torch.no_grad()
-def sinkhorn(scores: Tensor, epsilon: float, iterations: int, group: ProcessGroup | None = None) -> Tensor:
+def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
     """Spread the samples of all ranks evenly over the prototypes.
 
     scores: (..., B, K), cosine similarities of this rank's B samples to K prototypes, any type; each leading index
@@ -51,7 +51,7 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int, group: ProcessGrou
     log_q = scores.float() / epsilon
     log_q += (log_q * 0).sum()  # NaN when one is not finite
     for _ in range(iterations):
-        log_q -= _log_sum_exp_of_samples(log_q, group)  # each prototype gets the same mass
+        log_q -= _log_sum_exp_of_samples(log_q)  # each prototype gets the same mass
         log_q -= log_q.logsumexp(-1, keepdim=True)  # each sample gives the mass 1
     return log_q.exp()
 
@@ -174,7 +174,7 @@ class Queue(nn.Module):
 
 
 @torch.no_grad()
-def prototype_usage(scores: Tensor, codes: Tensor, group: ProcessGroup | None = None) -> tuple[float, float]:
+def prototype_usage(scores: Tensor, codes: Tensor) -> tuple[float, float]:
     """How the global batch uses the prototypes; a collapse shows here first.
 
     scores, codes: (..., K), of the assigning views. Returns the share of prototypes that are some view's first choice
@@ -185,24 +185,24 @@ def prototype_usage(scores: Tensor, codes: Tensor, group: ProcessGroup | None = 
     chosen = torch.bincount(scores.argmax(-1).flatten(), minlength=prototypes).float()
     entropy = -torch.special.xlogy(codes, codes).sum()
     sums = torch.cat([chosen, torch.stack([chosen.sum(), entropy])])
-    _all_reduce(sums, ReduceOp.SUM, group)
+    _all_reduce(sums, ReduceOp.SUM)
     used, share = torch.stack([(sums[:-2] > 0).float().mean(), sums[-1] / sums[-2] / math.log(prototypes)]).tolist()
     return used, share
 
 
-def _log_sum_exp_of_samples(log_q: Tensor, group: ProcessGroup | None) -> Tensor:
+def _log_sum_exp_of_samples(log_q: Tensor) -> Tensor:
     """(..., 1, K): ln of the sum of exp over the samples of all ranks."""
     largest = log_q.amax(-2, keepdim=True)
-    _all_reduce(largest, ReduceOp.MAX, group)
+    _all_reduce(largest, ReduceOp.MAX)
     total = (log_q - largest).exp().sum(-2, keepdim=True)
-    _all_reduce(total, ReduceOp.SUM, group)
+    _all_reduce(total, ReduceOp.SUM)
     return largest + total.log()
 
 
-def _all_reduce(tensor: Tensor, operation: "ReduceOp.RedOpType", group: ProcessGroup | None) -> None:
-    """In place over the ranks of the group (None: all); nothing where this process is alone."""
+def _all_reduce(tensor: Tensor, operation: "ReduceOp.RedOpType") -> None:
+    """In place over all ranks; nothing where this process is alone."""
     if dist.is_initialized():
-        dist.all_reduce(tensor, operation, group=group)
+        dist.all_reduce(tensor, operation)
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
