@@ -5,8 +5,8 @@ Rates in the settings are for 256 images and grow with the batch. Sources: SwAV 
 """
 
 import math
-from collections.abc import Callable, Iterable
-from typing import ClassVar, Literal, overload
+from collections.abc import Iterable
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
@@ -76,23 +76,12 @@ class Larc(torch.optim.Optimizer):
     def __init__(self, parameters: Iterable[nn.Parameter], momentum: float, weight_decay: float, trust: float) -> None:
         super().__init__(parameters, {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay, "trust": trust})
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Moves the parameters that have a gradient. The closure is called first, when given."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self) -> None:  # type: ignore[override]  # no closure, which would evaluate the loss again
+        """Moves the parameters that have a gradient."""
         for group in self.param_groups:
             if moving := [parameter for parameter in group["params"] if parameter.grad is not None]:
                 self._move(moving, [parameter.grad for parameter in moving], group)
-        return loss
 
     def _move(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, float]) -> None:
         """Of all at once: a kernel for each small operation on each parameter would keep a GPU waiting for the host.
