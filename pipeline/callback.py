@@ -14,7 +14,7 @@ import torch
 
 from data_shards.errors import UserError
 from pipeline.agreement import Agreed, Agreement, StepSums, batch_hash, fixed_point
-from pipeline.checkpoint import Found
+from pipeline.commit import Manifest
 from pipeline.loader import Batch, Loader
 from pipeline.module import StepResult, SwAV
 from pipeline.monitor import CLOSE_S, Monitor, Recovery
@@ -32,7 +32,7 @@ SKIPS_ALLOWED = 3  # steps in a row whose gradients are not finite
 class Watch(pl.Callback):
     """Between the steps: agrees with the other ranks, writes the rows, saves when it is time."""
 
-    def __init__(self, session: "Session", module: SwAV, loader: Loader, found: Found | None) -> None:
+    def __init__(self, session: "Session", module: SwAV, loader: Loader, found: Manifest | None) -> None:
         self.session, self.module, self.loader = session, module, loader
         self.agreement = Agreement(session.control)
         self._watchdog = session.watchdog

@@ -14,7 +14,6 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -27,7 +26,7 @@ from data_shards.errors import BadHost, UserError
 from data_shards.section import Section
 from data_shards.store import Denied, Store
 from pipeline import commit, leftovers, snapshot
-from pipeline.commit import Damaged, Fence, File, Part, Place, Retention
+from pipeline.commit import Damaged, Fence, File, Manifest, Part, Place, Retention
 from pipeline.ranks import Ranks
 from pipeline.sender import POLL_S, Save, Sender
 
@@ -53,18 +52,6 @@ class NotCommitted(UserError):
     """The last save did not reach the store in time. It is on the nodes' disks, and the next start sends it."""
 
     passing = True
-
-
-@dataclass(frozen=True)
-class Found:
-    """A checkpoint that was verified. `path` is its folder in the run's store, `extra` what `save` was given."""
-
-    step: int
-    attempt: int
-    path: str
-    world_size: int
-    extra: dict[str, Any]
-    files: tuple[File, ...]
 
 
 class Checkpointer:
@@ -141,7 +128,7 @@ class Checkpointer:
         """Return when what the last save has made superfluous is deleted, or when the time is over."""
         self._sender.tidy(time.monotonic() + timeout_s)
 
-    def newest(self) -> Found | None:
+    def newest(self) -> Manifest | None:
         """The checkpoint to go on from: highest step, then highest attempt, with this fingerprint and its bytes whole.
 
         Completes first what a killed attempt left on the nodes. Each file is downloaded and hashed by one rank. A
@@ -157,9 +144,7 @@ class Checkpointer:
         )
         passed: list[tuple[Place, str]] = []
         found = None
-        for name in self._ranks.together(self._committed_names)[0]:
-            place = Place.parse(name)
-            assert place is not None
+        for place in (Place(*numbers) for numbers in self._ranks.together(self._committed)[0]):
             found, complaint = self._examine(place)
             if found is not None:
                 break
@@ -169,34 +154,33 @@ class Checkpointer:
         self._sender.damaged = {place for place, _ in passed}
         self._known_step = found.step if found else None
         for place, complaint in passed if self._ranks.rank == 0 else ():
-            then = f"going on from {Path(found.path).name}" if found else "no older one is whole: starting from step 0"
+            then = f"going on from {found.place.name}" if found else "no older one is whole: starting from step 0"
             self._event("checkpoint damaged", step=place.step, checkpoint=place.path, reason=f"{complaint}; {then}")
         return found
 
-    def load(self, found: Found, state: dict[str, Tensor]) -> None:
+    def load(self, found: Manifest, state: dict[str, Tensor]) -> None:
         """Fill the given tensors in place, on whichever rank and device they are now.
 
         Raises UserError on all ranks, with nothing changed, naming the first tensor that is missing in the checkpoint,
         has another shape or type, or is in the checkpoint and wanted by no rank; BadHost when a file, which was whole
         when it was verified, does not arrive so.
         """
-        place = Place(found.step, found.attempt)
-        folder = self._fetched / place.name
+        place = found.place
         files = order_for(self._ranks.rank, found.files)
         self._ranks.together(lambda: self._fetch_verified(place, files))
-        saved = snapshot.Saved(folder)
-        self._ranks.together(lambda: _fits(saved.mismatch(state), found.path))
+        saved = snapshot.Saved(self._fetched / place.name)
+        self._ranks.together(lambda: _fits(saved.mismatch(state), place.path))
         wanted = self._ranks.exchange([int(name in state) for name in saved.names])
         unwanted = [name for name, *asked in zip(saved.names, *wanted, strict=True) if not any(asked)]
-        _fits(f"it has a tensor {unwanted[0]}, which this run does not know" if unwanted else None, found.path)
+        _fits(f"it has a tensor {unwanted[0]}, which this run does not know" if unwanted else None, place.path)
         saved.read_into(state)
         self._ranks.exchange(None)  # nobody removes what another still reads
         self._drop_fetched(place)
 
-    def forget(self, found: Found) -> None:
+    def forget(self, found: Manifest) -> None:
         """Remove from this machine what `newest` has fetched, where nobody loads it."""
         self._ranks.exchange(None)  # nobody removes what another still fetches
-        self._drop_fetched(Place(found.step, found.attempt))
+        self._drop_fetched(found.place)
 
     def _abandon(self) -> None:
         """Free what killed attempts had begun to upload in parts. This attempt owns the run, and has not begun to."""
@@ -242,26 +226,22 @@ class Checkpointer:
             pause = min(2 * pause, POLL_S[1])
         return True
 
-    def _committed_names(self) -> list[str]:
-        if self._ranks.rank != 0:
-            return []
-        return [place.name for place in commit.committed(commit.survey(self._store))]
+    def _committed(self) -> list[tuple[int, int]]:
+        """Step and attempt of those that exist, the newest first; on rank 0."""
+        places = commit.committed(commit.survey(self._store)) if self._ranks.rank == 0 else []
+        return [(place.step, place.attempt) for place in places]
 
-    def _examine(self, place: Place) -> tuple[Found | None, str | None]:
+    def _examine(self, place: Place) -> tuple[Manifest | None, str | None]:
         """The checkpoint if all ranks find it whole, or what is wrong; neither if its fingerprint is another."""
-        manifests: list[commit.Manifest] = []
+        manifests: list[Manifest] = []
         complaints = self._ranks.together(lambda: self._complaint(place, self._ranks.rank, manifests))
         if any(complaints):
             complaints = self._look_again(place, complaints, manifests)
         if said := next(filter(None, complaints), None):
             return None, said
-        manifest = manifests[0]
-        if manifest.fingerprint != self._fingerprint:
-            return None, None
-        found = Found(place.step, place.attempt, place.path, manifest.world_size, manifest.extra, manifest.files)
-        return found, None
+        return (manifests[0] if manifests[0].fingerprint == self._fingerprint else None), None
 
-    def _complaint(self, place: Place, share: int, manifests: list[commit.Manifest]) -> str | None:
+    def _complaint(self, place: Place, share: int, manifests: list[Manifest]) -> str | None:
         """What is wrong with a rank's share of the files, as they arrive here; adds the manifest to those read."""
         try:
             manifest = commit.read_manifest(self._store, place)
@@ -272,9 +252,7 @@ class Checkpointer:
             return str(damage)
         return None
 
-    def _look_again(
-        self, place: Place, complaints: list[str | None], manifests: list[commit.Manifest]
-    ) -> list[str | None]:
+    def _look_again(self, place: Place, complaints: list[str | None], manifests: list[Manifest]) -> list[str | None]:
         """What each rank that complained says of a second look. Raises BadHost when a rank elsewhere finds it whole.
 
         A bad disk or memory would else send the run back to where no checkpoint is, in front of whole ones.

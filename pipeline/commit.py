@@ -113,6 +113,10 @@ class Manifest:
     files: tuple[File, ...]
     extra: dict[str, Any]
 
+    @property
+    def place(self) -> Place:
+        return Place(self.step, self.attempt)
+
     def encode(self) -> bytes:
         """JSON with its own sha256, so that a flipped byte in it is noticed too. The same parts give the same bytes."""
         body = asdict(self)
@@ -128,8 +132,8 @@ class Manifest:
             manifest = cls(**body | {"files": _files(body["files"])})
         except (ValueError, TypeError, KeyError):
             raise Damaged(f"{place.path}: {MANIFEST} is damaged, it does not have the sha256 that it names") from None
-        if (manifest.step, manifest.attempt) != (place.step, place.attempt):
-            raise Damaged(f"{place.path}: {MANIFEST} belongs to {Place(manifest.step, manifest.attempt).path}")
+        if manifest.place != place:
+            raise Damaged(f"{place.path}: {MANIFEST} belongs to {manifest.place.path}")
         return manifest
 
 

@@ -20,7 +20,8 @@ from data_shards.errors import UserError
 from data_shards.reader import Reader
 from data_shards.store import Store
 from pipeline.callback import Watch
-from pipeline.checkpoint import Checkpointer, Found
+from pipeline.checkpoint import Checkpointer
+from pipeline.commit import Manifest
 from pipeline.config import SAVING, Config
 from pipeline.loader import Loader
 from pipeline.module import SwAV
@@ -196,7 +197,7 @@ class Session:
             stop_by=lambda: self.request.deadline(launch.stop_budget_s),
         )
 
-    def _tell_of_removed(self, found: Found | None) -> None:
+    def _tell_of_removed(self, found: Manifest | None) -> None:
         """A start that replaces removed images says so, and one that does not go on with the list that it had."""
         removed, another = self.removed, found is not None and found.extra.get("removed", "") != self.removed.hash
         if removed.hash or another:

@@ -64,12 +64,12 @@ def test_a_checkpoint_goes_to_s3_and_comes_back_and_its_manifest_is_written_once
     later.load(found, state)
     assert torch.equal(state["weight"], torch.arange(10.0))
     parts = commit.read_parts(store, Place(5, 1), [0])
-    before = store.get(f"{found.path}/MANIFEST.json")
+    before = store.get(f"{found.place.path}/MANIFEST.json")
     commit.put_manifest(store, Place(5, 1), parts, lambda: None)  # the same again: an answer was lost
     other = [commit.Part(0, 1, "f", parts[0].files, {"note": "another"})]
     with pytest.raises(AlreadyExists):
         commit.put_manifest(store, Place(5, 1), other, lambda: None)
-    assert store.get(f"{found.path}/MANIFEST.json") == before
+    assert store.get(f"{found.place.path}/MANIFEST.json") == before
 
 
 @pytest.mark.slow
