@@ -16,6 +16,9 @@ from pipeline import commit
 from pipeline.commit import Damaged, Fence, Part, Place
 from pipeline.ranks import Ranks
 
+PartsOfRanks = dict[int, tuple[Part, Path]]  # and in which folder each lies
+Parts = dict[Place, PartsOfRanks]
+
 
 def complete(
     store: Store, local: Path, attempt: int, fingerprint: str, ranks: Ranks, fence: Fence, event: Callable[..., None]
@@ -34,15 +37,15 @@ def complete(
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _on_disk(local: Path, attempt: int, fingerprint: str) -> dict[Place, dict[int, Path]]:
-    """The parts of earlier attempts by rank; where each lies."""
-    parts: dict[Place, dict[int, Path]] = {}
+def _on_disk(local: Path, attempt: int, fingerprint: str) -> Parts:
+    """Those of earlier attempts."""
+    parts: Parts = {}
     for path in local.glob("step-*/rank-*/rank-*.json"):
         place = Place.parse(path.parent.parent.name)
         if place and place.attempt < attempt:
             part = _read(path.read_bytes)
             if part and part.fingerprint == fingerprint and part.refused is None:
-                parts.setdefault(place, {})[part.rank] = path
+                parts.setdefault(place, {})[part.rank] = (part, path.parent)
     return parts
 
 
@@ -54,13 +57,9 @@ def _read(bytes_of: Callable[[], bytes]) -> Part | None:
         return None
 
 
-def _view(own: dict[Place, dict[int, Path]], store: Store | None, attempt: int, fingerprint: str) -> dict[str, Any]:
+def _view(own: Parts, store: Store | None, attempt: int, fingerprint: str) -> dict[str, Any]:
     """What this rank knows: {checkpoint: [world size, ranks whose parts are there]}; rank 0 adds the store's."""
-    disk = {}
-    for place, parts in own.items():
-        part = _read(next(iter(parts.values())).read_bytes)
-        if part:
-            disk[place.name] = [part.world_size, sorted(parts)]
+    disk = {place.name: [next(iter(parts.values()))[0].world_size, sorted(parts)] for place, parts in own.items()}
     if store is None:
         return {"disk": disk}
     checkpoints = commit.survey(store)
@@ -89,21 +88,20 @@ def _completable(views: list[dict[str, Any]]) -> list[Place]:
 
 
 def _send(
-    store: Store, place: Place, parts: dict[int, Path], attempt: int, fence: Fence, event: Callable[..., None]
+    store: Store, place: Place, parts: PartsOfRanks, attempt: int, fence: Fence, event: Callable[..., None]
 ) -> None:
-    for rank, path in parts.items():
-        part = _read(path.read_bytes)
-        if part is None or store.exists(f"{place.path}/{part.name}") or not _claimed(path.parent, attempt):
+    for rank, (part, folder) in parts.items():
+        if store.exists(f"{place.path}/{part.name}") or not _claimed(folder, attempt):
             continue
         try:
             for file in part.files:
-                commit.check(path.parent / file.name, file, place)
+                commit.check(folder / file.name, file, place)
         except (Damaged, OSError) as error:
             event("leftover damaged", step=place.step, rank=rank, reason=str(error))
             continue
         for file in part.files:
             fence()
-            store.upload(path.parent / file.name, f"{place.path}/{file.name}")
+            store.upload(folder / file.name, f"{place.path}/{file.name}")
         fence()
         store.put(f"{place.path}/{part.name}", part.encode())
 
