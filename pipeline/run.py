@@ -113,11 +113,11 @@ def check_same(store: Store, config: Config, shards: ShardSet, force: bool = Fal
     changed = "; ".join(differences(began_with.results(), config.results()))
     if changed and not force:
         raise UserError(f"{store.url}: began with another config ({changed}); start a new RUN, or FORCE=1 to go on")
-    manifest = shards.manifest
+    manifest, urls = shards.manifest, " + ".join(source.url for source in config.data.sets)
     if (record.layout_id, record.samples) != (manifest.layout_id, manifest.samples):
         raise UserError(
             f"{store.url}: began on shards with layout {record.layout_id} ({record.samples} samples), "
-            f"{_urls(config)} has {manifest.layout_id} ({manifest.samples}); point data.url at the first ones, "
+            f"{urls} has {manifest.layout_id} ({manifest.samples}); point data.url at the first ones, "
             f"or start a new RUN"
         )
 
@@ -147,10 +147,6 @@ def _open(store: Store, layout_id: str | None) -> ShardSet:
     """The version of a set with that layout; the newest when there is none, of which check_same will tell."""
     known = layout_id is not None and store.exists(manifest_path(layout_id))
     return ShardSet.open(store, layout_id if known else None)
-
-
-def _urls(config: Config) -> str:
-    return " + ".join(source.url for source in config.data.sets)
 
 
 class Run:
@@ -224,16 +220,10 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": {found.name: found.version for found in metadata.distributions()},
         "cuda": torch.version.cuda,
-        "nccl": _nccl(),
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if usable else None,  # type: ignore[no-untyped-call]
         "driver": driver.read_text().splitlines()[0] if driver.exists() else None,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if usable else [],
     }
-
-
-def _nccl() -> str | None:
-    if not torch.cuda.is_available():
-        return None
-    return ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
 
 
 def _put_aside(path: Path) -> None:
@@ -245,16 +235,12 @@ def _put_aside(path: Path) -> None:
 def _claim(store: Store) -> int:
     taken = [int(Path(entry.path).stem) for entry in store.list("attempts")]
     number = max(taken, default=0) + 1
+    owner = json.dumps({"host": platform.node(), "time": time.time()}).encode()
     while True:
-        try:
-            store.put(
-                _attempt_path(number),
-                json.dumps({"host": platform.node(), "time": time.time()}).encode(),
-                create_only=True,
-            )
+        with suppress(AlreadyExists):
+            store.put(_attempt_path(number), owner, create_only=True)
             return number
-        except AlreadyExists:
-            number += 1
+        number += 1
 
 
 def _attempt_path(number: int) -> str:

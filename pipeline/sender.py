@@ -52,13 +52,8 @@ class Sender:
     def __init__(
         self, store: Store, fence: Fence, event: Callable[..., None], before_commit: Callable[[], None], keep: Retention
     ) -> None:
-        self._store, self._fence, self._event, self._before_commit, self._keep = (
-            store,
-            fence,
-            event,
-            before_commit,
-            keep,
-        )
+        self._store, self._fence, self._event = store, fence, event
+        self._before_commit, self._keep = before_commit, keep
         self._changed = threading.Condition()
         self._saves: list[Save] = []  # not known to be committed
         self._writer: threading.Thread | None = None
