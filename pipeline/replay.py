@@ -80,10 +80,7 @@ def replay(store: Store, step: int, device: str = "auto", progress: Progress = q
     store: the run's folder. device: cpu, cuda or auto. Raises UserError when the run has never started or would not get
     to that step, or an image is there no more.
     """
-    record, config = read_record(store), read_config(store)
-    if record is None:
-        raise UserError(f"{store.url}: no such run; make status lists those that there are")
-    shards, order, config = open_data(config, record=record)
+    shards, order, config = open_data(read_config(store), record=read_record(store))
     last = config.train.length(order)
     if not 1 <= step <= last:
         raise UserError(f"STEP={step}: the steps of {store.url} are 1 to {last:,}")

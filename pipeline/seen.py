@@ -74,9 +74,8 @@ def seen(store: Store, asked: str, progress: Progress = quiet) -> Seen:
 
     Raises UserError when the run has no checkpoint, or no image is known by that.
     """
-    record, config = read_record(store), read_config(store)
-    if record is None:
-        raise UserError(f"{store.url}: no such run; make status lists those that there are")
+    config, record = read_config(store), read_record(store)
+    assert record is not None  # it is put before the config
     shards, order, _ = open_data(config, record=record)
     newest = next(iter(commit.committed(commit.survey(store))), None)
     if newest is None:

@@ -27,7 +27,7 @@ from pipeline.loader import Loader
 from pipeline.module import SwAV
 from pipeline.monitor import close_s
 from pipeline.ranks import Ranks, same_removed
-from pipeline.run import Record, Run, open_data, read_record
+from pipeline.run import Run, open_data, read_record
 from pipeline.signals import StopRequest
 from pipeline.trainer import build_trainer, quieten
 from pipeline.watchdog import Watchdog
@@ -119,8 +119,10 @@ class Session:
         self.ranks = Ranks(launch.rank, launch.world_size, self.control)
         self.store = Store(launch.store, retry_seconds=config.reader.retry_seconds)
         self.run = self._claim(config)
-        self.record = _present(read_record(self.store))
-        self.shards, self.order, self.config = open_data(config, record=self.record)
+        record = read_record(self.store)
+        assert record is not None  # rank 0 has put it, or found it there
+        self.record = record
+        self.shards, self.order, self.config = open_data(config, record=record)
         self.steps = self.config.train.length(self.order)
         self.lanes = self.order.lanes_of(launch.rank, launch.world_size)
         self.removed = same_removed(self.shards, self.ranks)
@@ -263,9 +265,3 @@ def _leave_hung(why: Exception) -> None:
     sys.stderr.write(f"farseer: {why}\n")
     sys.stderr.flush()
     os._exit(1)
-
-
-def _present(record: Record | None) -> Record:
-    if record is None:
-        raise UserError("run.json vanished from the run's folder while it started; start it again")
-    return record
