@@ -106,7 +106,9 @@ class Config(Section):
         if group is not None and lanes % group:
             wrong.append(f"model.batch_norm_lanes: {group} does not divide data.lanes ({lanes})")
         if queue % lanes:
-            wrong.append(f"swav.queue: {queue} samples do not divide among {lanes} lanes")
+            legal = max(1, round(queue / lanes)) * lanes
+            would = f'{legal} would (SET="swav.queue={legal}")'
+            wrong.append(f"swav.queue: {queue} samples do not divide among {lanes} lanes; {would}")
         if wrong:
             raise ValueError("; ".join(wrong))
         return self

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.distributed import ReduceOp
 from torch.nn import functional
 
-from data_shards.errors import UserError
 from data_shards.section import Section
 
 ASSIGNING = 2  # views whose codes the others predict: the first ones, which are the big crops
@@ -131,14 +130,8 @@ class Queue(nn.Module):
     embeddings: Tensor  # (views, lanes, samples of a lane, D), oldest first; rows of zeros are empty
 
     def __init__(self, settings: SwAVSettings, lanes: range, lanes_in_all: int, width: int) -> None:
-        """lanes: those of this rank. Raises UserError when the samples do not divide among the lanes."""
+        """lanes: those of this rank. The samples divide among all lanes, as the config has seen to."""
         super().__init__()
-        if settings.queue % lanes_in_all:
-            legal = max(1, round(settings.queue / lanes_in_all)) * lanes_in_all
-            raise UserError(
-                f"swav.queue: {settings.queue} samples do not divide among {lanes_in_all} lanes; "
-                f'{legal} would (SET="swav.queue={legal}")'
-            )
         self.lanes = lanes
         self.from_step = settings.queue_from_step
         empty = torch.zeros(ASSIGNING, len(lanes), settings.queue // lanes_in_all, width)

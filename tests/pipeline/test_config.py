@@ -88,6 +88,11 @@ def test_a_quote_that_is_not_closed_in_an_override_is_a_line(good: Path) -> None
     assert "\n" not in str(caught.value)
 
 
+def test_a_queue_that_does_not_divide_among_the_lanes_is_refused_with_one_that_does(good: Path) -> None:
+    with pytest.raises(ConfigError, match=r'swav\.queue: 25 samples .* 4 lanes; 24 would \(SET="swav\.queue=24"\)'):
+        load(good, "swav.queue=25")
+
+
 @pytest.mark.parametrize("key", ["checkpoint.local_dir", "reader.cache_dir"])
 @pytest.mark.parametrize("folder", ["~/local", "/local/$USER", "local"])
 def test_a_nodes_folder_that_would_be_another_one_in_the_job_is_refused(good: Path, key: str, folder: str) -> None:

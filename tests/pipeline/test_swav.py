@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from data_shards.errors import UserError
 from pipeline.snapshot import is_own
 from pipeline.swav import Head, Prototypes, Queue, SwAVSettings, prototype_usage, sinkhorn, swav_loss
 from tests.pipeline import distributed
@@ -240,11 +239,6 @@ def test_without_a_queue_nothing_is_kept_and_nothing_joins() -> None:
     queue = Queue(SwAVSettings(), range(2), 2, 8)
     queue.push(numbered(0, range(2)))
     assert (len(queue.samples(0, 9)), queue.state(), queue.state_dict()) == (0, {}, {})
-
-
-def test_a_queue_that_does_not_divide_among_the_lanes_is_refused_with_one_that_does() -> None:
-    with pytest.raises(UserError, match=r'swav\.queue: 25 samples .* 6 lanes; 24 would \(SET="swav\.queue=24"\)'):
-        Queue(SwAVSettings(queue=25), range(6), 6, 8)
 
 
 def test_usage_counts_the_first_choices_of_scores_and_the_entropy_of_each_code() -> None:
