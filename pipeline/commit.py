@@ -172,6 +172,22 @@ def committed(checkpoints: Survey) -> list[Place]:
     return sorted((place for place, names in checkpoints.items() if MANIFEST in names), reverse=True)
 
 
+def existing(store: Store, step: int | None = None) -> list[Place]:
+    """Those of a run that exist, the newest first; of a step alone, where one is given. Raises UserError for none."""
+    places = committed(survey(store))
+    if not places:
+        raise UserError(f"{store.url}: no checkpoint yet; make status shows how far the run is")
+    wanted = [place for place in places if step in (None, place.step)]
+    if not wanted:
+        raise UserError(f"{store.url}: no checkpoint of step {step}; there are {steps(places)}")
+    return wanted
+
+
+def steps(places: Iterable[Place]) -> str:
+    """For people."""
+    return ", ".join(map(str, sorted({place.step for place in places}))) or "none"
+
+
 def read_manifest(store: Store, place: Place) -> Manifest:
     """Raises Damaged, also when it is gone."""
     try:

@@ -77,9 +77,7 @@ def seen(store: Store, asked: str, progress: Progress = quiet) -> Seen:
     config, record = read_config(store), read_record(store)
     assert record is not None  # it is put before the config
     shards, order, _ = open_data(config, record=record)
-    newest = next(iter(commit.committed(commit.survey(store))), None)
-    if newest is None:
-        raise UserError(f"{store.url}: no checkpoint yet, so there are no weights that have learnt from anything")
+    newest = commit.existing(store)[0]
     history = History(shards, order, newest.step, quarantine(store, newest), _attempts(store, newest))
     ids = _ids(shards, asked, progress)
     images = tuple(_sighting(history, sample) for sample in ids)

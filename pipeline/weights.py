@@ -126,12 +126,8 @@ def point(runs: Store, origin: str) -> str:
     places = commit.committed(commit.survey(store))
     wanted = [place for place in places if not step or str(place.step) == step]
     if not wanted:
-        raise UserError(f"FROM={origin}: {store.url} has no such checkpoint; there are: {_steps(places)}")
+        raise UserError(f"FROM={origin}: {store.url} has no such checkpoint; there are: {commit.steps(places)}")
     return f"{store.url}/{wanted[0].path}"
-
-
-def _steps(places: list[Place]) -> str:
-    return ", ".join(str(place.step) for place in reversed(places)) or "none"
 
 
 def trained_trunk(store: Store, config: Config, step: int | None = None) -> tuple[RegNet, Place]:
@@ -140,20 +136,14 @@ def trained_trunk(store: Store, config: Config, step: int | None = None) -> tupl
     store: the run's folder. Raises commit.Damaged when the step's is not whole, and UserError when there is no such
     checkpoint, with the steps that there are.
     """
-    trunk = RegNet(config.model)
-    places = commit.committed(commit.survey(store))
+    places, trunk = commit.existing(store, step), RegNet(config.model)
     for place in places:
-        if step not in (None, place.step):
-            continue
         try:
             fill(store, place, {TRUNK + name: tensor for name, tensor in trunk.state_dict().items()})
         except commit.Damaged:
             continue
         return trunk, place
-    if not places:
-        raise UserError(f"{store.url}: no checkpoint yet; make status shows how far the run is")
-    others = _steps([place for place in places if place.step != step])
-    if step in {place.step for place in places}:
-        raise commit.Damaged(f"{store.url}: the checkpoint of step {step} is damaged; STEP= takes another: {others}")
-    wanted = "is whole" if step is None else f"of step {step}"
-    raise UserError(f"{store.url}: no checkpoint {wanted}; there are those of {others}")
+    if step is None:
+        raise UserError(f"{store.url}: no checkpoint is whole; there are those of {commit.steps(places)}")
+    others = commit.steps(place for place in commit.existing(store) if place.step != step)
+    raise commit.Damaged(f"{store.url}: the checkpoint of step {step} is damaged; STEP= takes another: {others}")

@@ -149,12 +149,7 @@ def open_exam(run: Store, bank_url: str, held_out_url: str, step: int | None = N
     Raises UserError when the run, a checkpoint or a set is not there, or when both sets are one.
     """
     config = read_config(run)
-    steps = [place.step for place in commit.committed(commit.survey(run))]
-    if not steps:
-        raise UserError(f"{run.url}: no checkpoint yet; make status shows how far the run is")
-    if step is not None and step not in steps:
-        raise UserError(f"{run.url}: no checkpoint of step {step}; there are {', '.join(map(str, sorted(set(steps))))}")
-    step, size = steps[0] if step is None else step, size or max(crop.size for crop in config.augment.crops)
+    step, size = commit.existing(run, step)[0].step, size or max(crop.size for crop in config.augment.crops)
     bank, held_out = (Features(run, step, ShardSet.open(Store(url)), size) for url in (bank_url, held_out_url))
     if bank.shards.manifest.contents_id == held_out.shards.manifest.contents_id:
         raise UserError(

@@ -74,7 +74,7 @@ def test_a_step_may_be_named_and_those_that_there_are_are_told(tmp_path: Path) -
     store, trunks = a_run(tmp_path, 3, 6)
     assert export_run(store, Store(f"file://{tmp_path}/to"), step=3).step == 3
     assert torch.equal(exported(Store(f"file://{tmp_path}/to"))["stem.conv.weight"], trunks[3].stem.conv.weight)
-    with pytest.raises(UserError, match="no checkpoint of step 4; there are those of 3, 6"):
+    with pytest.raises(UserError, match="no checkpoint of step 4; there are 3, 6"):
         export_run(store, Store(f"file://{tmp_path}/to"), step=4)
 
 
