@@ -47,12 +47,11 @@ class Watch(pl.Callback):
         self._recovery = Recovery(Path(session.launch.run_dir), session.run.attempt, found.step if found else 0)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        origin = self.session.config.train.start_from
+        session, origin = self.session, self.session.config.train.start_from
         if self._found is not None:
-            self.session.checkpoints.load(self._found, self.module.state())
+            session.checkpoints.load(self._found, self.module.state())
             self.module.step = self._found.step
         elif origin is not None:
-            session = self.session
             taken = begin(session.config, self.module.weights(), session.ranks, session.run.local)
             session._event("forked", step=0, origin=origin, weights=taken)
         gc.freeze()  # a full collection would look at 400,000 objects of libraries: 0.2 s, for which all ranks wait
@@ -74,24 +73,26 @@ class Watch(pl.Callback):
         self._check_finite(result)
         if result.step % self.session.config.checkpoint.every_steps == 0:
             self._watchdog.now("save")
-            self.save(self.module)
+            self._save()
         self._watchdog.now("data")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The last moment to save: then Lightning takes the weights to the host, where NCCL reaches none of them."""
+        """Say why training ends, and save what no checkpoint has.
+
+        This is the last moment: then Lightning takes the weights to the host, where NCCL reaches none of them.
+        """
         self._finish_step()
-        self.session.last_save(self.module, self)
+        session, step = self.session, self.module.step
+        self._watchdog.now("leave")
+        if self.outcome != "finished":
+            session._event(self.outcome, step=step)
+        if session.checkpoints.pending_step != step:
+            self._save()
 
     @property
     def outcome(self) -> "Outcome":
         """How training ends: the last step is the end, whatever was asked for during it."""
         return self.stopping or "finished" if self.module.step < self.session.steps else "finished"
-
-    def save(self, module: SwAV) -> None:
-        """A checkpoint, with the rows up to its step written before."""
-        self._finish_step()
-        bad = [[b.id, b.step, b.reason] for b in self.loader.bad]
-        self.session.save(module, self._quarantine, bad)
 
     def close(self, wait_s: float = CLOSE_S) -> None:
         """Send the last rows, for `wait_s` at most. May be called twice."""
@@ -99,13 +100,28 @@ class Watch(pl.Callback):
             self._monitor.close(wait_s)
             self._monitor = None
 
+    def _save(self) -> None:
+        """Start a checkpoint, with the rows up to its step written before; training goes on once the state is copied.
+
+        Its quarantine: the bad samples that this attempt began with, and those that any rank has found since.
+        """
+        self._finish_step()
+        session, bad = self.session, [[b.id, b.step, b.reason] for b in self.loader.bad]
+        found = [entry for of_rank in session.ranks.exchange(bad) for entry in of_rank]
+        quarantine = sorted({tuple(entry) for entry in (*self._quarantine, *found)})
+        extra = {"quarantine": quarantine, "removed": session.removed.hash}
+        session.checkpoints.save(self.module.step, self.module.state(), extra)
+
     def _begin(self, result: StepResult, batch: Batch) -> None:
         session, counters = self.session, self.loader.counters
         grown = {key: value - self._counters.get(key, 0.0) for key, value in counters.items()}
         self._counters = dict(counters)
         now = time.perf_counter()
-        run_part = {"time": time.time(), "step_s": now - self._started}
-        run_part["reader_wait_s"] = grown.get("wait_s", 0.0)
+        run_part = {
+            "time": time.time(),
+            "step_s": now - self._started,
+            "reader_wait_s": grown.get("wait_s", 0.0),
+        }
         self._started = now
         self._last = (result, run_part)
         self.agreement.begin(

@@ -211,25 +211,7 @@ class Session:
         if self.launch.rank == 0:
             self.run.event(name, **fields)
 
-    def save(self, module: SwAV, known: list[list[Any]], bad: list[list[Any]]) -> None:
-        """Start a checkpoint of the present step; training goes on once the state is copied.
-
-        known: the bad samples that this attempt began with, on all ranks; bad: those that this rank has found since.
-        """
-        found = [entry for of_rank in self.ranks.exchange(bad) for entry in of_rank]
-        quarantine = sorted({tuple(entry) for entry in (*known, *found)})
-        extra = {"quarantine": [list(entry) for entry in quarantine], "removed": self.removed.hash}
-        self.checkpoints.save(module.step, module.state(), extra)
-
-    def last_save(self, module: SwAV, watch: "Watch") -> None:
-        """Say why training ends, and save what no checkpoint has."""
-        self.watchdog.now("leave")
-        if watch.outcome != "finished":
-            self._event(watch.outcome, step=module.step)
-        if self.checkpoints.pending_step != module.step:
-            watch.save(module)
-
-    def _leave(self, step: int, watch: "Watch") -> Outcome:
+    def _leave(self, step: int, watch: Watch) -> Outcome:
         deadline = self.request.deadline(self.launch.stop_budget_s) or time.monotonic() + self.launch.stop_budget_s
         outcome = watch.outcome
         self.checkpoints.wait(deadline - time.monotonic())
