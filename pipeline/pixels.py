@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -175,20 +175,14 @@ def digests(crops: list[Tensor]) -> Tensor:
         arrays = [crop.numpy() for crop in memory]
         for array in arrays:
             array.flags.writeable = False  # of the view; the CRC takes nothing else
-        return torch.tensor([_crc(sample) for sample in zip(*arrays, strict=True)], dtype=torch.int64)
+        crcs = [reduce(google_crc32c.extend, sample, 0) for sample in zip(*arrays, strict=True)]
+        return torch.tensor(crcs, dtype=torch.int64)
     total = torch.zeros(len(memory[0]), dtype=torch.int64, device=memory[0].device)
     for crop in memory:
         words = crop.flatten(1).view(torch.int32)
         sums = (words * _weights(words.shape[1], words.device)).sum(1, dtype=torch.int64)
         total = (total * 0x85EBCA77 + sums) & 0xFFFFFFFF
     return total
-
-
-def _crc(arrays: Sequence[NDArray[np.float32]]) -> int:
-    value = 0
-    for array in arrays:
-        value = google_crc32c.extend(value, array)
-    return value
 
 
 @lru_cache(maxsize=8)
