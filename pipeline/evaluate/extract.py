@@ -17,7 +17,7 @@ from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -38,7 +38,7 @@ from data_shards.store import Store
 from pipeline import snapshot
 from pipeline.augment import AugmentSettings
 from pipeline.evaluate.tiles import unusable
-from pipeline.evaluate.views import first_undecodable, plain
+from pipeline.evaluate.views import culprit, plain
 from pipeline.pixels import Encoded, Graph, UndecodableError
 
 SHARE = 0.875  # of the shorter side that is seen
@@ -203,27 +203,23 @@ def _looked_at(
             try:
                 (crops,) = graph.collect(work)
             except UndecodableError as error:
-                raise _culprit(made, ids, work, augment) or UserError(f"{made.shards.store.url}: {error}") from error
+                told = partial(_unusable, made, ids)
+                found = culprit(work.images, work.sizes, augment, told)
+                raise found or UserError(f"{made.shards.store.url}: {error}") from error
             yield crops[:, 0]
 
 
-def _culprit(made: Features, ids: Ids, work: Encoded, augment: AugmentSettings) -> UserError | None:
-    """The first image of a batch that does not decode on the host either."""
-    found = first_undecodable(work.images, work.sizes, augment)
-    return found and _unusable(made, int(ids[found[0]]), found[1])
-
-
-def _unusable(made: Features, sample: int, reason: str) -> UserError:
-    return unusable(made.shards.store.url, sample_key(*made.shards.locate(sample)), reason)
+def _unusable(made: Features, ids: Ids, row: int, reason: str) -> UserError:
+    return unusable(made.shards.store.url, sample_key(*made.shards.locate(int(ids[row]))), reason)
 
 
 def _encoded(made: Features, batches: Iterable[Ids]) -> Generator[tuple[Ids, Encoded], None, None]:
     """The batches' bytes, with the middle of each image as what is to be seen."""
     with closing(_fetched(made.shards, batches)) as coming:
         for ids, fetched in coming:
-            for sample, found in zip(ids.tolist(), fetched, strict=True):
+            for row, found in enumerate(fetched):
                 if not isinstance(found, Payload):
-                    raise _unusable(made, sample, found.reason)
+                    raise _unusable(made, ids, row, found.reason)
             images = [found for found in fetched if isinstance(found, Payload)]
             sizes = np.array([(image.height, image.width) for image in images], np.int64)
             yield ids, Encoded([image.data for image in images], sizes, [plain(sizes, made.size, SHARE)])

@@ -4,8 +4,9 @@ Distortions are drawn by the augmentation's own rule from a seed of their own, o
 asked about the same pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -70,37 +71,31 @@ def _show(tiles: Tiles, places: Places, draws: Draws, augment: AugmentSettings) 
     shown = [torch.empty(0, 3, SIZE, SIZE)]
     for first in range(0, len(places), PART):
         part = slice(first, first + PART)
+        images, sizes = [tiles.images[place] for place in places[part]], tiles.sizes[places[part]]
         try:
-            shown.append(_crops(tiles, places[part], _part(draws, part), augment))
+            (crops,) = render(images, sizes, augment, [_part(draws, part)], LoaderSettings(device="cpu"))
         except ValueError as error:
-            raise _culprit(tiles, places[part], augment) or UserError(f"{tiles.url}: an image {error}") from error
+            told = partial(_unusable, tiles, places[part])
+            raise culprit(images, sizes, augment, told) or UserError(f"{tiles.url}: an image {error}") from error
+        shown.append(crops[:, 0])
     return torch.cat(shown).contiguous(memory_format=torch.channels_last)
 
 
-def _crops(tiles: Tiles, places: Places, draws: Draws, augment: AugmentSettings) -> Tensor:
-    images = [tiles.images[place] for place in places]
-    (crops,) = render(images, tiles.sizes[places], augment, [draws], LoaderSettings(device="cpu"))
-    return crops[:, 0]
+def _unusable(tiles: Tiles, places: Places, row: int, reason: str) -> UserError:
+    place = int(places[row])
+    return unusable(tiles.url, tiles.keys[place] if tiles.keys else f"{place}", reason)
 
 
-def _culprit(tiles: Tiles, places: Places, augment: AugmentSettings) -> UserError | None:
-    found = first_undecodable([tiles.images[place] for place in places], tiles.sizes[places], augment)
-    if found is None:
-        return None
-    place = int(places[found[0]])
-    return unusable(tiles.url, tiles.keys[place] if tiles.keys else f"{place}", found[1])
-
-
-def first_undecodable(
-    images: Sequence[Any], sizes: NDArray[np.int64], augment: AugmentSettings
-) -> tuple[int, str] | None:
-    """Which of these encoded images does not decode alone, on the host, and why; None when all do."""
+def culprit(
+    images: Sequence[Any], sizes: NDArray[np.int64], augment: AugmentSettings, told: Callable[[int, str], UserError]
+) -> UserError | None:
+    """What is told of the first of these encoded images that does not decode alone, on the host; None when all do."""
     for place in range(len(images)):
         one = slice(place, place + 1)
         try:
             render(images[one], sizes[one], augment, [plain(sizes[one])], LoaderSettings(device="cpu"))
         except ValueError as error:
-            return place, str(error)
+            return told(place, str(error))
     return None
 
 
