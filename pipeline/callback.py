@@ -192,8 +192,7 @@ class Watch(pl.Callback):
 
     def _cancelled(self) -> bool:
         """Whether the stop was asked for by `make cancel`; rank 0's view of the marker counts."""
-        marker = (Path(self.session.launch.run_dir) / "cancel").exists()
-        return bool(self.session.ranks.exchange(marker)[0])
+        return self.session.ranks.first((Path(self.session.launch.run_dir) / "cancel").exists)
 
     def _open_monitor(self) -> Monitor:
         session, config = self.session, self.session.config

@@ -138,13 +138,13 @@ class Checkpointer:
         """
         for folder in self._local.glob("fetched-a*"):
             shutil.rmtree(folder, ignore_errors=True)
-        self._ranks.together(self._abandon)
+        self._ranks.first(self._abandon)
         leftovers.complete(
             self._store, self._local, self._attempt, self._fingerprint, self._ranks, self._fence, self._event
         )
         passed: list[tuple[Place, str]] = []
         found = None
-        for place in (Place(*numbers) for numbers in self._ranks.together(self._committed)[0]):
+        for place in (Place(*numbers) for numbers in self._ranks.first(self._committed)):
             found, complaint = self._examine(place)
             if found is not None:
                 break
@@ -184,12 +184,11 @@ class Checkpointer:
 
     def _abandon(self) -> None:
         """Free what killed attempts had begun to upload in parts. This attempt owns the run, and has not begun to."""
-        if self._ranks.rank == 0:
-            self._fence()
-            try:
-                self._store.abandon(commit.ROOT)
-            except Denied as error:  # it takes room and stops nothing
-                self._event("uploads not freed", reason=f"{error}; the key needs s3:ListBucketMultipartUploads")
+        self._fence()
+        try:
+            self._store.abandon(commit.ROOT)
+        except Denied as error:  # it takes room and stops nothing
+            self._event("uploads not freed", reason=f"{error}; the key needs s3:ListBucketMultipartUploads")
 
     def _agree(self, step: int, state: dict[str, Tensor]) -> list[str]:
         """The names that this rank writes; drops the saves that all ranks drop. Raises UserError on all alike.
@@ -227,9 +226,8 @@ class Checkpointer:
         return True
 
     def _committed(self) -> list[tuple[int, int]]:
-        """Step and attempt of those that exist, the newest first; on rank 0."""
-        places = commit.committed(commit.survey(self._store)) if self._ranks.rank == 0 else []
-        return [(place.step, place.attempt) for place in places]
+        """Step and attempt of those that exist, the newest first."""
+        return [(place.step, place.attempt) for place in commit.committed(commit.survey(self._store))]
 
     def _examine(self, place: Place) -> tuple[Manifest | None, str | None]:
         """The checkpoint if all ranks find it whole, or what is wrong; neither if its fingerprint is another."""

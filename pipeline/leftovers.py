@@ -28,7 +28,7 @@ def complete(
     views = ranks.together(lambda: _view(own, store if ranks.rank == 0 else None, attempt, fingerprint))
     for place in _completable(views):
         ranks.together(partial(_send, store, place, own.get(place, {}), attempt, fence, event))
-        if ranks.together(partial(_commit, store, place, fence, event) if ranks.rank == 0 else lambda: False)[0]:
+        if ranks.first(partial(_commit, store, place, fence, event)):
             break
     ranks.exchange(None)
     for folder in local.glob("step-*"):

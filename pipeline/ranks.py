@@ -57,6 +57,12 @@ class Ranks:
                 raise _elsewhere(rank, *failed)
         return [value for value, _ in answers]
 
+    def first(self, work: Callable[[], T]) -> T:
+        """What `work` gives (JSON) on rank 0, which alone does it, on all ranks. When it raises there, all raise."""
+        answers: list[Any] = self.together(lambda: work() if self.rank == 0 else None)
+        answer: T = answers[0]
+        return answer
+
     def from_first(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
         """The numbers (n,) of rank 0, on all ranks. Two collectives."""
         if self.world_size == 1:
@@ -72,13 +78,11 @@ def same_removed(shards: ShardSet, ranks: Ranks) -> Removed:
     """The removed samples as rank 0 reads their lists, so that all replace the same, whatever is added meanwhile."""
     read: list[Removed] = []
 
-    def lists() -> tuple[int, ...] | None:
-        if ranks.rank == 0:
-            read.append(read_removed(shards))
-        return read[0].lists if read else None
+    def lists() -> tuple[int, ...]:
+        read.append(read_removed(shards))
+        return read[0].lists
 
-    counts = ranks.together(lists)[0]
-    assert counts is not None
+    counts = ranks.first(lists)
     ids = read[0].ids.astype(np.int64) if read else np.empty(0, np.int64)
     return Removed.of(ranks.from_first(ids), counts)
 

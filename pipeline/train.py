@@ -172,16 +172,13 @@ class Session:
         """Rank 0 opens the run for all, and the data of a new one, which fixes its version; its error is everyone's."""
         local, opened = Path(self.launch.run_dir), []
 
-        def attempt() -> int | None:
-            if self.launch.rank != 0:
-                return None
+        def attempt() -> int:
             shards, order, filled = open_data(config, record=read_record(self.store))
             order.lanes_of(0, self.launch.world_size)
             opened.append(Run.start(self.store, local, filled, shards))
             return opened[0].attempt
 
-        number = self.ranks.together(attempt)[0]
-        assert number is not None
+        number = self.ranks.first(attempt)
         return opened[0] if opened else Run(self.store, local, number)
 
     def _watched(self) -> Watchdog:

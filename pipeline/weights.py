@@ -63,7 +63,7 @@ def fill_all(read: Callable[[dict[str, Tensor]], None], state: Mapping[str, Tens
     filled: dict[str, Tensor] = {}
     if ranks.rank == 0:
         filled = {name: torch.empty(t.shape, dtype=t.dtype) if is_parted(t) else t for name, t in state.items()}
-    ranks.together(lambda: read(filled) if ranks.rank == 0 else None)
+    ranks.first(lambda: read(filled))
     for name, tensor in state.items():
         if is_parted(tensor):
             spread(filled.pop(name, None), tensor)
