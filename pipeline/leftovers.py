@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from data_shards.store import NotFound, Store
 from pipeline import commit
@@ -18,6 +17,7 @@ from pipeline.ranks import Ranks
 
 PartsOfRanks = dict[int, tuple[Part, Path]]  # and in which folder each lies
 Parts = dict[Place, PartsOfRanks]
+Known = dict[str, tuple[int, list[int]]]  # of checkpoints by name: the world size, and the ranks whose parts are there
 
 
 def complete(
@@ -25,8 +25,9 @@ def complete(
 ) -> None:
     """On all ranks at once, before the newest checkpoint is looked for. Raises UserError on all alike."""
     own = _on_disk(local, attempt, fingerprint)
-    views = ranks.together(lambda: _view(own, store if ranks.rank == 0 else None, attempt, fingerprint))
-    for place in _completable(views):
+    disk = {place.name: (next(iter(parts.values()))[0].world_size, sorted(parts)) for place, parts in own.items()}
+    in_store, newest = ranks.first(partial(_in_store, store, attempt, fingerprint))
+    for place in _completable([*ranks.exchange(disk), in_store], Place(*newest)):
         ranks.together(partial(_send, store, place, own.get(place, {}), attempt, fence, event))
         if ranks.first(partial(_commit, store, place, fence, event)):
             break
@@ -57,33 +58,29 @@ def _read(bytes_of: Callable[[], bytes]) -> Part | None:
         return None
 
 
-def _view(own: Parts, store: Store | None, attempt: int, fingerprint: str) -> dict[str, Any]:
-    """What this rank knows: {checkpoint: [world size, ranks whose parts are there]}; rank 0 adds the store's."""
-    disk = {place.name: [next(iter(parts.values()))[0].world_size, sorted(parts)] for place, parts in own.items()}
-    if store is None:
-        return {"disk": disk}
+def _in_store(store: Store, attempt: int, fingerprint: str) -> tuple[Known, tuple[int, int]]:
+    """Of the checkpoints above the newest that exists, and which one that is."""
     checkpoints = commit.survey(store)
     newest = max(commit.committed(checkpoints), default=Place(-1, 0))
-    there = {}
+    there: Known = {}
     for place, names in checkpoints.items():
         present = commit.ranks_present(names)
         if newest < place and place.attempt < attempt and present:
             part = _read(partial(store.get, f"{place.path}/rank-{min(present)}.json"))
             if part and part.fingerprint == fingerprint:
-                there[place.name] = [part.world_size, sorted(present)]
-    return {"disk": disk, "store": there, "newest": [newest.step, newest.attempt]}
+                there[place.name] = part.world_size, sorted(present)
+    return there, (newest.step, newest.attempt)
 
 
-def _completable(views: list[dict[str, Any]]) -> list[Place]:
+def _completable(everywhere: list[Known], newest: Place) -> list[Place]:
     """The checkpoints of which all parts are somewhere, above the newest that exists; the newest first."""
     parts: dict[str, set[int]] = {}
     sizes: dict[str, int] = {}
-    for known in [view["disk"] for view in views] + [views[0]["store"]]:
+    for known in everywhere:
         for name, (world_size, present) in known.items():
             parts.setdefault(name, set()).update(present)
             sizes[name] = world_size
     whole = [Place.parse(name) for name, present in parts.items() if present == set(range(sizes[name]))]
-    newest = Place(*views[0]["newest"])
     return sorted((place for place in whole if place and place > newest), reverse=True)
 
 
