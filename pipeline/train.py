@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -157,15 +157,14 @@ class Session:
         module = SwAV(self.config, self.lanes, self.launch.rank, self.launch.world_size, self.steps)
         quarantine = {int(sample) for sample, *_ in found.extra["quarantine"]} if found else set()
         self._tell_of_removed(found)
-        with ExitStack() as opened:
-            reader = Reader(self.shards, self.order, self.lanes, start, self.config.reader, quarantine, self.removed)
-            opened.callback(reader.close)
-            loader = Loader(reader, self.config.augment, self.config.data.seed, start, self.steps, self.config.loader)
-            opened.callback(loader.close)
-            watch = Watch(self, module, loader, found)
-            opened.callback(watch.close)
-            with _memory_explained(self.config):
-                build_trainer(self.config, self.launch, self.request, watch).fit(module, loader)
+        config, lanes = self.config, self.lanes
+        with (
+            Reader(self.shards, self.order, lanes, start, config.reader, quarantine, self.removed) as reader,
+            closing(Loader(reader, config.augment, config.data.seed, start, self.steps, config.loader)) as loader,
+            closing(Watch(self, module, loader, found)) as watch,
+        ):
+            with _memory_explained(config):
+                build_trainer(config, self.launch, self.request, watch).fit(module, loader)
             return self._leave(module.step, watch)
 
     def _claim(self, config: Config) -> Run:
