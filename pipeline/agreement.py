@@ -5,7 +5,7 @@ s + 1, by all ranks alike, so that all see a request to stop at the same batch b
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass
 
 import numpy as np
 import torch
@@ -63,30 +63,26 @@ class Agreement:
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self._group = group
-        self._told: list[torch.Tensor] = []
-        self._work: list[dist.Work] = []
+        self._begun: list[tuple[torch.Tensor, dist.Work]] = []
 
     def begin(self, sums: StepSums, wait_s: float) -> None:
         """Start telling this rank's values. Raises RuntimeError when those of the step before were not read."""
-        if self._work:
+        if self._begun:
             raise RuntimeError("the sums of the step before were not read; call finish first")
         longest = round(wait_s * 1e6) * _RANKS + dist.get_rank(self._group)
-        values = [getattr(sums, f.name) for f in fields(sums)], [longest]
-        self._told = [torch.tensor(value, dtype=torch.int64) for value in values]
-        self._work = [
-            dist.all_reduce(tensor, how, self._group, async_op=True)
-            for tensor, how in zip(self._told, (dist.ReduceOp.SUM, dist.ReduceOp.MAX), strict=True)
-        ]
+        for values, how in ((astuple(sums), dist.ReduceOp.SUM), ((longest,), dist.ReduceOp.MAX)):
+            tensor = torch.tensor(values, dtype=torch.int64)
+            self._begun.append((tensor, dist.all_reduce(tensor, how, self._group, async_op=True)))
 
     def finish(self) -> Agreed | None:
         """What the ranks told of the last step begun, None when none is in flight."""
-        if not self._work:
+        if not self._begun:
             return None
-        for work in self._work:
+        begun, self._begun = self._begun, []
+        for _, work in begun:
             work.wait()
-        self._work = []
-        sums, longest = (tensor.tolist() for tensor in self._told)
-        microseconds, rank = divmod(longest[0], _RANKS)
+        sums, (longest,) = (tensor.tolist() for tensor, _ in begun)
+        microseconds, rank = divmod(longest, _RANKS)
         return Agreed(StepSums(*sums), microseconds / 1e6, rank)
 
 
