@@ -98,7 +98,7 @@ class Loader:
         self._graph_type = graph
         self._next_step, self._end_step = start_step, end_step
         self._sizes = [crop.size for crop in augment.crops for _ in range(crop.count)]
-        self._device = _device(settings.device)
+        self._device = device_of(settings.device)
         self._pending: deque[_Work] = deque()  # scheduled, not yet asked for
         self._replay: deque[_Work] = deque()  # of these, what the graph is yet to be handed
         self._failures = 0  # in a row
@@ -287,6 +287,13 @@ def difference(crops: list[Tensor], host: list[Tensor], draws: list[Draws], augm
     return max(255 * float(((a - b).abs() * std).mean()) / gain for (a, b), gain in zip(pairs, gains, strict=True))
 
 
+def device_of(name: str) -> torch.device:
+    """What cpu, cuda or auto means here."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def render(
     images: Sequence[Any],
     sizes: NDArray[np.integer],
@@ -301,7 +308,7 @@ def render(
     `augment` only mean, std and the largest sigma count. Returns one (n, count, 3, s, s) tensor a size, as in Batch.
     Raises ValueError when an image does not decode or is of another size than said.
     """
-    graph = Graph(augment, [d.size for d in draws], len(images), _device(device), threads=settings.threads)
+    graph = Graph(augment, [d.size for d in draws], len(images), device_of(device), threads=settings.threads)
     try:
         return graph.run(Encoded(images, np.asarray(sizes, np.int64), draws))
     except UndecodableError as error:
@@ -327,9 +334,3 @@ def _to_host(digested: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record()
     return copied, event
-
-
-def _device(name: str) -> torch.device:
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())

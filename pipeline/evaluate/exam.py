@@ -30,6 +30,7 @@ from pipeline.evaluate.knn import nearest, vote
 from pipeline.evaluate.labels import Labels, read_labels
 from pipeline.evaluate.probe import Probe, fit
 from pipeline.evaluate.score import Score, read_scores, score_path
+from pipeline.loader import device_of
 from pipeline.run import read_config
 from pipeline.weights import trained_trunk
 
@@ -104,7 +105,7 @@ class Exam:
         wanted = [self.parts[number] for number in numbers]
         if not wanted:
             return
-        trunk = trained_trunk(self.run, self.config, self.step)[0].to(_device()).eval()
+        trunk = trained_trunk(self.run, self.config, self.step)[0].to(device_of("auto")).eval()
         trunk.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         for _, of_set in groupby(wanted, lambda part: part[0].folder):
             parts = list(of_set)
@@ -115,7 +116,7 @@ class Exam:
 
         Raises NotFound when another evaluation was quicker, and has deleted features.
         """
-        (of_bank, bank), (of_held_out, held_out) = (one.read(_device()) for one in (self.bank, self.held_out))
+        (of_bank, bank), (of_held_out, held_out) = (one.read(device_of("auto")) for one in (self.bank, self.held_out))
         labels, asked = (
             torch.from_numpy(numbers[ids]).to(bank.device)
             for numbers, ids in ((self.labels.bank, of_bank), (self.labels.held_out, of_held_out))
@@ -177,7 +178,3 @@ def by_probe(probe: Probe, held_out: Tensor, asked: Tensor) -> dict[str, float]:
         best = probe.logits(queries).topk(min(5, len(probe.bias)), dim=1).indices == wanted[:, None]
         first, five = first + int(best[:, 0].sum()), five + int(best.any(dim=1).sum())
     return {"probe": first / len(held_out), "probe_top5": five / len(held_out)}
-
-
-def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
