@@ -23,7 +23,7 @@ from pipeline.agreement import batch_hash
 from pipeline.augment import AugmentSettings, draw
 from pipeline.config import Config
 from pipeline.journal import read_events, read_metrics
-from pipeline.loader import Batch, LoaderSettings, render
+from pipeline.loader import Batch, LoaderSettings, device_of, render
 from pipeline.pixels import digests
 from pipeline.run import open_data, read_config, read_record
 from pipeline.seen import name_of, quarantine
@@ -86,15 +86,21 @@ def replay(store: Store, step: int, device: str = "auto", progress: Progress = q
         raise UserError(f"STEP={step}: the steps of {store.url} are 1 to {last:,}")
     row = next((row for row in read_metrics(store) if row["result"]["step"] == step), None)
     known = _Known(shards, order, config, _bad(store, step), _removed(store, shards, row))
-    settings = LoaderSettings(device=device, threads=4)
-    per_lane = -(-SHOWN // order.lanes)
-    made, shown = list[_Made](), list[Shown]()
-    for lane in range(order.lanes):
-        progress("lanes", lane, order.lanes)
-        one, own = _lane(known, lane, step - 1, settings, min(per_lane, SHOWN - len(shown)))
-        made.append(one)
-        shown += own
-    return _compared(store.url, step, row, config.augment, made, shown)
+    made, shown = _lanes(known, step - 1, LoaderSettings(device=device, threads=4), progress)
+    result = row["result"] if row is not None else {}
+    in_lanes = (batch_hash(one.ids, range(lane, lane + 1), step - 1) for lane, one in enumerate(made))
+    return Replayed(
+        run=store.url,
+        step=step,
+        row=result,
+        images=sum(len(one.ids) for one in made),
+        replaced=sum(one.replaced for one in made),
+        same_batch=_same(sum(in_lanes), result.get("batch_hash")),
+        same_crops=_same(sum(one.crop_hash for one in made), result.get("crop_hash")),
+        device=str(device_of(device)),
+        augment=config.augment,
+        shown=tuple(shown),
+    )
 
 
 @dataclass(frozen=True)
@@ -108,18 +114,19 @@ class _Known:
     removed: Removed
 
 
-@dataclass(frozen=True)
-class _Made:
-    """What is kept of a lane."""
+def _lanes(known: _Known, step: int, settings: LoaderSettings, progress: Progress) -> tuple[list[Batch], list[Shown]]:
+    lanes = known.order.lanes
+    made, shown = list[Batch](), list[Shown]()
+    for lane in range(lanes):
+        progress("lanes", lane, lanes)
+        one, own = _lane(known, lane, step, settings, min(-(-SHOWN // lanes), SHOWN - len(shown)))
+        made.append(one)
+        shown += own
+    return made, shown
 
-    batch_hash: int
-    crop_hash: int
-    images: int
-    replaced: int
-    device: str
 
-
-def _lane(known: _Known, lane: int, step: int, settings: LoaderSettings, show: int) -> tuple[_Made, list[Shown]]:
+def _lane(known: _Known, lane: int, step: int, settings: LoaderSettings, show: int) -> tuple[Batch, list[Shown]]:
+    """What the lane gave to the step, without its crops but for those to show."""
     augment, lanes = known.config.augment, range(lane, lane + 1)
     reader = Reader(known.shards, known.order, lanes, step, known.config.reader, known.bad, known.removed)
     with reader:
@@ -133,10 +140,8 @@ def _lane(known: _Known, lane: int, step: int, settings: LoaderSettings, show: i
         raise UserError(f"step {step + 1}, lane {lane}: an image does not decode any more: {error}") from None
     ids = np.array([sample.id for sample in samples], np.int64)
     replaced = sum(bool(sample.replaced) for sample in samples)
-    batch = Batch(step, crops, ids, place, index, digests(crops).cpu(), replaced)
-    hashes = batch_hash(ids, lanes, step), batch.crop_hash
-    made = _Made(*hashes, len(ids), replaced, str(crops[0].device))
-    return made, list(_shown(known.shards, samples[:show], crops))
+    batch = Batch(step, [], ids, place, index, digests(crops).cpu(), replaced)
+    return batch, list(_shown(known.shards, samples[:show], crops))
 
 
 def _shown(shards: ShardSet, samples: list[Sample], crops: list[Tensor]) -> Iterator[Shown]:
@@ -161,21 +166,5 @@ def _removed(store: Store, shards: ShardSet, row: dict[str, Any] | None) -> Remo
     return read_removed(shards, own[-1]["lists"]) if own else Removed()
 
 
-def _compared(
-    url: str, step: int, row: dict[str, Any] | None, augment: AugmentSettings, made: list[_Made], shown: list[Shown]
-) -> Replayed:
-    result = row["result"] if row is not None else {}
-    hashes = {"batch_hash": sum(one.batch_hash for one in made), "crop_hash": sum(one.crop_hash for one in made)}
-    same = {key: None if row is None else f"{value % 2**64:016x}" == result[key] for key, value in hashes.items()}
-    return Replayed(
-        run=url,
-        step=step,
-        row=result,
-        images=sum(one.images for one in made),
-        replaced=sum(one.replaced for one in made),
-        same_batch=same["batch_hash"],
-        same_crops=same["crop_hash"],
-        device=made[0].device,
-        augment=augment,
-        shown=tuple(shown),
-    )
+def _same(made: int, recorded: str | None) -> bool | None:
+    return None if recorded is None else f"{made % 2**64:016x}" == recorded
