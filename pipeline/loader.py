@@ -77,6 +77,30 @@ class Batch:
         return int((words[0] << np.uint64(32) | words[1]).sum(dtype=np.uint64).astype(np.int64))
 
 
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A batch on its way: its samples, their places, and what the graph takes of them."""
+
+    step: int
+    samples: Sequence[Sample]
+    lanes: NDArray[np.int64]
+    indices: NDArray[np.int64]
+    encoded: Encoded
+
+    @classmethod
+    def of(cls, step: int, samples: Sequence[Sample], augment: AugmentSettings, seed: int) -> "Work":
+        lanes, indices, height, width = np.array([(s.lane, s.index, s.height, s.width) for s in samples], np.int64).T
+        draws = draw(augment, seed, lanes, indices, height, width)
+        encoded = Encoded([sample.data for sample in samples], np.stack([height, width], axis=1), draws)
+        return cls(step, samples, lanes, indices, encoded)
+
+    def batch(self, crops: list[Tensor], digests: Tensor, hashed: torch.cuda.Event | None = None) -> Batch:
+        """With the crops that were made of it."""
+        ids = np.array([sample.id for sample in self.samples], np.int64)
+        replaced = sum(bool(sample.replaced) for sample in self.samples)
+        return Batch(self.step, crops, ids, self.lanes, self.indices, digests, replaced, hashed)
+
+
 class Loader:
     """Iterates over the batches of steps `start_step` to `end_step` - 1, made ahead of time.
 
@@ -99,8 +123,8 @@ class Loader:
         self._next_step, self._end_step = start_step, end_step
         self._sizes = [crop.size for crop in augment.crops for _ in range(crop.count)]
         self._device = device_of(settings.device)
-        self._pending: deque[_Work] = deque()  # scheduled, not yet asked for
-        self._replay: deque[_Work] = deque()  # of these, what the graph is yet to be handed
+        self._pending: deque[Work] = deque()  # scheduled, not yet asked for
+        self._replay: deque[Work] = deque()  # of these, what the graph is yet to be handed
         self._failures = 0  # in a row
         self._batch = 0  # samples, known when the first batch is
         self._graph: Graph | None = None
@@ -136,17 +160,7 @@ class Loader:
             work, crops = self._repair(work)
         if (i := compared(work.step, len(work.samples))) is not None:
             self._compare(work.samples[i], [crop[i] for crop in crops])
-        digested, hashed = _to_host(digests(crops))
-        batch = Batch(
-            step=work.step,
-            crops=crops,
-            ids=np.array([sample.id for sample in work.samples], np.int64),
-            lanes=work.lanes,
-            indices=work.indices,
-            digests=digested,
-            replaced=sum(bool(sample.replaced) for sample in work.samples),
-            hashed=hashed,
-        )
+        batch = work.batch(crops, *_to_host(digests(crops)))
         self._counters["batch_wait_s"] += time.perf_counter() - started
         return batch
 
@@ -188,18 +202,15 @@ class Loader:
         self._pending.append(self._fetch())
         return self._pending[-1].encoded
 
-    def _fetch(self) -> "_Work":
+    def _fetch(self) -> Work:
         work = self._work(self._next_step, self._reader.batch(self._next_step))
         self._next_step += 1
         return work
 
-    def _work(self, step: int, samples: Sequence[Sample]) -> "_Work":
-        lanes, indices, height, width = np.array([(s.lane, s.index, s.height, s.width) for s in samples], np.int64).T
-        draws = draw(self._augment, self._seed, lanes, indices, height, width)
-        encoded = Encoded([sample.data for sample in samples], np.stack([height, width], axis=1), draws)
-        return _Work(step, samples, lanes, indices, encoded)
+    def _work(self, step: int, samples: Sequence[Sample]) -> Work:
+        return Work.of(step, samples, self._augment, self._seed)
 
-    def _collect(self, graph: Graph, work: "_Work") -> list[Tensor] | None:
+    def _collect(self, graph: Graph, work: Work) -> list[Tensor] | None:
         """The crops of the oldest batch in the graph, or None when its run failed; schedules another."""
         crops: list[Tensor] | None = None
         try:
@@ -215,7 +226,7 @@ class Loader:
             graph.schedule()
         return crops
 
-    def _repair(self, work: "_Work") -> tuple["_Work", list[Tensor]]:
+    def _repair(self, work: Work) -> tuple[Work, list[Tensor]]:
         """Replace what does not decode and run the batch again; raises RuntimeError when that fails as well."""
         samples = list(work.samples)
         for i in range(len(samples)):
@@ -240,7 +251,7 @@ class Loader:
                 return None
         return reason
 
-    def _alone(self, work: "_Work") -> list[Tensor]:
+    def _alone(self, work: Work) -> list[Tensor]:
         """Run a batch, or a part of one, with nothing ahead of it or behind."""
         if self._spare is None:
             self._spare = self._build(1)
@@ -313,17 +324,6 @@ def render(
         return graph.run(Encoded(images, np.asarray(sizes, np.int64), draws))
     except UndecodableError as error:
         raise ValueError(str(error)) from error
-
-
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """A batch on its way: its samples, their places, and what the graph takes of them."""
-
-    step: int
-    samples: Sequence[Sample]
-    lanes: NDArray[np.int64]
-    indices: NDArray[np.int64]
-    encoded: Encoded
 
 
 def _to_host(digested: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

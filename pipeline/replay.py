@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from data_shards.errors import UserError
@@ -20,10 +19,10 @@ from data_shards.removed import Removed, read_removed
 from data_shards.store import Store
 from pipeline import commit
 from pipeline.agreement import batch_hash
-from pipeline.augment import AugmentSettings, draw
+from pipeline.augment import AugmentSettings
 from pipeline.config import Config
 from pipeline.journal import read_events, read_metrics
-from pipeline.loader import Batch, LoaderSettings, device_of, render
+from pipeline.loader import Batch, LoaderSettings, Work, device_of, render
 from pipeline.pixels import digests
 from pipeline.run import open_data, read_config, read_record
 from pipeline.seen import name_of, quarantine
@@ -131,17 +130,13 @@ def _lane(known: _Known, lane: int, step: int, settings: LoaderSettings, show: i
     reader = Reader(known.shards, known.order, lanes, step, known.config.reader, known.bad, known.removed)
     with reader:
         samples = reader.batch(step)
-    place, index, height, width = np.array([(s.lane, s.index, s.height, s.width) for s in samples], np.int64).T
-    draws = draw(augment, known.config.data.seed, place, index, height, width)
-    images, sizes = [sample.data for sample in samples], np.stack([height, width], axis=1)
+    work = Work.of(step, samples, augment, known.config.data.seed)
+    images, sizes, draws = work.encoded.images, work.encoded.sizes, work.encoded.draws
     try:
         crops = render(images, sizes, augment, draws, settings, settings.device)
     except ValueError as error:
         raise UserError(f"step {step + 1}, lane {lane}: an image does not decode any more: {error}") from None
-    ids = np.array([sample.id for sample in samples], np.int64)
-    replaced = sum(bool(sample.replaced) for sample in samples)
-    batch = Batch(step, [], ids, place, index, digests(crops).cpu(), replaced)
-    return batch, list(_shown(known.shards, samples[:show], crops))
+    return work.batch([], digests(crops).cpu()), list(_shown(known.shards, samples[:show], crops))
 
 
 def _shown(shards: ShardSet, samples: list[Sample], crops: list[Tensor]) -> Iterator[Shown]:
