@@ -1,18 +1,8 @@
-"""A run's folder in the store: its record, its attempts, its journals.
+"""A run's folder in the store, which README.md draws: its record, its attempts, its journals.
 
-runs/<name>/
-  run.json                     fingerprint, config, layout of the data, W&B id; written once, by the first start
-  config.yaml                  the resolved config of the newest start
-  attempts/0001.json           one for each start; the highest number owns the run, all others must stop
-  environment/a01.json         packages and hardware of each start
-  code/<job>.tar.gz            what each job runs from
-  metrics/a01-000001.jsonl     a row a step; segments, since object stores cannot append
-  events/a01-000001.jsonl      started, resumed, preempted, saved, ... with time, attempt and step
-  events/jobs-<job>.jsonl      submitted, requeued, failed, ...: what happened to its jobs, up to the last start
-  checkpoints/step-000001000-a1/
-  eval/
-
-The same lines stand on the shared disk, in <run>/a01/metrics.jsonl and events.jsonl, where they are followed at once.
+run.json is written once, by the first start; config.yaml is the newest start's. The highest of attempts/ owns the run,
+all others must stop. The lines of metrics/ and events/ stand on the shared disk, too, in <run>/a01/metrics.jsonl and
+events.jsonl, where they are followed at once.
 """
 
 import json
