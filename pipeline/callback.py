@@ -204,4 +204,6 @@ class Watch(pl.Callback):
 def _memory() -> dict[str, int]:
     """Peaks of this process so far, in bytes. gpu_bytes: as torch handed them out, what `make plan` foretells."""
     peaks = {"rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-    return peaks | ({"gpu_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_initialized() else {})
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        peaks["gpu_bytes"] = torch.cuda.max_memory_allocated()
+    return peaks
