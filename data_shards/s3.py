@@ -312,7 +312,7 @@ class S3:
                     raise known from error
                 if isinstance(error, TimeoutError) and times < SLOWER:
                     slow_s, times = slow_s + bytes_s, 2 * times
-                pause = random.uniform(0.5, 1.5) * min(0.1 * 2**attempt, 10.0)
+                pause = random.uniform(0.5, 1.5) * min(0.1 * 2 ** min(attempt, 10), 10.0)
                 if waited - slow_s + pause > limit_s:
                     raise self._give_up(known, key, waited) from error
             self.counters.retries += 1

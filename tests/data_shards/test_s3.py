@@ -94,6 +94,16 @@ def test_a_deletion_carries_the_md5_that_older_servers_insist_on(server: Server)
     assert [question.target for question in server.questions] == ["/bucket?delete"]
 
 
+@pytest.mark.slow
+def test_a_store_that_is_away_for_hours_is_waited_for(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_shards.s3.random.uniform", lambda *_: 0.0)  # pauses take no time
+    away = 1100  # tries: three hours of them
+    server.answer = lambda _: Answer(503) if len(server.questions) <= away else Answer(body=b"photograph")
+    store = Store("s3://bucket/set", retry_seconds=1e5)
+    assert store.get("x") == b"photograph"
+    assert store.counters.retries == away
+
+
 def signed(bucket: Bucket, keys: str) -> list[str]:
     async def sign() -> list[str]:
         urls = await asyncio.gather(*map(bucket.sign, keys))
