@@ -327,9 +327,9 @@ class S3:
     async def _once(self, call: Callable[[], Awaitable[T]], limit_s: float | None) -> T:
         async with self._free:  # waiting for a free connection, or making a client, is not the store's fault
             await self._bucket.client()
-            with self.counters.request():
-                async with asyncio.timeout(limit_s):
-                    return await call()
+            self.counters.requests += 1
+            async with asyncio.timeout(limit_s):
+                return await call()
 
     def _give_up(self, known: Exception, key: str, waited: float) -> StoreError:
         if isinstance(known, Denied):

@@ -12,7 +12,6 @@ import contextlib
 import os
 import selectors
 import threading
-import time
 import weakref
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import Future
@@ -66,22 +65,12 @@ class Entry(NamedTuple):
 
 @dataclass
 class Counters:
-    """What went over the wire. `seconds` adds up over requests that ran at the same time."""
+    """What went over the wire."""
 
     requests: int = 0
     bytes_read: int = 0
     bytes_written: int = 0
     retries: int = 0
-    seconds: float = 0.0
-
-    @contextlib.contextmanager
-    def request(self) -> Iterator[None]:
-        self.requests += 1
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds += time.monotonic() - start
 
 
 class Backend(Protocol):
