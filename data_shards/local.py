@@ -84,16 +84,16 @@ class Folder:
                 raise FileNotFoundError
             return Path("/", key).stat().st_size
 
-    async def find(self, folder: str, more: str | None) -> tuple[list[Entry], str | None]:
+    async def find(self, prefix: str, more: str | None) -> tuple[list[Entry], str | None]:
         found = []
-        for path in Path("/", folder).rglob("*"):
+        for path in Path("/", prefix).rglob("*"):
             with contextlib.suppress(FileNotFoundError):  # gone meanwhile
                 if path.is_file() and not path.name.startswith(_HIDDEN):
                     found.append(Entry(path.as_posix()[1:], path.stat().st_size))
         return found, None
 
-    async def folders(self, folder: str, more: str | None) -> tuple[list[str], str | None]:
-        place = Path("/", folder)
+    async def folders(self, prefix: str, more: str | None) -> tuple[list[str], str | None]:
+        place = Path("/", prefix)
         return [path.name for path in place.iterdir() if path.is_dir()] if place.is_dir() else [], None
 
     async def delete(self, keys: list[str]) -> None:
@@ -101,8 +101,8 @@ class Folder:
             with _named(key):
                 Path("/", key).unlink(missing_ok=True)
 
-    async def abandon(self, folder: str) -> int:
-        left = list(Path("/", folder).rglob(f"{_HIDDEN}*"))
+    async def abandon(self, prefix: str) -> int:
+        left = list(Path("/", prefix).rglob(f"{_HIDDEN}*"))
         for path in left:
             with _named(path.as_posix()[1:]):
                 path.unlink(missing_ok=True)
@@ -191,15 +191,14 @@ class Memory:
             raise NotFound(f"memory://{key}: no such object")
         return int(self._files.size(f"/{key}"))
 
-    async def find(self, folder: str, more: str | None) -> tuple[list[Entry], str | None]:
-        if not self._files.isdir(f"/{folder}"):
+    async def find(self, prefix: str, more: str | None) -> tuple[list[Entry], str | None]:
+        if not self._files.isdir(f"/{prefix}"):
             return [], None
-        found = self._files.find(f"/{folder}", detail=True)
+        found = self._files.find(f"/{prefix}", detail=True)
         return [Entry(name.lstrip("/"), info["size"]) for name, info in found.items()], None
 
-    async def folders(self, folder: str, more: str | None) -> tuple[list[str], str | None]:
-        below = f"{folder}/" if folder else ""
-        found = (entry.path.removeprefix(below) for entry in (await self.find(folder, None))[0])
+    async def folders(self, prefix: str, more: str | None) -> tuple[list[str], str | None]:
+        found = (entry.path.removeprefix(prefix) for entry in (await self.find(prefix, None))[0])
         return [name for name, deeper, _ in (path.partition("/") for path in found) if deeper], None
 
     async def delete(self, keys: list[str]) -> None:
@@ -207,7 +206,7 @@ class Memory:
             if self._files.isfile(f"/{key}"):
                 self._files.rm_file(f"/{key}")
 
-    async def abandon(self, folder: str) -> int:
+    async def abandon(self, prefix: str) -> int:
         return 0  # nothing is put in parts
 
     async def check(self) -> None:

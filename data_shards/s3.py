@@ -166,13 +166,12 @@ class S3:
             async with asyncio.timeout(CHECK_S):
                 await self._bucket.call("abort_multipart_upload", **whole)
 
-    async def abandon(self, folder: str) -> int:
+    async def abandon(self, prefix: str) -> int:
         uploads: list[dict[str, Any]] = []
         mark: dict[str, str] = {}
         while True:
-            page = await self._tried(
-                partial(self._bucket.call, "list_multipart_uploads", Prefix=f"{folder}/", **mark), folder
-            )
+            ask = partial(self._bucket.call, "list_multipart_uploads", Prefix=prefix, **mark)
+            page = await self._tried(ask, prefix.rstrip("/"))
             uploads += page.get("Uploads", [])
             if not page.get("IsTruncated"):
                 break
@@ -236,20 +235,17 @@ class S3:
             (await self._bucket.call("get_object", Key=key))["Body"].close()
             raise Transient("400, though a GET is answered") from error
 
-    async def find(self, folder: str, more: str | None) -> tuple[list[Entry], str | None]:
-        """A page of a listing, the first or the one that `more` stands for, and what stands for the next."""
-        prefix = f"{folder}/" if folder else ""
-        page, more = await self._page(folder, more, Prefix=prefix)
+    async def find(self, prefix: str, more: str | None) -> tuple[list[Entry], str | None]:
+        page, more = await self._page(more, Prefix=prefix)
         return [Entry(item["Key"], item["Size"]) for item in page.get("Contents", []) if item["Key"] != prefix], more
 
-    async def folders(self, folder: str, more: str | None) -> tuple[list[str], str | None]:
-        prefix = f"{folder}/" if folder else ""
-        page, more = await self._page(folder, more, Prefix=prefix, Delimiter="/")
+    async def folders(self, prefix: str, more: str | None) -> tuple[list[str], str | None]:
+        page, more = await self._page(more, Prefix=prefix, Delimiter="/")
         return [item["Prefix"][len(prefix) : -1] for item in page.get("CommonPrefixes", [])], more
 
-    async def _page(self, folder: str, more: str | None, **which: str) -> tuple[dict[str, Any], str | None]:
-        where = {**which, "ContinuationToken": more} if more else which
-        page = await self._tried(partial(self._bucket.call, "list_objects_v2", **where), folder, patient=True)
+    async def _page(self, more: str | None, **which: str) -> tuple[dict[str, Any], str | None]:
+        ask = partial(self._bucket.call, "list_objects_v2", **which, **({"ContinuationToken": more} if more else {}))
+        page = await self._tried(ask, which["Prefix"].rstrip("/"), patient=True)
         return page, page["NextContinuationToken"] if page.get("IsTruncated") else None
 
     async def delete(self, keys: list[str]) -> None:

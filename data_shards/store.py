@@ -25,6 +25,7 @@ from data_shards.errors import UserError
 T = TypeVar("T")
 Consumer = TypeVar("Consumer", bound=Callable[[memoryview], object])
 Root = tuple[str, str]  # scheme and bucket: what is connected to
+Listing = Callable[[str, str | None], Coroutine[Any, Any, tuple[list[T], str | None]]]  # a page, what is for the next
 END_S = 2.0  # that closing may take
 
 
@@ -74,7 +75,10 @@ class Counters:
 
 
 class Backend(Protocol):
-    """What serves a kind of url; keys are whole, errors are StoreErrors that name the url."""
+    """What serves a kind of url; keys are whole, errors are StoreErrors that name the url.
+
+    A prefix is empty or ends with a slash. A listing comes in pages, each with what stands for the next one.
+    """
 
     counters: Counters
 
@@ -84,10 +88,10 @@ class Backend(Protocol):
     async def upload(self, local: Path, key: str) -> None: ...
     async def download(self, key: str, local: Path) -> None: ...
     async def size(self, key: str) -> int: ...
-    async def find(self, folder: str, more: str | None) -> tuple[list[Entry], str | None]: ...
-    async def folders(self, folder: str, more: str | None) -> tuple[list[str], str | None]: ...
+    async def find(self, prefix: str, more: str | None) -> tuple[list[Entry], str | None]: ...
+    async def folders(self, prefix: str, more: str | None) -> tuple[list[str], str | None]: ...
     async def delete(self, keys: list[str]) -> None: ...
-    async def abandon(self, folder: str) -> int: ...
+    async def abandon(self, prefix: str) -> int: ...
     async def check(self) -> None: ...
     async def keeps_versions(self) -> bool | None: ...
     async def close(self) -> None: ...
@@ -199,22 +203,12 @@ class Store:
 
     def walk(self, prefix: str = "") -> Iterator[Entry]:
         """The same one by one, as S3 gives them (by their paths' bytes): only a page of a listing is held."""
-        cut, more = (len(self._folder) + 1 if self._folder else 0), None
-        while True:
-            found, more = self._wait(self._backend.find(self._prefix(prefix), more))
-            yield from (Entry(entry.path[cut:], entry.size) for entry in found)
-            if more is None:
-                return
+        cut = len(self._folder) + 1 if self._folder else 0
+        return (Entry(entry.path[cut:], entry.size) for entry in self._pages(self._backend.find, prefix))
 
     def folders(self, prefix: str = "") -> tuple[str, ...]:
         """Names of the folders right below the folder `prefix`, sorted; what they hold is not listed."""
-        names: set[str] = set()
-        more = None
-        while True:
-            found, more = self._wait(self._backend.folders(self._prefix(prefix), more))
-            names.update(found)
-            if more is None:
-                return tuple(sorted(names))
+        return tuple(sorted({*self._pages(self._backend.folders, prefix)}))
 
     def delete(self, paths: Iterable[str]) -> None:
         """Remove objects; what is not there already is no error."""
@@ -244,8 +238,16 @@ class Store:
         return "/".join(filter(None, (self._folder, path if self._root[0] == "s3" else _clean(path, self.url))))
 
     def _prefix(self, path: str) -> str:
-        """Of a folder."""
-        return self._key(path.rstrip("/"))
+        """What the keys of all objects in a folder begin with."""
+        return f"{folder}/" if (folder := self._key(path.rstrip("/"))) else ""
+
+    def _pages(self, ask: Listing[T], folder: str) -> Iterator[T]:
+        more = None
+        while True:
+            found, more = self._wait(ask(self._prefix(folder), more))
+            yield from found
+            if more is None:
+                return
 
     def _wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
         future = self.submit(coroutine)
