@@ -20,11 +20,32 @@ _HIDDEN = ".part-"
 _AWAY = {errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EREMOTEIO}
 
 
-class Folder:
-    """file:// - a folder of this machine or of a shared disk; keys are absolute paths without the leading slash."""
+class _Local:
+    """What both kinds do alike: nothing has to be connected to, and a range comes in one piece."""
 
     def __init__(self) -> None:
         self.counters = Counters()
+
+    async def read(self, key: str, start: int | None, end: int | None) -> bytes:
+        raise NotImplementedError
+
+    async def feed(self, key: str, start: int, end: int, begin: Callable[[], Consumer]) -> Consumer:
+        consumer = begin()
+        consumer(memoryview(await self.read(key, start, end)))
+        return consumer
+
+    async def check(self) -> None:
+        """Always there: folders are made at the first put."""
+
+    async def keeps_versions(self) -> bool | None:
+        return False
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+
+class Folder(_Local):
+    """file:// - a folder of this machine or of a shared disk; keys are absolute paths without the leading slash."""
 
     async def read(self, key: str, start: int | None, end: int | None) -> bytes:
         self.counters.requests += 1
@@ -41,17 +62,9 @@ class Folder:
             raise Truncated(f"file:///{key}: ends at byte {size}, bytes {start} to {end or ''} were asked for")
         return data
 
-    async def feed(self, key: str, start: int, end: int, begin: Callable[[], Consumer]) -> Consumer:
-        consumer = begin()
-        consumer(memoryview(await self.read(key, start, end)))
-        return consumer
-
     async def put(self, key: str, data: bytes, create_only: bool) -> None:
-        def write(temporary: Path) -> None:
-            temporary.write_bytes(data)
-
         self.counters.requests += 1
-        await asyncio.to_thread(self._put, key, write, create_only)
+        await asyncio.to_thread(self._put, key, lambda aside: aside.write_bytes(data), create_only)
         self.counters.bytes_written += len(data)
 
     async def upload(self, local: Path, key: str) -> None:
@@ -108,15 +121,6 @@ class Folder:
                 path.unlink(missing_ok=True)
         return len(left)
 
-    async def check(self) -> None:
-        """Folders are made at the first put."""
-
-    async def keeps_versions(self) -> bool | None:
-        return False
-
-    async def close(self) -> None:
-        """Nothing is open."""
-
 
 @contextlib.contextmanager
 def _named(key: str) -> Iterator[None]:
@@ -149,13 +153,13 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-class Memory:
+class Memory(_Local):
     """memory:// - gone with the process; the same one for all stores in it, as with fsspec."""
 
     _lock = threading.Lock()
 
     def __init__(self) -> None:
-        self.counters = Counters()
+        super().__init__()
         self._files = fsspec.filesystem("memory")
 
     async def read(self, key: str, start: int | None, end: int | None) -> bytes:
@@ -166,11 +170,6 @@ class Memory:
         data: bytes = self._files.cat_file(f"/{key}", start, end)
         self.counters.bytes_read += len(data)
         return data
-
-    async def feed(self, key: str, start: int, end: int, begin: Callable[[], Consumer]) -> Consumer:
-        consumer = begin()
-        consumer(memoryview(await self.read(key, start, end)))
-        return consumer
 
     async def put(self, key: str, data: bytes, create_only: bool) -> None:
         self.counters.requests += 1
@@ -208,12 +207,3 @@ class Memory:
 
     async def abandon(self, prefix: str) -> int:
         return 0  # nothing is put in parts
-
-    async def check(self) -> None:
-        """Always there."""
-
-    async def keeps_versions(self) -> bool | None:
-        return False
-
-    async def close(self) -> None:
-        """Nothing is open."""
