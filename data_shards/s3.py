@@ -127,8 +127,7 @@ class S3:
         try:
             await self._tried(partial(self._bucket.call, "put_object", **whole, **condition), key, len(data))
         except AlreadyExists:
-            # A first try may have got through and only its answer been lost (aiohttp, too, asks again by itself).
-            if (await self._head(key)).get("Metadata", {}).get("writer") != mark:
+            if not await self._is_there(key, mark):
                 raise
         self.counters.bytes_written += len(data)
 
@@ -138,27 +137,24 @@ class S3:
             await self.put(key, await asyncio.to_thread(local.read_bytes), False)
             return
         each = max(PART_BYTES, -(-size // 10_000))  # 10,000 parts is S3's limit
-        mark = {"writer": secrets.token_hex(8)}
-        begun = await self._tried(partial(self._bucket.call, "create_multipart_upload", Key=key, Metadata=mark), key)
-        whole = {"Key": key, "UploadId": begun["UploadId"]}
-        gate = asyncio.Semaphore(PARTS)
+        mark = secrets.token_hex(8)
+        begin = partial(self._bucket.call, "create_multipart_upload", Key=key, Metadata={"writer": mark})
+        whole = {"Key": key, "UploadId": (await self._tried(begin, key))["UploadId"]}
         try:
-            async with asyncio.TaskGroup() as group:
-                starts = range(0, size, each)
-                tasks = [
-                    group.create_task(self._part(local, n, at, each, whole, gate)) for n, at in enumerate(starts, 1)
-                ]
-            parts = {"Parts": [task.result() for task in tasks]}
+            parts = {"Parts": await _in_parts(partial(self._part, local, each, whole), range(0, size, each))}
+            end = partial(self._bucket.call, "complete_multipart_upload", **whole, MultipartUpload=parts)
             try:
-                await self._tried(
-                    partial(self._bucket.call, "complete_multipart_upload", **whole, MultipartUpload=parts), key
-                )
-            except NotFound:  # no such upload: as after a first try of which only the answer was lost
-                if (await self._head(key)).get("Metadata", {}).get("writer") != mark["writer"]:
+                await self._tried(end, key)
+            except NotFound:  # no such upload
+                if not await self._is_there(key, mark):
                     raise
-        except BaseException as error:
+        except BaseException:
             await asyncio.shield(self._give_back(whole))
-            raise error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error from error
+            raise
+
+    async def _is_there(self, key: str, mark: str) -> bool:
+        """Whether a first try got through, and only its answer was lost (aiohttp, too, asks again by itself)."""
+        return bool((await self._head(key)).get("Metadata", {}).get("writer") == mark)
 
     async def _give_back(self, whole: dict[str, str]) -> None:
         """Free what an upload in parts has left, if that can be done soon; if not, `abandon` does."""
@@ -181,16 +177,13 @@ class S3:
             await self._tried(partial(self._bucket.call, "abort_multipart_upload", **whole), upload["Key"])
         return len(uploads)
 
-    async def _part(
-        self, local: Path, number: int, start: int, size: int, whole: dict[str, str], gate: asyncio.Semaphore
-    ) -> dict[str, Any]:
-        async with gate:
-            data = await asyncio.to_thread(_slice, local, start, size)
-            md5 = await asyncio.to_thread(content_md5, data)
-            call = partial(self._bucket.call, "upload_part", **whole, PartNumber=number, Body=data, ContentMD5=md5)
-            answer = await self._tried(call, whole["Key"], PARTS * len(data))  # they share the line
-            self.counters.bytes_written += len(data)
-            return {"PartNumber": number, "ETag": answer["ETag"]}
+    async def _part(self, local: Path, size: int, whole: dict[str, str], start: int) -> dict[str, Any]:
+        number, data = 1 + start // size, await asyncio.to_thread(_slice, local, start, size)
+        md5 = await asyncio.to_thread(content_md5, data)
+        call = partial(self._bucket.call, "upload_part", **whole, PartNumber=number, Body=data, ContentMD5=md5)
+        answer = await self._tried(call, whole["Key"], PARTS * len(data))  # they share the line
+        self.counters.bytes_written += len(data)
+        return {"PartNumber": number, "ETag": answer["ETag"]}
 
     async def download(self, key: str, local: Path) -> None:
         for _ in range(DOWNLOADS):
@@ -205,19 +198,12 @@ class S3:
         head = await self._head(key)
         size, same = int(head["ContentLength"]), {"IfMatch": head["ETag"]} if "ETag" in head else {}
         await asyncio.to_thread(local.write_bytes, b"")
-        gate = asyncio.Semaphore(PARTS)
 
         async def fetch(start: int) -> None:
-            async with gate:
-                data = await self.read(key, start, min(start + PART_BYTES, size), **same)
-                await asyncio.to_thread(_write_at, local, start, data)
+            data = await self.read(key, start, min(start + PART_BYTES, size), **same)
+            await asyncio.to_thread(_write_at, local, start, data)
 
-        try:
-            async with asyncio.TaskGroup() as group:
-                for start in range(0, size, PART_BYTES):
-                    group.create_task(fetch(start))
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from errors
+        await _in_parts(fetch, range(0, size, PART_BYTES))
 
     async def size(self, key: str) -> int:
         return int((await self._head(key))["ContentLength"])
@@ -334,6 +320,22 @@ class S3:
             f"{self._bucket.url(key)}: {self._bucket.host} has not answered for {waited:.0f} s ({known}); check that "
             f"it runs, and endpoint_url in the AWS profile or AWS_ENDPOINT_URL"
         )
+
+
+async def _in_parts(call: Callable[[int], Awaitable[T]], starts: range) -> list[T]:
+    """What `call` gives for each part's start, some at a time. The first error ends the others, and is raised."""
+    gate = asyncio.Semaphore(PARTS)
+
+    async def one(start: int) -> T:
+        async with gate:
+            return await call(start)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(start)) for start in starts]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from errors
+    return [task.result() for task in tasks]
 
 
 def _slice(local: Path, start: int, size: int) -> bytes:
