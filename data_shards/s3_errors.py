@@ -1,11 +1,12 @@
 """What S3, botocore or the wire say, in words: which error of the store it is, or that it may pass by itself."""
 
-from typing import Any, Protocol
+from typing import Any
 
 import aiohttp
 import botocore.exceptions as boto
 from botocore.parsers import ResponseParserError
 
+from data_shards.s3_bucket import Bucket
 from data_shards.store import AlreadyExists, Denied, NotFound, StoreError, Truncated
 
 _DENIED = {
@@ -36,17 +37,7 @@ class Transient(Exception):
     """An answer that may be another one next time; the text says what it was."""
 
 
-class Asked(Protocol):
-    """The bucket that an error came from, which knows more about it."""
-
-    @property
-    def host(self) -> str: ...
-    def url(self, key: str) -> str: ...
-    async def others(self) -> str: ...
-    async def key_id(self) -> str: ...
-
-
-async def named(error: Exception, key: str, bucket: Asked) -> Exception:
+async def named(error: Exception, key: str, bucket: Bucket) -> Exception:
     """What went wrong: a StoreError, or Transient when it may be otherwise next time. Anything else stays."""
     if isinstance(error, StoreError | Transient):
         return error
@@ -64,7 +55,7 @@ async def named(error: Exception, key: str, bucket: Asked) -> Exception:
     return error
 
 
-async def _answer(error: Any, key: str, bucket: Asked) -> Exception:
+async def _answer(error: Any, key: str, bucket: Bucket) -> Exception:
     code = code_of(error)
     status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     if code == "NoSuchBucket":
