@@ -9,18 +9,7 @@ from botocore.parsers import ResponseParserError
 from data_shards.s3_bucket import Bucket
 from data_shards.store import AlreadyExists, Denied, NotFound, StoreError, Truncated
 
-_DENIED = {
-    "AccessDenied",
-    "AllAccessDisabled",
-    "ExpiredToken",
-    "InvalidAccessKeyId",
-    "InvalidToken",
-    "RequestTimeTooSkewed",
-    "SignatureDoesNotMatch",
-    "401",
-    "403",
-}
-_EXPIRED = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
+_EXPIRED = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired"}  # at 400, unlike the other refusals of a key
 _TRANSIENT_CODES = {"RequestTimeout", "SlowDown", "ConditionalRequestConflict", "OperationAborted", "BadDigest"}
 _TRANSIENT_CODES |= {"InternalError", "ServiceUnavailable"}  # of one object of a deletion, which itself is answered 200
 _TRANSIENT = (
@@ -68,7 +57,7 @@ async def _answer(error: Any, key: str, bucket: Bucket) -> Exception:
         return NotFound(f"{bucket.url(key)}: no such object at {bucket.host}")
     if code == "InvalidRange" or status == 416:
         return Truncated(f"{bucket.url(key)}: ends before the bytes that were asked for")
-    if code in _DENIED | _EXPIRED or status in (401, 403):
+    if code in _EXPIRED or status in (401, 403):
         hint = "; renew it where it comes from and start again" if code in _EXPIRED else ""
         whose = await bucket.key_id()
         denied = Denied(f"{bucket.url(key)}: access denied at {bucket.host} for {whose} ({code}){hint}")
