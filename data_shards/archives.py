@@ -16,6 +16,7 @@ from itertools import groupby
 from typing import BinaryIO, NamedTuple
 
 from data_shards.errors import UserError
+from data_shards.images import Refused
 
 _IMAGES = {"jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "tif", "tiff", "gif", "avif", "heic", "heif", "jp2"}
 _IMAGES |= {"ppm", "pgm", "pnm"}
@@ -55,6 +56,20 @@ def archive_kind(file: BinaryIO, url: str) -> str | None:
     if head.startswith((b"PK\3\4", b"PK\5\6")):
         return "zip"
     return "tar" if head[257:262] == b"ustar" or url.endswith(".tar") else None
+
+
+def inflated(data: bytes, max_bytes: int) -> bytes:
+    """What a zip's deflated bytes stand for. Raises Refused."""
+    inflater = zlib.decompressobj(-15)
+    try:
+        whole = inflater.decompress(data, max_bytes + 1)
+    except zlib.error as error:
+        raise Refused("damaged", str(error)) from None
+    if len(whole) > max_bytes:
+        raise Refused("too many bytes", f"more than {max_bytes}, which is the limit")
+    if not inflater.eof:
+        raise Refused("damaged", "its deflated bytes end too soon")
+    return whole
 
 
 def images(file: BinaryIO, url: str, kind: str, ignored: Counter[str]) -> Iterator[Member]:
@@ -102,12 +117,9 @@ def _text(file: BinaryIO, member: Member) -> str | None:
     file.seek(member.offset)
     data = file.read(member.size)
     if member.deflated:
-        inflater = zlib.decompressobj(-15)
         try:
-            data = inflater.decompress(data, _TEXT_BYTES + 1)
-        except zlib.error:
-            return None
-        if not inflater.eof or len(data) > _TEXT_BYTES:
+            data = inflated(data, _TEXT_BYTES)
+        except Refused:
             return None
     return data.decode("utf-8", "backslashreplace").strip()
 

@@ -8,7 +8,6 @@ import glob
 import os
 import re
 import stat
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
@@ -19,7 +18,7 @@ from typing import Any, BinaryIO, ClassVar, NamedTuple
 import pyarrow as pa
 from braceexpand import braceexpand
 
-from data_shards.archives import TEXTS, archive_kind, images
+from data_shards.archives import TEXTS, archive_kind, images, inflated
 from data_shards.errors import UserError
 from data_shards.files import is_remote, opened, read_range, read_whole, store_of
 from data_shards.images import Refused
@@ -141,20 +140,7 @@ def read_source(source: Source, max_bytes: int, *, skip_unreachable: bool = Fals
         if skip_unreachable:
             raise Refused("cannot be read", str(error)) from error
         raise
-    return _inflated(data, max_bytes) if source.deflated else data
-
-
-def _inflated(data: bytes, max_bytes: int) -> bytes:
-    inflater = zlib.decompressobj(-15)
-    try:
-        whole = inflater.decompress(data, max_bytes + 1)
-    except zlib.error as error:
-        raise Refused("damaged", str(error)) from None
-    if len(whole) > max_bytes:
-        raise Refused("too many bytes", f"more than {max_bytes}, which is the limit")
-    if not inflater.eof:
-        raise Refused("damaged", "its deflated bytes end too soon")
-    return whole
+    return inflated(data, max_bytes) if source.deflated else data
 
 
 def _listed(src: str, options: SourceOptions, ignored: Counter[str], own: str) -> Iterator[Source]:
