@@ -22,7 +22,7 @@ import pyarrow as pa
 from data_shards.archives import Member, archive_kind, images
 from data_shards.errors import UserError
 from data_shards.files import opened
-from data_shards.images import Photo, Refused, Rules, examine
+from data_shards.images import Photo, Refused, Rules, check_bytes, examine
 from data_shards.index import MANIFEST, REFUSED, Manifest
 from data_shards.merge import Refusal
 from data_shards.pack import PackReport, report
@@ -132,10 +132,7 @@ def _rows(number: int, file: BinaryIO, url: str, rules: Rules, refused: list[Ref
 
 
 def _examine(file: BinaryIO, member: Member, rules: Rules) -> Photo:
-    if not 0 < member.size <= rules.max_bytes:
-        raise Refused(
-            "too many bytes" if member.size else "empty", f"{member.size} bytes; {rules.max_bytes} is the limit"
-        )
+    check_bytes(member.size, rules.max_bytes)
     file.seek(member.offset)
     photo = examine(file.read(member.size), rules)
     if photo.converted:

@@ -19,7 +19,7 @@ import aiohttp
 import fsspec
 
 from data_shards.errors import UserError
-from data_shards.images import Refused
+from data_shards.images import Refused, check_bytes
 from data_shards.store import Denied, NotFound, Store, StoreError, Truncated, Unavailable, split
 
 T = TypeVar("T")
@@ -53,15 +53,18 @@ def _store(root: str) -> Store:
 def read_whole(url: str, max_bytes: int) -> bytes:
     """All bytes of a file. Raises Refused, or StoreError when the place cannot be read at all."""
     if not is_remote(url):
-        return _checked(_read_local(Path(url.removeprefix("file://")), max_bytes), max_bytes)
-    if (place := store_of(url)) is None:
-        return _checked(_patiently(url, lambda: _stream(url, max_bytes)), max_bytes)
-    store, path = place
-    try:
-        size = store.size(path)
-        return _checked(store.get(path) if size <= max_bytes else size, max_bytes)
-    except NotFound:
-        raise Refused("cannot be read", "no such object") from None
+        data = _read_local(Path(url.removeprefix("file://")), max_bytes)
+    elif (place := store_of(url)) is None:
+        data = _patiently(url, lambda: _stream(url, max_bytes))
+    else:
+        store, path = place
+        try:
+            check_bytes(store.size(path), max_bytes)
+            data = store.get(path)
+        except NotFound:
+            raise Refused("cannot be read", "no such object") from None
+    check_bytes(len(data), max_bytes)
+    return data
 
 
 def read_range(url: str, start: int, size: int) -> bytes:
@@ -160,16 +163,6 @@ def _read_local(path: Path, max_bytes: int) -> bytes:
         if error.errno in _OF_ONE_FILE:
             raise Refused("cannot be read", error.strerror or "") from None
         raise Unavailable(f"{path}: {error.strerror}; pack again when its disk answers") from error
-
-
-def _checked(found: bytes | int, max_bytes: int) -> bytes:
-    """The bytes. Raises Refused; of what is too large, its size is enough."""
-    size = found if isinstance(found, int) else len(found)
-    if size > max_bytes:
-        raise Refused("too many bytes", f"{size} bytes or more; {max_bytes} is the limit")
-    if isinstance(found, int) or not found:
-        raise Refused("empty")
-    return found
 
 
 def _filesystem(url: str) -> tuple[Any, str]:

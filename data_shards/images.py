@@ -78,10 +78,17 @@ class Photo:
         return hashlib.sha256(self.data).digest()
 
 
+def check_bytes(size: int, max_bytes: int) -> None:
+    """Raise Refused for a file that holds nothing, or too much to be read whole; its size is known up to there."""
+    if size == 0:
+        raise Refused("empty")
+    if size > max_bytes:
+        raise Refused("too many bytes", f"at least {size} bytes; {max_bytes} is the limit")
+
+
 def examine(data: bytes, rules: Rules) -> Photo:
     """Check and decode a file. Raises Refused, whatever the bytes are."""
-    if len(data) > rules.max_bytes:
-        raise Refused("too many bytes", f"{len(data)} bytes; {rules.max_bytes} is the limit")
+    check_bytes(len(data), rules.max_bytes)
     if data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1"):
         raise Refused("unusual coding", "HEIC; convert it to JPEG first")
     with warnings.catch_warnings():

@@ -21,7 +21,7 @@ from braceexpand import braceexpand
 from data_shards.archives import TEXTS, archive_kind, images, inflated
 from data_shards.errors import UserError
 from data_shards.files import is_remote, opened, read_range, read_whole, store_of
-from data_shards.images import Refused
+from data_shards.images import Refused, check_bytes
 from data_shards.lists import Row, parquet_rows, parquet_schema, text_rows
 from data_shards.section import Section
 from data_shards.store import Denied, Unavailable
@@ -128,10 +128,8 @@ def _list_schemas(src: str, options: SourceOptions) -> Iterator[tuple[str, pa.Sc
 
 def read_source(source: Source, max_bytes: int, *, skip_unreachable: bool = False) -> bytes:
     """A source's bytes. Raises Refused, or UserError when where it lies does not answer or is no longer what it was."""
-    if source.size is not None and source.size > max_bytes:
-        raise Refused("too many bytes", f"{source.size} bytes; {max_bytes} is the limit")
-    if source.size == 0:
-        raise Refused("empty")
+    if source.size is not None:
+        check_bytes(source.size, max_bytes)
     try:
         if source.offset is None or source.size is None:
             return read_whole(source.url, max_bytes)
