@@ -5,14 +5,12 @@ rows. In full: also the header of each member, and the CRC32C, the SHA-256, the 
 image of those shards whose index is right. What has been read in full is noted, so that a killed run goes on.
 """
 
-import asyncio
 import hashlib
 import json
 import tarfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -128,7 +126,7 @@ def verify(
         Part(n, samples, size, store, shards.tar(n), shards.shard_name(n), elsewhere, gone.get(n, none))
         for n, (samples, size) in enumerate(zip(manifest.shard_samples, manifest.shard_bytes, strict=True))
     ]
-    faults = list(_versions(store, manifest))
+    faults = _versions(store, manifest)
     quick: dict[int, str] = {}
     for checked in _quickly(parts, worker_count(workers, len(parts) // 500, store), progress):
         faults += checked.faults
@@ -188,16 +186,14 @@ class Notes:
         self._checked[number] = Checked(number, fingerprint, tuple(Fault(*fault) for fault in faults))
 
 
-def _versions(store: Store, manifest: Manifest) -> Iterator[Fault]:
+def _versions(store: Store, manifest: Manifest) -> list[Fault]:
     """The newest manifest must be there under its layout too: runs ask for it by that name."""
     path = manifest_path(manifest.layout_id)
     try:
-        same = store.get(path) == store.get(MANIFEST)
+        found = "" if store.get(path) == store.get(MANIFEST) else f"differs from {MANIFEST}"
     except NotFound:
-        yield Fault(path, None, "is missing", f"copy {MANIFEST} there")
-        return
-    if not same:
-        yield Fault(path, None, f"differs from {MANIFEST}", f"copy {MANIFEST} there")
+        found = "is missing"
+    return [Fault(path, None, found, f"copy {MANIFEST} there")] if found else []
 
 
 def _quickly(parts: list[Part], workers: int, progress: Progress) -> Iterator[Checked]:
@@ -226,34 +222,28 @@ def _folder(part: Part) -> str:
 
 
 def _folders(folders: list[list[Part]]) -> list[Checked]:
-    """Each is listed, which gives the sizes; then one shard after another is looked at, in all of them together."""
-    home = folders[0][0].home
+    """A thread each: it is listed, which gives the sizes; then one shard after another is looked at."""
+
+    def one(parts: list[Part]) -> list[Checked]:
+        sizes = {entry.path: entry.size for entry in parts[0].home.walk(_folder(parts[0]))}
+        return [_indexes(part, sizes) for part in parts]
+
     with ThreadPoolExecutor(len(folders)) as threads:
-        listed = threads.map(home.list, (_folder(parts[0]) for parts in folders))
-        sizes = {entry.path: entry.size for entries in listed for entry in entries}
-        tars = dict(threads.map(partial(_tar_size, sizes=sizes), (part for parts in folders for part in parts)))
-
-    async def one(parts: list[Part]) -> list[Checked]:
-        return [await _indexes(part, sizes, tars[part.number]) for part in parts]
-
-    async def every() -> list[list[Checked]]:
-        return await asyncio.gather(*map(one, folders))
-
-    return [checked for found in home.submit(every()).result() for checked in found]
+        return [checked for found in threads.map(one, folders) for checked in found]
 
 
-def _tar_size(part: Part, sizes: dict[str, int]) -> tuple[int, int | None]:
+def _tar_size(part: Part, sizes: dict[str, int]) -> int | None:
     store, path = part.tar
     try:
-        return part.number, store.size(path) if part.elsewhere else sizes.get(path)
+        return store.size(path) if part.elsewhere else sizes.get(path)
     except NotFound:
-        return part.number, None
+        return None
 
 
-async def _indexes(part: Part, sizes: dict[str, int], tar_size: int | None) -> Checked:
+def _indexes(part: Part, sizes: dict[str, int]) -> Checked:
     """What can be said of a shard without reading its tar."""
     index, table, right = index_path(part.number), table_path(part.number), part.samples * RECORD.itemsize
-    faults = []
+    faults, tar_size = [], _tar_size(part, sizes)
     if tar_size != part.bytes:
         found = "is missing" if tar_size is None else f"has {tar_size} bytes, {part.bytes} are right"
         faults.append(Fault(part.name, None, found, "bring it back" if part.elsewhere else PACK))
@@ -262,7 +252,7 @@ async def _indexes(part: Part, sizes: dict[str, int], tar_size: int | None) -> C
         faults.append(Fault(index, None, f"has {sizes[index]} bytes, {right} are right", PACK))
     if faults:
         return Checked(part.number, "", tuple(faults))
-    places, rows = await asyncio.gather(part.home.read(index), part.home.read(table))
+    places, rows = (read.result() for read in [part.home.submit(part.home.read(path)) for path in (index, table)])
     fingerprint = hashlib.blake2b(places + rows + b"%d" % part.bytes, digest_size=16).hexdigest()
     found_in = _records(index, table, np.frombuffer(places, RECORD), rows, part.bytes)
     return Checked(part.number, fingerprint, tuple(found_in))
