@@ -314,11 +314,11 @@ def _lay_out(database: "duckdb.DuckDBPyConnection", plan: Plan, folder: Path, pr
     borders = f"layout {PLAN_VERSION} {plan.first_shard} {plan.shards} {plan.sources}"
     identity = blake2b(borders.encode(), digest_size=16)
     reader = database.sql("SELECT * EXCLUDE place FROM listed ORDER BY place").to_arrow_reader(BATCH)
-    rows = _Rows(iter(reader))
+    shards = _cut(iter(reader), map(plan.shard_sources, range(plan.first_shard, plan.end_shard)))
     for group in range(plan.groups):
         with pq.ParquetWriter(folder / f"{group:04d}.parquet", reader.schema, compression="zstd") as writer:
-            for shard in plan.group_shards(group):
-                table = pa.Table.from_batches(rows.take(plan.shard_sources(shard)), reader.schema)
+            for _ in plan.group_shards(group):
+                table = pa.Table.from_batches(next(shards), reader.schema)
                 for name in table["name"].to_pylist():
                     identity.update(b"%d " % len(name) + name)
                 writer.write_table(table, row_group_size=table.num_rows)
@@ -326,21 +326,16 @@ def _lay_out(database: "duckdb.DuckDBPyConnection", plan: Plan, folder: Path, pr
     return identity.hexdigest()
 
 
-class _Rows:
-    """Rows of a stream of batches, taken by number."""
-
-    def __init__(self, batches: Iterator[pa.RecordBatch]) -> None:
-        self._batches = batches
-        self._rest: pa.RecordBatch | None = None
-
-    def take(self, count: int) -> list[pa.RecordBatch]:
+def _cut(batches: Iterator[pa.RecordBatch], sizes: Iterable[int]) -> Iterator[list[pa.RecordBatch]]:
+    """A stream of rows in pieces of so many."""
+    rest = next(batches)
+    for left in sizes:
         taken = []
-        while count:
-            batch = self._rest if self._rest is not None and self._rest.num_rows else next(self._batches)
-            taken.append(batch.slice(0, count))
-            self._rest = batch.slice(count)
-            count -= taken[-1].num_rows
-        return taken
+        while left:
+            rest = rest if rest.num_rows else next(batches)
+            taken.append(rest.slice(0, left))
+            left, rest = left - taken[-1].num_rows, rest.slice(left)
+        yield taken
 
 
 def _put(store: Store, plan: Plan, folder: Path) -> Plan:
