@@ -92,8 +92,8 @@ class Reader:
         removed: Container[int] = (),
     ) -> None:
         self._shards, self._order, self._lanes, self._settings = shards, order, lanes, settings
-        self._sample_bytes = shards.mean_bytes
-        _refuse(order, lanes, settings, self._sample_bytes)
+        _refuse(order, lanes, settings, shards.mean_bytes)
+        self._chunk_bytes = int(order.chunk_samples * shards.mean_bytes)  # before its index is known
         self.bad: list[BadSample] = []
         self._skip, self._removed = set(bad), removed
         self._step = start_step
@@ -101,7 +101,7 @@ class Reader:
         self._wait_s = 0.0
         self._held_bytes = 0
         self._windows: dict[int, list[LaneWindow]] = {lane: [] for lane in lanes}
-        self._wanted: list[tuple[int, int, int, LaneWindow]] = []  # a heap: index of need, lane, slot
+        self._wanted: list[tuple[int, int, int, Chunk]] = []  # a heap: index of need, lane, slot
         self._changed = asyncio.Condition()
         self._error: BaseException | None = None
         self._workers: list[asyncio.Task[None]] = []
@@ -211,8 +211,8 @@ class Reader:
         held = lay_out(self._order, lane, index)
         loop = asyncio.get_running_loop()
         for slot, need in held.needs(index):
-            held.chunks[slot] = Chunk(held.window.chunks[slot], loop.create_future(), self._chunk_bytes())
-            heapq.heappush(self._wanted, (need, lane, slot, held))
+            held.chunks[slot] = Chunk(held.window.chunks[slot], loop.create_future(), self._chunk_bytes)
+            heapq.heappush(self._wanted, (need, lane, slot, held.chunks[slot]))
         self._windows[lane].append(held)
         await self._notify()
 
@@ -226,10 +226,10 @@ class Reader:
             async with self._changed:
                 await self._changed.wait_for(self._may_fetch)
                 wanted = heapq.heappop(self._wanted)
-            chunk = wanted[3].chunks[wanted[2]]
+            need, _, _, chunk = wanted
             try:
                 await self._measure(chunk)
-                if self._fits(wanted[0], chunk.held_bytes):
+                if self._fits(need, chunk.held_bytes):
                     await self._fetch(chunk)
                 else:
                     heapq.heappush(self._wanted, wanted)
@@ -237,19 +237,12 @@ class Reader:
                 self._fail(error)
 
     def _may_fetch(self) -> bool:
-        if not self._wanted:
-            return False
-        need, _, slot, held = self._wanted[0]
-        return self._fits(need, held.chunks[slot].held_bytes)
+        return bool(self._wanted) and self._fits(self._wanted[0][0], self._wanted[0][3].held_bytes)
 
     def _fits(self, need: int, size: int) -> bool:
         """What the step at hand needs is fetched whatever it takes, everything else while there is memory for it."""
         needed = need < (self._step + 1) * self._order.lane_batch
         return needed or self._held_bytes + size <= self._settings.prefetch_bytes
-
-    def _chunk_bytes(self) -> int:
-        """What a chunk takes, before its index is known."""
-        return int(self._order.chunk_samples * self._sample_bytes)
 
     async def _measure(self, chunk: Chunk) -> None:
         if not chunk.sized:
