@@ -190,11 +190,9 @@ class Order:
 
     def follow(self, first_id: int, offset: int) -> int:
         """The id of a sample of the chunk that starts at `first_id`: after the last id of a set comes its first."""
-        if not self.parts:
-            return (first_id + offset) % self.samples
         which = bisect_right(self._end_list, first_id)
         sample = first_id + offset
-        return sample if sample < self._end_list[which] else sample - self.parts[which].samples
+        return sample if sample < self._end_list[which] else sample - self.sets[which].samples
 
     def window(self, lane: int, number: int) -> Window:
         windows = _windows(self, number, number)

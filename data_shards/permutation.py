@@ -7,7 +7,7 @@ keys a value goes to each place equally often (below nine elements: to a tenth).
 The numbers are part of ORDER_VERSION: changing anything here changes what running jobs would see.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,18 +65,17 @@ class Permutation:
     """One permutation of 0..n-1 by a key of 64 bytes; takes and gives integers or arrays of them."""
 
     def __init__(self, n: int, key: bytes) -> None:
-        self.n = n
         self._one = Permutations(np.array([n], dtype=np.int64), mix(words(key)[:ROUNDS, None]))
 
     def __call__(self, values: ArrayLike) -> Ints:
-        given = np.asarray(values, dtype=np.int64)
-        flat = given.reshape(-1)
-        return self._one.forward(np.zeros_like(flat), flat).reshape(given.shape)
+        return self._each(self._one.forward, values)
 
     def inverse(self, values: ArrayLike) -> Ints:
+        return self._each(self._one.inverse, values)
+
+    def _each(self, walk: Callable[[Ints, Ints], Ints], values: ArrayLike) -> Ints:
         given = np.asarray(values, dtype=np.int64)
-        flat = given.reshape(-1)
-        return self._one.inverse(np.zeros_like(flat), flat).reshape(given.shape)
+        return walk(np.zeros(given.size, np.int64), given.reshape(-1)).reshape(given.shape)
 
 
 def words(key: bytes) -> Words:
