@@ -108,15 +108,15 @@ class Store:
         usable = {"s3": rest[:1] not in ("", "/"), "file": rest.startswith("/"), "memory": True}
         if not separator or not usable.get(scheme):
             raise StoreError(f"{url}: not the url of a store; s3://bucket/folder, file:///folder or memory://folder is")
-        self._options = (retry_seconds, connections)
+        self._options: dict[str, Any] = {"retry_seconds": retry_seconds, "connections": connections}
         root, self._folder = rest.partition("/")[::2] if scheme == "s3" else ("", rest)
         self._folder = _clean(self._folder, url)
         self.url = f"{scheme}://{'/' if scheme == 'file' else ''}{'/'.join(filter(None, (root, self._folder)))}"
         self._root = (scheme, root)
-        self._thread = _Thread(partial(_backend, retry_seconds=retry_seconds, connections=connections))
+        self._thread = _Thread(partial(_backend, **self._options))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopened, (self.url, *self._options)
+        return partial(_reopened, **self._options), (self.url,)
 
     @property
     def counters(self) -> Counters:
@@ -129,16 +129,11 @@ class Store:
 
     def at(self, path: str) -> "Store":
         """The folder `path` of this one, over the same connections."""
-        deeper = object.__new__(Store)
-        deeper._options, deeper._root, deeper._thread = self._options, self._root, self._thread
-        deeper._folder = "/".join(filter(None, (self._folder, folder := _clean(path, self.url))))
-        deeper.url = f"{self.url}/{folder}"
-        return deeper
+        return self.beside(f"{self.url}/{path}")
 
     def beside(self, url: str) -> "Store":
         """The store at another url, on this one's event loop, so that coroutines of both can wait for each other."""
-        retry_seconds, connections = self._options
-        other = Store(url, retry_seconds=retry_seconds, connections=connections)
+        other = Store(url, **self._options)
         other._thread = self._thread
         return other
 
@@ -266,9 +261,9 @@ def split(url: str) -> tuple[str, str]:
 
 
 @cache
-def _reopened(url: str, retry_seconds: float, connections: int) -> Store:
+def _reopened(url: str, **options: Any) -> Store:
     """One store a process, however often it is sent there: connecting costs half a second."""
-    return Store(url, retry_seconds=retry_seconds, connections=connections)
+    return Store(url, **options)
 
 
 def _clean(path: str, url: str) -> str:
