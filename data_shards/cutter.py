@@ -41,7 +41,8 @@ class Cutter:
         for place, record in enumerate(records):
             offset, size = record[:2]
             if size == 0:
-                self.samples[place] = EMPTY if emptied(record) else Damage("its index record is damaged")
+                emptied = offset > 0 and not any(record[2:])  # by compaction, which leaves the offset and nothing else
+                self.samples[place] = EMPTY if emptied else Damage("its index record is damaged")
             elif not last <= offset <= end - size:
                 self.samples[place] = Damage("its index record points outside its shard")
             else:
@@ -63,11 +64,6 @@ class Cutter:
                 data = b"".join((*self._parts, data))
                 self._parts.clear()
             self.samples[self._coming.pop()] = _proven(data, right, width, height)
-
-
-def emptied(record: Record) -> bool:
-    """Whether a sample was there that compaction has taken away: it leaves the offset, and nothing else."""
-    return record[0] > 0 and not any(record[1:])
 
 
 def _proven(data: bytes, right: int, width: int, height: int) -> Fetched:

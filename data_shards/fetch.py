@@ -24,9 +24,7 @@ T = TypeVar("T")
 Ask = Callable[[], Coroutine[Any, Any, T]]  # a request
 
 TRIES = 3
-BLOCK_RECORDS = (
-    2048  # of the index are read at once (48 KiB): a small set's whole shard, under 1 % of a large set's bytes
-)
+BLOCK_RECORDS = 2048  # of the index are read at once (48 KiB): a small set's whole shard, under 1 % of a large set
 BLOCKS = 64  # are kept
 BLOCK = 512  # bytes, of which a tar is made
 HEDGE_LOOK_S = 0.5  # how often a request that is not answered is looked at: none is hedged sooner
@@ -75,9 +73,6 @@ class Fetcher:
             with contextlib.suppress(NotFound, Truncated):
                 found += int((await self._records(span.shard, span.first, span.count))["size"].sum())
         return found
-
-    async def one(self, sample: int) -> Fetched:
-        return (await self.samples(sample, 1))[0]
 
     def close(self) -> None:
         for task in self._blocks.values():

@@ -349,7 +349,7 @@ class Reader:
                 self._take(chunk, offset)
             if found is not None:
                 return found
-        return await self._fetcher.one(sample)
+        return (await self._fetcher.samples(sample, 1))[0]
 
     def _record(self, sample: int, step: int, reason: str) -> None:
         """Note a bad sample. Raises UserError when there are too many of them."""

@@ -337,7 +337,8 @@ def _sample(piece: bytes, record: Any, sha256: str | None, key: str | None) -> I
     image = piece[HEADER : HEADER + size]
     try:
         member = tarfile.TarInfo.frombuf(piece[:HEADER], "utf-8", "surrogateescape")
-        if member.isreg() != bool(size) or (size and (member.size != size or not _named(member.name, key))):
+        named = key is None or member.name.partition(".")[0] == key
+        if member.isreg() != bool(size) or (size and (member.size != size or not named)):
             yield "its tar header is another's", PACK
     except tarfile.HeaderError as error:
         yield f"its tar header is damaged ({error})", PACK
@@ -350,10 +351,6 @@ def _sample(piece: bytes, record: Any, sha256: str | None, key: str | None) -> I
         yield "its sha256 is not the one of the table", REMOVE
     else:
         yield from _decoded(image, record)
-
-
-def _named(member: str, key: str | None) -> bool:
-    return key is None or member.partition(".")[0] == key
 
 
 def _decoded(image: bytes, record: Any) -> Iterator[tuple[str, str]]:
