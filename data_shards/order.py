@@ -39,18 +39,6 @@ from data_shards.permutation import ROUNDS, Ints, Permutation, Permutations, mix
 from data_shards.section import Section
 from data_shards.shares import Schedule, schedule, whole_shares
 
-__all__ = [
-    "ORDER_VERSION",
-    "DataSettings",
-    "DataSource",
-    "Order",
-    "Part",
-    "Permutation",
-    "Window",
-    "make_order",
-    "propose_chunk_samples",
-]
-
 ORDER_VERSION = 1
 CHUNK_BYTES = 8 * 2**20  # one ranged read: large enough for the store's full speed, small enough to mix many
 REPLACEMENTS = 8

@@ -15,12 +15,12 @@ from data_shards.order import (
     CHUNK_BYTES,
     DataSettings,
     Order,
-    Permutation,
     make_order,
     places_to_try,
     propose_chunk_samples,
     replacement_place,
 )
+from data_shards.permutation import Permutation
 
 KEY = bytes(range(64))
 BILLION = Order(10**9, 164, 64, 512, 8192, 1, "billion")
