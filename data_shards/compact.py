@@ -24,8 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from data_shards.disk import told_when_full
-from data_shards.errors import UserError
+from data_shards.errors import UserError, told_when_full
 from data_shards.index import RECORD, ShardSet, dali_path, index_path, shard_path, table_path
 from data_shards.plan import Plan, forgotten, load_plans
 from data_shards.progress import Progress, quiet

@@ -1,5 +1,10 @@
 """What a user can mend: one line that says where, what was found, what is right and what to type."""
 
+import contextlib
+import errno
+import tempfile
+from collections.abc import Iterator
+
 
 class UserError(Exception):
     """An error whose message is enough for the user; the program prints that line alone and leaves with `exit_code`."""
@@ -33,3 +38,17 @@ def may_pass(error: BaseException) -> bool:
 
 def lacks_library(error: BaseException) -> bool:
     return isinstance(error, ImportError) and "shared object" in str(error)
+
+
+@contextlib.contextmanager
+def told_when_full() -> Iterator[None]:
+    """For what writes temporary files: a full disk is the user's to mend. Raises UserError in the system's place."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        folder = tempfile.gettempdir()
+        raise UserError(
+            f"{folder}: {error.strerror}; TMPDIR=... takes another disk, the same command goes on"
+        ) from error

@@ -17,7 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from data_shards.database import connected
-from data_shards.disk import told_when_full
+from data_shards.errors import told_when_full
 from data_shards.index import ShardSet
 from data_shards.progress import Progress, quiet
 

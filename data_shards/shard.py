@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_shards.disk import told_when_full
+from data_shards.errors import told_when_full
 from data_shards.images import Photo
 from data_shards.index import RECORD, dali_path, index_path, sample_key, shard_digest, shard_path, table_path
 from data_shards.sources import Source
