@@ -18,12 +18,17 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 from data_shards.errors import UserError
 
+if TYPE_CHECKING:
+    from data_shards.local import Folder, Memory
+    from data_shards.s3 import S3
+
 T = TypeVar("T")
 Consumer = TypeVar("Consumer", bound=Callable[[memoryview], object])
+Backend: TypeAlias = "S3 | Folder | Memory"
 Root = tuple[str, str]  # scheme and bucket: what is connected to
 Listing = Callable[[str, str | None], Coroutine[Any, Any, tuple[list[T], str | None]]]  # a page, what is for the next
 END_S = 2.0  # that closing may take
@@ -72,29 +77,6 @@ class Counters:
     bytes_read: int = 0
     bytes_written: int = 0
     retries: int = 0
-
-
-class Backend(Protocol):
-    """What serves a kind of url; keys are whole, errors are StoreErrors that name the url.
-
-    A prefix is empty or ends with a slash. A listing comes in pages, each with what stands for the next one.
-    """
-
-    counters: Counters
-
-    async def read(self, key: str, start: int | None, end: int | None) -> bytes: ...
-    async def feed(self, key: str, start: int, end: int, begin: Callable[[], Consumer]) -> Consumer: ...
-    async def put(self, key: str, data: bytes, create_only: bool) -> None: ...
-    async def upload(self, local: Path, key: str) -> None: ...
-    async def download(self, key: str, local: Path) -> None: ...
-    async def size(self, key: str) -> int: ...
-    async def find(self, prefix: str, more: str | None) -> tuple[list[Entry], str | None]: ...
-    async def folders(self, prefix: str, more: str | None) -> tuple[list[str], str | None]: ...
-    async def delete(self, keys: list[str]) -> None: ...
-    async def abandon(self, prefix: str) -> int: ...
-    async def check(self) -> None: ...
-    async def keeps_versions(self) -> bool | None: ...
-    async def close(self) -> None: ...
 
 
 class Store:
@@ -274,7 +256,11 @@ def _clean(path: str, url: str) -> str:
 
 
 def _backend(root: Root, retry_seconds: float, connections: int) -> Backend:
-    """Imported here: both need this module, and a folder does not need the half second that s3fs takes."""
+    """What serves a kind of url. Its keys are whole, its errors are StoreErrors that name the url.
+
+    A prefix is empty or ends with a slash. A listing comes in pages, each with what stands for the next one.
+    Imported here: both need this module, and a folder does not need the half second that s3fs takes.
+    """
     scheme, bucket = root
     if scheme == "s3":
         from data_shards.s3 import S3
