@@ -140,9 +140,6 @@ class _Patient(io.RawIOBase):
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         return int(self._file.seek(offset, whence))
 
-    def tell(self) -> int:
-        return int(self._file.tell())
-
     def readinto(self, buffer: Any) -> int:
         data = _patiently(self._url, lambda: self._file.read(len(buffer)))
         buffer[: len(data)] = data

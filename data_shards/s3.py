@@ -117,7 +117,7 @@ class S3:
         total = int(given.rpartition("/")[2])
         if end is not None and total < end:
             raise Truncated(f"{self._bucket.url(key)}: ends at byte {total}, bytes {start} to {end} were asked for")
-        if f"{given} ".split("/")[0] != f"bytes {start}-{(end or total) - 1}":
+        if given != f"bytes {start}-{(end or total) - 1}/{total}":
             raise Transient(f"sent {given} instead of the bytes {start} to {end or total}")
 
     async def put(self, key: str, data: bytes, create_only: bool) -> None:

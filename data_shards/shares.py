@@ -8,7 +8,7 @@ within less than one chunk.
 
 from collections.abc import Sequence
 from fractions import Fraction
-from functools import lru_cache, reduce
+from functools import lru_cache
 from math import gcd, lcm
 
 import numpy as np
@@ -27,13 +27,12 @@ def whole_shares(weights: Sequence[float]) -> tuple[int, ...]:
     exact = [Fraction(repr(float(weight))) for weight in weights]
     factor = lcm(*(weight.denominator for weight in exact))
     shares = [int(weight * factor) for weight in exact]
-    if sum(shares) // reduce(gcd, shares) > PERIOD:
+    if sum(shares) // gcd(*shares) > PERIOD:
         shares = _rounded(shares)
     if 0 in shares:
         weight = weights[shares.index(0)]
         raise ValueError(f"a weight of {weight:g} is less than one in {PERIOD:,} of {sum(weights):g}; leave it out")
-    common = reduce(gcd, shares)
-    return tuple(share // common for share in shares)
+    return tuple(share // gcd(*shares) for share in shares)
 
 
 def _rounded(shares: Sequence[int]) -> list[int]:
