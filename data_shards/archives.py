@@ -29,7 +29,6 @@ _COMPRESSED = {
     b"\x28\xb5\x2f\xfd": "unzstd",
     b"\x04\x22\x4d\x18": "unlz4",
 }
-_DEFLATED_OR_STORED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
 class Member(NamedTuple):
@@ -160,7 +159,7 @@ def _zip(file: BinaryIO, url: str) -> Iterator[Member]:
     for info in archive.infolist():
         if info.filename.endswith("/"):
             continue
-        if info.flag_bits & 1 or info.compress_type not in _DEFLATED_OR_STORED:
+        if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             how = "encrypted" if info.flag_bits & 1 else f"compressed by method {info.compress_type}"
             raise UserError(f"{url}: {info.filename!r} is {how}; unzip it and pack the folder")
         header = b""

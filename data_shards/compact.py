@@ -53,13 +53,8 @@ class CompactReport:
         """One line for a terminal."""
         if not self.images:
             return f"{self.url}: nothing to erase; {self.empty:,} places are empty"
-        old = (
-            "; the bucket keeps old versions of its objects, delete those too"
-            if self.versioned
-            else "; if the bucket keeps old versions of its objects, delete those too"
-            if self.versioned is None
-            else ""
-        )
+        keeps = {True: "; the bucket keeps", None: "; if the bucket keeps", False: ""}[self.versioned]
+        old = f"{keeps} old versions of its objects, delete those too" if keeps else ""
         return (
             f"{self.url}: {self.images:,} images erased from {self.shards:,} shards ({self.bytes / 1e6:,.1f} MB), "
             f"{self.empty:,} places are empty now{old}; caches on nodes and copies elsewhere are not touched"

@@ -8,7 +8,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_shards.errors import UserError
@@ -64,7 +64,7 @@ def save_group(store: Store, plan: Plan, group: int, commits: Iterable[Commit]) 
 
 def unfinished(store: Store, plan: Plan) -> set[int]:
     """The groups that have no summary yet."""
-    done = {int(PurePosixPath(entry.path).stem) for entry in store.list(f"{plan.folder}/groups")}
+    done = {int(Path(entry.path).stem) for entry in store.list(f"{plan.folder}/groups")}
     return set(range(plan.groups)) - done
 
 
