@@ -13,8 +13,7 @@ from typing import Any, TypeVar
 from botocore import exceptions as boto
 
 from data_shards.direct import Take
-from data_shards.s3_bucket import Bucket, content_md5
-from data_shards.s3_errors import Transient, code_of, is_passing, named
+from data_shards.s3_bucket import Bucket, Transient, code_of, content_md5, is_passing, named
 from data_shards.store import (
     AlreadyExists,
     Consumer,
