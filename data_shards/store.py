@@ -30,7 +30,7 @@ T = TypeVar("T")
 Consumer = TypeVar("Consumer", bound=Callable[[memoryview], object])
 Backend: TypeAlias = "S3 | Folder | Memory"
 Root = tuple[str, str]  # scheme and bucket: what is connected to
-Listing = Callable[[str, str | None], Coroutine[Any, Any, tuple[list[T], str | None]]]  # a page, what is for the next
+Listing = Callable[[str, str | None], Coroutine[Any, Any, tuple[list[T], str | None]]]  # a page and the next's token
 END_S = 2.0  # that closing may take
 
 
@@ -180,7 +180,7 @@ class Store:
 
     def walk(self, prefix: str = "") -> Iterator[Entry]:
         """The same one by one, as S3 gives them (by their paths' bytes): only a page of a listing is held."""
-        cut = len(self._folder) + 1 if self._folder else 0
+        cut = len(self._prefix(""))
         return (Entry(entry.path[cut:], entry.size) for entry in self._pages(self._backend.find, prefix))
 
     def folders(self, prefix: str = "") -> tuple[str, ...]:
@@ -258,7 +258,7 @@ def _clean(path: str, url: str) -> str:
 def _backend(root: Root, retry_seconds: float, connections: int) -> Backend:
     """What serves a kind of url. Its keys are whole, its errors are StoreErrors that name the url.
 
-    A prefix is empty or ends with a slash. A listing comes in pages, each with what stands for the next one.
+    A prefix is empty or ends with a slash. A listing comes in pages, each with a token for the next one.
     Imported here: both need this module, and a folder does not need the half second that s3fs takes.
     """
     scheme, bucket = root
