@@ -11,7 +11,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -88,24 +88,25 @@ def read_range(url: str, start: int, size: int) -> bytes:
 @contextlib.contextmanager
 def opened(url: str) -> Iterator[BinaryIO]:
     """A file to seek and read in. Raises UserError."""
-    with _named(url):
+    with _named(url), contextlib.ExitStack() as ending:
         if not is_remote(url):
-            file: Any = Path(url.removeprefix("file://")).open("rb")  # noqa: SIM115
+            yield ending.enter_context(Path(url.removeprefix("file://")).open("rb"))
         elif (place := store_of(url)) is not None:
-            file = io.BufferedReader(_Object(*place), READ_AHEAD)
+            store, path = place
+            yield io.BufferedReader(_Ranges(store.size(path), partial(store.get, path)), READ_AHEAD)
         else:
             there = _patiently(url, lambda: _filesystem(url)[0].open(_filesystem(url)[1], "rb"))
-            file = io.BufferedReader(_Patient(url, there), READ_AHEAD)
-        with file:
-            yield file
+            ending.callback(there.close)
+            size = _patiently(url, lambda: there.seek(0, os.SEEK_END) or there.tell())
+            ranges = _Ranges(size, lambda start, end: _patiently(url, partial(_read_at, there, start, end)))
+            yield io.BufferedReader(ranges, READ_AHEAD)
 
 
-class _Object(io.RawIOBase):
-    """An object of a store as a file."""
+class _Ranges(io.RawIOBase):
+    """A file of `size` bytes that is read by ranges."""
 
-    def __init__(self, store: Store, path: str) -> None:
-        self._store, self._path, self._at = store, path, 0
-        self._size = store.size(path)
+    def __init__(self, size: int, read: Callable[[int, int], bytes]) -> None:
+        self._size, self._read, self._at = size, read, 0
 
     def readable(self) -> bool:
         return True
@@ -119,35 +120,15 @@ class _Object(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         end = min(self._at + len(buffer), self._size)
-        data = self._store.get(self._path, self._at, end) if end > self._at else b""
+        data = self._read(self._at, end) if end > self._at else b""
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
 
 
-class _Patient(io.RawIOBase):
-    """A file behind another protocol, read again where an answer came badly."""
-
-    def __init__(self, url: str, file: Any) -> None:
-        self._url, self._file = url, file
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return bool(self._file.seekable())
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return int(self._file.seek(offset, whence))
-
-    def readinto(self, buffer: Any) -> int:
-        data = _patiently(self._url, lambda: self._file.read(len(buffer)))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+def _read_at(file: Any, start: int, end: int) -> bytes:
+    file.seek(start)
+    return bytes(file.read(end - start))
 
 
 def _read_local(path: Path, max_bytes: int) -> bytes:
