@@ -1,6 +1,7 @@
 """DuckDB for what does not fit into memory: so much of it, and a folder for the rest."""
 
 import contextlib
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,8 @@ from data_shards.errors import UserError
 
 if TYPE_CHECKING:
     import duckdb
+
+MEMORY_BYTES = 2**30  # where nobody says how much; what is above goes to disk
 
 
 def connect(folder: Path, memory_bytes: int) -> "duckdb.DuckDBPyConnection":
@@ -27,16 +30,17 @@ def connect(folder: Path, memory_bytes: int) -> "duckdb.DuckDBPyConnection":
 
 
 @contextlib.contextmanager
-def connected(folder: Path, memory_bytes: int, what: str) -> "Iterator[duckdb.DuckDBPyConnection]":
-    """The same, closed at the end, in a folder for temporary files; what: is done there, for people.
+def connected(what: str) -> "Iterator[tuple[duckdb.DuckDBPyConnection, Path]]":
+    """The same in a folder for temporary files, which is given too, until the end; what: is done there, for people.
 
     Raises UserError for what the engine complains of: its disk is full, or its memory too small.
     """
     import duckdb
 
-    try:
-        with connect(folder, memory_bytes) as database:
-            yield database
-    except duckdb.Error as error:
-        text = " ".join(str(error).split())
-        raise UserError(f"{folder.parent}: {what} failed; TMPDIR=... takes another disk: {text}") from error
+    with tempfile.TemporaryDirectory(prefix="farseer-") as name:
+        try:
+            with connect(Path(name), MEMORY_BYTES) as database:
+                yield database, Path(name)
+        except duckdb.Error as error:
+            text = " ".join(str(error).split())
+            raise UserError(f"{tempfile.gettempdir()}: {what} failed; TMPDIR=... takes another disk: {text}") from error

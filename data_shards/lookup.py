@@ -5,11 +5,9 @@ is wanted by DuckDB. Memory does not grow with the set.
 """
 
 import re
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,7 +22,6 @@ from data_shards.progress import Progress, quiet
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
-MEMORY_BYTES = 2**30  # DuckDB's; what is above goes to disk
 SHOWN = 20  # of the lines that name nothing
 _KEY = re.compile(r"(\d{6,})-(\d{6,})")
 _ROWS = pa.schema({"id": pa.int64(), "key": pa.string(), "sha256": pa.string(), "source": pa.string()})
@@ -47,11 +44,7 @@ def find(shards: ShardSet, lines: Iterable[str], progress: Progress = quiet) -> 
     """
     keys: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
     count = 0
-    with (
-        told_when_full(),
-        tempfile.TemporaryDirectory(prefix="farseer-find-") as folder,
-        connected(Path(folder), MEMORY_BYTES, "looking for the images") as db,
-    ):
+    with told_when_full(), connected("looking for the images") as (db, _):
         db.execute("CREATE TABLE wanted (line VARCHAR)")
         named = filter(None, (line.strip() for line in lines))
         while some := list(islice(named, 100_000)):

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 PLAN_VERSION = 2
 MOST_GROUPS = 1000  # so many objects the last merge reads at most
-MEMORY_BYTES = 2**30  # of the engine that sorts; what is above goes to disk
 BATCH = 16_384  # sources
 SAMPLE = 64  # sources that are looked at where the listing does not tell what will be stored
 USUAL_BYTES = 100_000  # of an image, where none of those is accepted
@@ -196,11 +195,7 @@ def make_plan(
     """
     if taken := set(columns.names if columns else ()) & set(COLUMNS.names):
         raise UserError(f"{asked.source}: {', '.join(sorted(taken))}: the index has columns of that name; rename them")
-    with (
-        tempfile.TemporaryDirectory(prefix="farseer-plan-") as name,
-        connected(Path(name), MEMORY_BYTES, "sorting the sources") as database,
-    ):
-        folder = Path(name)
+    with connected("sorting the sources") as (database, folder):
         _list(database, asked, sources, columns, progress)
         for plan in earlier:
             if _is_same_place(plan.asked.source, asked.source):

@@ -80,7 +80,7 @@ def test_a_plan_of_another_version_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_engine_without_room_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_shards.plan.MEMORY_BYTES", 1024)
+    monkeypatch.setattr("data_shards.database.MEMORY_BYTES", 1024)
     with pytest.raises(UserError, match="sorting the sources failed; TMPDIR=") as error:
         make_plan(Store(f"memory://{tmp_path.name}"), ASKED, sources(5_000))
     assert "\n" not in str(error.value)
@@ -91,10 +91,10 @@ def test_ten_times_as_many_sources_take_no_more_memory(tmp_path: Path) -> None:
     program = """
         import sys
         from pathlib import Path
-        from data_shards import plan
+        from data_shards import database, plan
         from data_shards.sources import Source, SourceOptions
         from data_shards.store import Store, Unavailable
-        plan.MEMORY_BYTES = 100 * 2**20
+        database.MEMORY_BYTES = 100 * 2**20
         count, folder = int(sys.argv[1]), sys.argv[2]
         listed = (Source(f"/a/folder/of/images/{n}.jpg", size=100_000, name=f"{n}.jpg") for n in range(count))
         settings = plan.PackSettings(shard_bytes=100 * 2**20)

@@ -183,7 +183,7 @@ def test_what_is_removed_is_replaced_by_the_order_and_is_no_bad_sample(shards: S
 def test_an_engine_without_room_to_look_for_images_is_told_in_one_line(
     shards: ShardSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data_shards.lookup.MEMORY_BYTES", 1024)
+    monkeypatch.setattr("data_shards.database.MEMORY_BYTES", 1024)
     with pytest.raises(UserError, match="looking for the images failed; TMPDIR=") as error:
         find(shards, ["photos/a.jpg"])
     assert "\n" not in str(error.value)
