@@ -139,9 +139,6 @@ class _Connection(asyncio.BufferedProtocol):
         except Exception as error:  # noqa: BLE001 - asyncio would take it for an error of the connection
             self._answer.set_exception(error)
 
-    def eof_received(self) -> bool:
-        return False
-
     def connection_lost(self, error: Exception | None) -> None:
         self.open = False
         if self._answer is not None and not self._answer.done():

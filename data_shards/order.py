@@ -101,8 +101,6 @@ class Part:
 class Window(NamedTuple):
     """What a lane mixes: `size` samples, from its index `first_index` on, in chunks that start at these sample ids."""
 
-    lane: int
-    number: int
     first_index: int
     chunks: list[int]
     size: int
@@ -186,7 +184,7 @@ class Order:
         windows = _windows(self, number, number)
         size = int(windows.shuffles.sizes[lane])
         first = max(0, number * self.window_samples - int(self._skipped(lane)) * self.chunk_samples)
-        return Window(lane, number, first, windows.chunks[lane, : size // self.chunk_samples].tolist(), size)
+        return Window(first, windows.chunks[lane, : size // self.chunk_samples].tolist(), size)
 
     def slots(self, lane: int, number: int, place: ArrayLike) -> tuple[Ints, Ints]:
         """Of places of one window: which of its chunks, and which sample of that chunk."""
