@@ -92,11 +92,6 @@ class Manifest:
     refused: dict[str, int]
     tars: tuple[str, ...] = ()
 
-    @property
-    def mean_bytes(self) -> float:
-        """Bytes that are read for a sample, on average."""
-        return sum(self.shard_bytes) / self.samples
-
     @classmethod
     def load(cls, store: Store, layout_id: str | None = None) -> "Manifest":
         """The newest version, or the one with that layout; one request.
@@ -173,7 +168,7 @@ class ShardSet:
     @property
     def mean_bytes(self) -> float:
         """Bytes that are read for a sample, on average."""
-        return self.manifest.mean_bytes
+        return sum(self.manifest.shard_bytes) / self.manifest.samples
 
     def index(self, shard: int) -> tuple[Store, str]:
         """The store of a shard's RECORDs, on the event loop of the set's own, and the path in it."""

@@ -33,7 +33,7 @@ class Mixture(ShardSet):
     @property
     def mean_bytes(self) -> float:
         """Of the samples as they come: by the sets' shares, not by their sizes."""
-        means = (one.manifest.mean_bytes * share for one, share in zip(self._sets, self.shares, strict=True))
+        means = (one.mean_bytes * share for one, share in zip(self._sets, self.shares, strict=True))
         return sum(means) / sum(self.shares)
 
     def index(self, shard: int) -> tuple[Store, str]:

@@ -26,7 +26,7 @@ def store(tmp_path: Path) -> Store:
 def test_a_manifest_comes_back_as_it_was_saved(store: Store) -> None:
     manifest(3, 2).save(store)
     assert Manifest.load(store) == manifest(3, 2)
-    assert manifest(3, 2).mean_bytes == 1000
+    assert ShardSet(store, manifest(3, 2)).mean_bytes == 1000
 
 
 def test_a_second_manifest_does_not_replace_the_first(store: Store) -> None:

@@ -257,7 +257,7 @@ def test_a_chunk_is_one_request_as_long_as_it_is_not_over_range_bytes(photos: Ph
 
 def test_memory_stays_inside_the_budget_and_the_next_windows_are_fetched_when_there_is_room() -> None:
     photos = photos_in(Wire(f"memory://reader-{next(names)}"), largest=20_000)
-    one_window = int(4 * ORDER.window_samples * photos.shards.manifest.mean_bytes)
+    one_window = int(4 * ORDER.window_samples * photos.shards.mean_bytes)
     for budget, full in ((one_window + 40_000, 0.7), (3 * one_window, 1.15)):
         tracemalloc.start()
         settings = SETTINGS.model_copy(update={"prefetch_bytes": budget})
@@ -560,7 +560,7 @@ def test_what_is_held_is_never_over_the_budget_and_what_the_step_at_hand_needs()
     sizes = [rng.choice((50, 400, 3000, 20_000)) for _ in range(160)]
     sizes[77] = 900_000
     photos = photos_in(Wire(f"memory://reader-{next(names)}"), sizes=sizes)
-    budget = int(4 * ORDER.window_samples * photos.shards.manifest.mean_bytes)
+    budget = int(4 * ORDER.window_samples * photos.shards.mean_bytes)
     seen: list[tuple[int, float]] = []
 
     async def watched(read: Read, path: str, start: int | None, end: int | None) -> bytes:
