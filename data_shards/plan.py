@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from hashlib import blake2b, md5
 from itertools import count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -61,8 +61,6 @@ _LISTED = pa.schema(
 
 class PackSettings(Rules):
     """What is taken, and how the shards are made."""
-
-    affects_results: ClassVar[bool] = False
 
     shard_bytes: PositiveInt = 256 * 2**20  # decides the number of objects only: reads are ranges
     seed: NonNegativeInt = 0  # of the order in which sources are laid out
