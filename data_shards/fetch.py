@@ -85,18 +85,10 @@ class Fetcher:
         except (NotFound, Truncated) as error:
             return [Damage(f"no index of its shard ({error})")] * span.count
         found: list[Fetched] = []
-        for start, end in self._ranges(records):
+        starts = records["offset"]
+        for start, end in ranges(starts.tolist(), (starts + records["size"]).tolist(), self._range_bytes):
             found += await self._range(span.shard, span.first + start, records[start:end])
         return found
-
-    def _ranges(self, records: NDArray[np.void]) -> Iterator[tuple[int, int]]:
-        """Consecutive samples that are read at once, as (first, end): up to `range_bytes`, but at least one sample."""
-        starts, ends = records["offset"].tolist(), (records["offset"] + records["size"]).tolist()
-        start = 0
-        for i in range(1, len(records) + 1):
-            if i == len(records) or ends[i] - starts[start] > self._range_bytes:
-                yield start, i
-                start = i
 
     async def _range(self, shard: int, first: int, records: NDArray[np.void]) -> list[Fetched]:
         """The samples `first` and following of a shard by one read; those that are wrong again, each alone."""
@@ -257,3 +249,12 @@ class Fetcher:
             return await ask()
         finally:
             self.in_flight -= 1
+
+
+def ranges(starts: Sequence[int], ends: Sequence[int], most_bytes: int) -> Iterator[tuple[int, int]]:
+    """Consecutive samples that are read at once, as (first, end): up to so many bytes, but at least one sample."""
+    first = 0
+    for i in range(1, len(starts) + 1):
+        if i == len(starts) or ends[i] - starts[first] > most_bytes:
+            yield first, i
+            first = i

@@ -8,7 +8,7 @@ image of those shards whose index is right. What has been read in full is noted,
 import hashlib
 import json
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_shards.fetch import ranges
 from data_shards.images import PILLOW_MAX_PIXELS, Refused, Rules, examine
 from data_shards.index import MANIFEST, RECORD, Manifest, ShardSet, index_path, manifest_path, shard_path, table_path
 from data_shards.processes import unordered, worker_count
@@ -313,22 +314,14 @@ def _pieces(part: Part, records: np.ndarray) -> Iterator[tuple[int, bytes]]:
     ends = np.append(starts[1:], part.bytes)
     if part.elsewhere:
         ends = starts + HEADER + records["size"]
-    ranges = list(_ranges(starts, ends))
-    reads = (store.submit(store.read(path, int(starts[first]), int(ends[last - 1]))) for first, last in ranges)
+    pieces = list(ranges(starts.tolist(), ends.tolist(), RANGE_BYTES))
+    reads = (store.submit(store.read(path, int(starts[first]), int(ends[last - 1]))) for first, last in pieces)
     coming = next(reads, None)
-    for first, last in ranges:
+    for first, last in pieces:
         assert coming is not None
         data, coming = coming.result(), next(reads, None)
         for place in range(first, last):
             yield place, data[starts[place] - starts[first] : ends[place] - starts[first]]
-
-
-def _ranges(starts: np.ndarray, ends: np.ndarray) -> Iterable[tuple[int, int]]:
-    first = 0
-    while first < len(starts):
-        last = max(first + 1, int(np.searchsorted(ends, starts[first] + RANGE_BYTES, side="right")))
-        yield first, last
-        first = last
 
 
 def _sample(piece: bytes, record: Any, sha256: str | None, key: str | None) -> Iterator[tuple[str, str]]:
