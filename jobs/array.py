@@ -19,8 +19,8 @@ import submitit
 from data_shards.errors import UserError
 from data_shards.progress import Progress
 from jobs import slurm
-from jobs.launch import exports, guarded, sbatch_options, switched_on, write_snapshot
-from jobs.site import INHERITED, ROOT, Site
+from jobs.launch import exports, guarded, job_executor, write_snapshot
+from jobs.site import ROOT, Site
 
 POLL_S = 2.0
 
@@ -116,35 +116,18 @@ class Array:
 
     def _executor(self, workers: int) -> submitit.SlurmExecutor:
         """A task has the cores of a rank of the site, and its share of a node's memory."""
-        site = self.site
-        executor = submitit.SlurmExecutor(self.folder / "logs", max_num_timeout=1_000_000, python=site.python)
-        optional = {
-            "gpus_per_node": min(self.gpus, site.gpus_per_node) or None,
-            "mem": None if site.memory_gb is None else f"{round(site.memory_gb * 1024 / site.ranks_per_node)}MB",
-        }
-        executor.update_parameters(
+        return job_executor(
+            self.site,
+            self.folder,
+            ranks=1,
+            without="exclusive",  # a task is small
             job_name=f"farseer-{self.kind}",
             comment=self.about,
             nodes=1,
-            ntasks_per_node=1,
-            cpus_per_task=site.cpus_per_rank,
-            time=site.time_limit_min,
-            signal_delay_s=site.signal_delay_s,
+            gpus_per_node=min(self.gpus, self.site.gpus_per_node),
             array_parallelism=workers,
-            stderr_to_stdout=True,
-            wckey=None,  # submitit's is its own name, which clusters that know their keys refuse
-            setup=[*exports(site, self.folder), *guarded(site.setup, self._setup_failed())],
-            srun_args=["--open-mode=append", f"--cpus-per-task={site.cpus_per_rank}"],
-            additional_parameters={
-                "requeue": True,
-                "chdir": str(self.folder / "snapshot"),  # python -m looks there first
-                "export": ",".join(INHERITED),
-                **{name: value for name, value in switched_on(site).items() if name != "exclusive"},  # a task is small
-            },
-            **{name: value for name, value in optional.items() if value is not None},
-            **sbatch_options(site),
+            setup=[*exports(self.site, self.folder), *guarded(self.site.setup, self._setup_failed())],
         )
-        return executor
 
     def _setup_failed(self) -> str:
         """The shell line by which a task tells of a site's setup that fails, as `Task` does of what a user can mend."""

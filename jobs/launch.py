@@ -148,48 +148,56 @@ def _made_way(supervise: str, max_cycles: int) -> list[str]:
 
 
 def slurm_executor(site: Site, run: str, store: str) -> submitit.SlurmExecutor:
-    """submitit's executor, set so that a requeue, a preemption and a dead rank end as jobs.supervise says.
-
-    submitit's own cap on time-outs is out of the way: it would end a run that makes progress.
-    """
+    """submitit's executor, set so that a requeue, a preemption and a dead rank end as jobs.supervise says."""
     run_dir = site.run_dir(run)
-    executor = submitit.SlurmExecutor(run_dir / "logs", max_num_timeout=1_000_000, python=site.python)
     before, after = batch_script(site, run_dir, store)
-    optional = {
-        "gpus_per_node": site.gpus_per_node or None,
-        "exclude": ",".join(filter(None, (_exclude_of(site), *_excluded(site)))) or None,
-        "mem": None if site.memory_gb is None else f"{round(site.memory_gb * 1024)}MB",
-    }
-    executor.update_parameters(
+    return job_executor(
+        site,
+        run_dir,
+        ranks=site.ranks_per_node,
+        without="exclude",  # it comes with the hosts that were to blame
+        srun_args=["--kill-on-bad-exit=1"],
         job_name=slurm.job_name(run),
         comment=store,
         nodes=site.nodes,
-        ntasks_per_node=site.ranks_per_node,
+        gpus_per_node=site.gpus_per_node,
+        exclude=",".join(filter(None, (_exclude_of(site), *_excluded(site)))),
+        setup=before,
+        teardown=after,
+    )
+
+
+def job_executor(
+    site: Site, folder: Path, *, ranks: int, without: str, srun_args: Sequence[str] = (), **of_job: Any
+) -> submitit.SlurmExecutor:
+    """submitit's executor for a job of any kind, which runs from the snapshot in its folder.
+
+    ranks: of the job on a node, of whose memory they get their share. without: which of the site's `extra` options the
+    job does not take. of_job: more of it in submitit's words; what is None, 0 or empty is not asked for.
+    submitit's own cap on time-outs is out of the way: it would end a run that makes progress.
+    """
+    executor = submitit.SlurmExecutor(folder / "logs", max_num_timeout=1_000_000, python=site.python)
+    where = {"partition": site.partition, "account": site.account, "qos": site.qos, "constraint": site.constraint}
+    memory_mb = round((site.memory_gb or 0) * 1024 * ranks / site.ranks_per_node)
+    optional = {**where, "mem": f"{memory_mb}MB" if memory_mb else None, **of_job}
+    executor.update_parameters(
+        ntasks_per_node=ranks,
         cpus_per_task=site.cpus_per_rank,
         time=site.time_limit_min,
         signal_delay_s=site.signal_delay_s,
         stderr_to_stdout=True,
         wckey=None,  # submitit's is its own name, which clusters that know their keys refuse
-        setup=before,
-        teardown=after,
         # srun takes neither the open mode nor, since SLURM 22.05, the CPUs from sbatch
-        srun_args=["--kill-on-bad-exit=1", "--open-mode=append", f"--cpus-per-task={site.cpus_per_rank}"],
+        srun_args=[*srun_args, "--open-mode=append", f"--cpus-per-task={site.cpus_per_rank}"],
         additional_parameters={
             "requeue": True,
-            "chdir": str(run_dir / "snapshot"),  # python -m looks there first
+            "chdir": str(folder / "snapshot"),  # python -m looks there first
             "export": ",".join(INHERITED),
-            **{name: value for name, value in switched_on(site).items() if name != "exclude"},
+            **{name: value for name, value in switched_on(site).items() if name != without},
         },
-        **{name: value for name, value in optional.items() if value is not None},
-        **sbatch_options(site),
+        **{name: value for name, value in optional.items() if value},
     )
     return executor
-
-
-def sbatch_options(site: Site) -> dict[str, str]:
-    """Where on the cluster a job of any kind runs."""
-    named = {"partition": site.partition, "account": site.account, "qos": site.qos, "constraint": site.constraint}
-    return {name: value for name, value in named.items() if value is not None}
 
 
 def switched_on(site: Site) -> dict[str, str | int | bool]:
