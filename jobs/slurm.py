@@ -17,6 +17,7 @@ TIMEOUT_S = 30.0
 PATIENCE_S = 1800.0  # for a requeue while the controller is busy or starts again
 AGAIN_S = 5.0
 NAMES = 1000  # of 72 letters at most: Linux takes no argument of 128 KiB
+_HINT = "make cluster-up for the local one, or another SITE=..."
 USABLE = "idle,alloc,mix,comp,resv,plnd"  # states of nodes that run jobs, or soon will
 
 
@@ -46,7 +47,7 @@ def queue(runs: Sequence[str]) -> list[Queued]:
     found = []
     for first in range(0, len(runs), NAMES):
         names = ",".join(map(job_name, runs[first : first + NAMES]))
-        lines = _call(["squeue", "--noheader", "--name", names, "--format", "%i|%T|%N|%r|%u|%k"]).splitlines()
+        lines = ask("squeue", "--noheader", "--name", names, "--format", "%i|%T|%N|%r|%u|%k").splitlines()
         for line in lines:
             if line.count("|") >= 5:
                 job, state, nodes, reason, user, run = line.strip().split("|", 5)
@@ -57,7 +58,7 @@ def queue(runs: Sequence[str]) -> list[Queued]:
 def job_state(job: str) -> tuple[str, str] | None:
     """State and reason of a job, or of one task of an array; None when it neither waits nor runs."""
     try:
-        lines = _call(["squeue", "--noheader", "--job", job, "--format", "%T|%r"]).split("\n")
+        lines = ask("squeue", "--noheader", "--job", job, "--format", "%T|%r").split("\n")
     except SlurmError as error:
         if "Invalid job id" in str(error):
             return None
@@ -68,27 +69,40 @@ def job_state(job: str) -> tuple[str, str] | None:
 
 def check_partition(name: str | None, nodes: int) -> None:
     """Refuse a partition that does not exist or is too small; SLURM itself would let the job wait for ever."""
-    rows = [line.split("|") for line in _call(["sinfo", "--noheader", "--summarize", "--format", "%P|%D"]).splitlines()]
+    rows = [line.split("|") for line in ask("sinfo", "--noheader", "--summarize", "--format", "%P|%D").splitlines()]
     sizes = {row[0].rstrip("*"): int(row[1]) for row in rows}
     wanted = name or next((row[0].rstrip("*") for row in rows if row[0].endswith("*")), None)
     named = wanted.split(",") if wanted else []
     if not named or not sizes.keys() >= set(named):
         raise SlurmError(f"partition: found {wanted}; SLURM has {', '.join(sorted(sizes)) or 'none'}")
-    if nodes > max(sizes[one] for one in named):
-        raise SlurmError(f"nodes: found {nodes}; partition {wanted} has {max(sizes[one] for one in named)}")
+    if nodes > (most := max(sizes[one] for one in named)):
+        raise SlurmError(f"nodes: found {nodes}; partition {wanted} has {most}")
 
 
 def version() -> str | None:
     """Such as `slurm-wlm 22.05.8`; None where it cannot be asked."""
     try:
-        return _call(["sinfo", "--version"]).strip()
+        return ask("sinfo", "--version").strip()
     except SlurmError:
         return None
 
 
 def ask(*command: str) -> str:
     """What one of SLURM's commands answers. Raises SlurmError."""
-    return _call(command)
+    if shutil.which(command[0]) is None:
+        raise SlurmError(f"SLURM is not installed here ({command[0]} not found): make cluster-up, or another SITE=...")
+    config = Path(os.environ.get("SLURM_CONF", "/"))
+    if not config.exists():  # SLURM's own commands wait a minute for it
+        raise SlurmError(f"SLURM does not answer (SLURM_CONF: no {config}): {_HINT}")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"SLURM does not answer ({command[0]}, {TIMEOUT_S:.0f} s): {_HINT}") from None
+    if done.returncode:
+        said = ((done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        away = any(sign in said for sign in ("Unable to contact", "Could not establish", "Unable to process config"))
+        raise SlurmError(f"SLURM does not answer ({said}): {_HINT}" if away else f"SLURM refused {command[0]}: {said}")
+    return done.stdout
 
 
 def requeue(job: str, patience_s: float = 0.0) -> None:
@@ -99,12 +113,11 @@ def requeue(job: str, patience_s: float = 0.0) -> None:
     end = time.monotonic() + patience_s
     while True:
         try:
-            _call(["scontrol", "requeue", job])
+            ask("scontrol", "requeue", job)
+            return
         except SlurmError as error:
             if time.monotonic() > end or re.search("disabled|Invalid job id|[Pp]ermission denied", str(error)):
                 raise
-        else:
-            return
         time.sleep(AGAIN_S)
 
 
@@ -119,7 +132,7 @@ def requeue_without(job: str, hosts: Sequence[str], always: Sequence[str], const
     off = _spared_here(hosts, constraint, always) if hosts else []
     requeue(job, PATIENCE_S)
     try:
-        _call(["scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join([*always, *off])}"])
+        ask("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join([*always, *off])}")
     except SlurmError as error:
         sys.stderr.write(f"farseer: requeued, but not kept off {', '.join(off) or 'any host'}: {error}\n")
 
@@ -152,7 +165,7 @@ def spared(
         return []
     where = ["--partition", partition] if partition else []
     usable = _nodes(f"--states={USABLE}", *where)
-    others = {host for one in kept_off for host in _call(["scontrol", "show", "hostnames", one]).split()}
+    others = {host for one in kept_off for host in ask("scontrol", "show", "hostnames", one).split()}
     fit: dict[str, set[str]] = {}
     for node, of, features, gres in usable:
         asked = of.rstrip("*") in partition.split(",") if partition else of.endswith("*")
@@ -172,35 +185,15 @@ def spared(
 
 def _nodes(*which: str) -> list[list[str]]:
     """Name, partition, features and generic resources of nodes, a row for each partition that one is in."""
-    lines = _call(["sinfo", "--noheader", "--Node", *which, "--format", "%N|%P|%f|%G"]).splitlines()
+    lines = ask("sinfo", "--noheader", "--Node", *which, "--format", "%N|%P|%f|%G").splitlines()
     return [line.split("|") for line in lines]
 
 
-def signal_ranks(job: str, name: str = "USR2") -> None:
-    """Signal every process of the job's steps (all ranks on all nodes), but not its batch script."""
-    _call(["scancel", f"--signal={name}", job])
+def signal_ranks(job: str) -> None:
+    """USR2 to every process of the job's steps (all ranks on all nodes), but not to its batch script."""
+    ask("scancel", "--signal=USR2", job)
 
 
 def cancel(job: str) -> None:
     """End a job, whether it waits or runs."""
-    _call(["scancel", job])
-
-
-def _call(command: Sequence[str]) -> str:
-    if shutil.which(command[0]) is None:
-        raise SlurmError(f"SLURM is not installed here ({command[0]} not found): make cluster-up, or another SITE=...")
-    config = Path(os.environ.get("SLURM_CONF", "/"))
-    if not config.exists():  # SLURM's own commands wait a minute for it
-        raise SlurmError(f"SLURM does not answer (SLURM_CONF: no {config}): {_HINT}")
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-    except subprocess.TimeoutExpired:
-        raise SlurmError(f"SLURM does not answer ({command[0]}, {TIMEOUT_S:.0f} s): {_HINT}") from None
-    if done.returncode:
-        said = ((done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        away = any(sign in said for sign in ("Unable to contact", "Could not establish", "Unable to process config"))
-        raise SlurmError(f"SLURM does not answer ({said}): {_HINT}" if away else f"SLURM refused {command[0]}: {said}")
-    return done.stdout
-
-
-_HINT = "make cluster-up for the local one, or another SITE=..."
+    ask("scancel", job)
