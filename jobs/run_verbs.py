@@ -1,7 +1,6 @@
 """The verbs for runs: plan, submit, watch, stop. Each imports what it needs when it is called."""
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -103,8 +102,6 @@ def resume(options: argparse.Namespace) -> int:
 
 
 def status(options: argparse.Namespace) -> int:
-    from dataclasses import asdict
-
     from jobs.elsewhere import elsewhere, stores_of
     from jobs.runs import statuses
     from jobs.site import load_site
@@ -119,7 +116,7 @@ def status(options: argparse.Namespace) -> int:
         found = [*statuses(site), *others]
         lines = table(HEAD, map(_row, found)) if found else [NO_RUNS.format(site.shared_dir)]
         if options.json or not options.watch:
-            say_found(options, [asdict(one) for one in found], lines)
+            say_found(options, found, lines)
             sys.stderr.write("".join(f"{line}\n" for line in complaints))
             return 0
         say("\x1b[H\x1b[2J" + f"{time.strftime('%H:%M:%S')}, {len(found)} runs", *lines, *complaints)
@@ -127,14 +124,12 @@ def status(options: argparse.Namespace) -> int:
 
 
 def doctor(options: argparse.Namespace) -> int:
-    from dataclasses import asdict
-
     from jobs.doctor import examine
 
     config, site = _config_and_site(options)
     site.activate()
     found = examine(site, config.store, [source.url for source in config.data.sets], options.probe)
-    say_found(options, [asdict(one) for one in found], (one.line() for one in found))
+    say_found(options, found, (one.line() for one in found))
     return 1 if any(one.ok is False for one in found) else 0
 
 
@@ -159,17 +154,13 @@ def cancel(options: argparse.Namespace) -> int:
 
 
 def checkpoints(options: argparse.Namespace) -> int:
-    from dataclasses import asdict
-
     from jobs.checkpoints import checkpoints as find
 
     found = find(newest_job(options), options.verify)
-    if options.json:
-        say(json.dumps([asdict(one) for one in found], indent=2))
-    else:
-        say(*table(("STEP", "ATTEMPT", "AGE", "BYTES", "STATE", "WHERE"), map(_checkpoint_row, found)))
-        say(*(one.damage for one in found if one.damage))
-    return 1 if any(one.damage for one in found) else 0
+    damage = [one.damage for one in found if one.damage]
+    lines = table(("STEP", "ATTEMPT", "AGE", "BYTES", "STATE", "WHERE"), map(_checkpoint_row, found))
+    say_found(options, found, [*lines, *damage])
+    return 1 if damage else 0
 
 
 def newest_job(options: argparse.Namespace) -> "Job":

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from typing import Any, NoReturn, TextIO
 
 from data_shards.errors import UserError
@@ -149,9 +149,8 @@ def table(head: Sequence[str], rows: Any) -> list[str]:
 
 
 def say_found(options: argparse.Namespace, found: Any, lines: Iterable[str]) -> None:
-    """With --json what was found (a dataclass, or a dictionary), else lines for people."""
-    values = asdict(found) if is_dataclass(found) and not isinstance(found, type) else found
-    say(*([json.dumps(values, indent=2)] if options.json else lines))
+    """With --json what was found (plain values and dataclasses), else lines for people."""
+    say(*([json.dumps(found, indent=2, default=asdict)] if options.json else lines))
 
 
 def say(*lines: str) -> None:
