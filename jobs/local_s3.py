@@ -40,18 +40,7 @@ OVERRIDES = (
     "AWS_DEFAULT_REGION",
 )
 # Every port that the program opens, whether we need the service or not: an unset one meets the next server's.
-SERVICES = (
-    "s3.port",
-    "s3.port.grpc",
-    "master.port",
-    "master.port.grpc",
-    "filer.port",
-    "filer.port.grpc",
-    "volume.port",
-    "volume.port.grpc",
-    "admin.port",
-    "admin.port.grpc",
-)
+SERVICES = [f"{name}.port{kind}" for name in ("s3", "master", "filer", "volume", "admin") for kind in ("", ".grpc")]
 
 
 @dataclass(frozen=True)

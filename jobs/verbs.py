@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -15,19 +16,9 @@ from data_shards.errors import UserError
 Verb = Callable[[argparse.Namespace], int]
 
 # what of the AWS chain says whose keys, or which store's: a region or a bundle of certificates does not
-NAME_KEYS = tuple(
-    f"AWS_{name}"
-    for name in (
-        "ACCESS_KEY_ID",
-        "CONFIG_FILE",
-        "CONTAINER_",
-        "DEFAULT_PROFILE",
-        "ENDPOINT_URL",
-        "PROFILE",
-        "ROLE_ARN",
-        "SHARED_CREDENTIALS_FILE",
-        "WEB_IDENTITY_TOKEN_FILE",
-    )
+NAMES_KEYS = re.compile(
+    "AWS_(ACCESS_KEY_ID|CONFIG_FILE|CONTAINER_|DEFAULT_PROFILE|ENDPOINT_URL|PROFILE|ROLE_ARN|SHARED_CREDENTIALS_FILE|"
+    "WEB_IDENTITY_TOKEN_FILE)"
 )
 
 
@@ -56,7 +47,7 @@ def use_keys(site: str | None) -> None:
     """Take the keys of a site; without one those that the environment names, else the local site's if it is up."""
     from jobs.site import LOCAL, load_site
 
-    named = any(name.startswith(NAME_KEYS) for name in os.environ)
+    named = any(map(NAMES_KEYS.match, os.environ))
     if site or (LOCAL.exists() and not named):
         load_site(site or "local").activate()
 
