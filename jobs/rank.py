@@ -111,24 +111,19 @@ def _handle_early_signals(start: Start, rank: int, time_s: float) -> None:
 
 
 def _leave_early(start: Start, rank: int) -> NoReturn:
-    """Before there is anything to save."""
+    """Before there is anything to save. Rank 0 speaks for all, unless it is among those that wait."""
     try:
-        _say_so(start, rank)
+        if rank != 0:
+            time.sleep(WITNESS_S)
+            if start.outcome() is None:
+                start.end("cancelled" if start.cancelled else "preempted")
+        elif start.cancelled:
+            start.end("cancelled")
+        else:
+            start.note("requeued", reason=TOO_EARLY)
+            requeue(start)
     finally:
         os._exit(1)  # not 0: SLURM ends those with it that wait for this one already, and hear no signal there
-
-
-def _say_so(start: Start, rank: int) -> None:
-    """Rank 0 speaks for all, unless it is among those that wait."""
-    if rank != 0:
-        time.sleep(WITNESS_S)
-        if start.outcome() is None:
-            start.end("cancelled" if start.cancelled else "preempted")
-    elif start.cancelled:
-        start.end("cancelled")
-    else:
-        start.note("requeued", reason=TOO_EARLY)
-        requeue(start)
 
 
 def _over(start: Start, rank: int, outcome: str) -> None:
