@@ -9,7 +9,6 @@
 Where SLURM is not installed or does not start, the site is S3 and submitit's local executor.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,13 @@ import yaml
 
 from data_shards.errors import UserError
 from jobs import daemons
-from jobs.local_s3 import BUCKETS, OVERRIDES, S3, activate, environment, running_s3, start_s3, stop_s3
+from jobs.local_s3 import OVERRIDES, S3, activate, environment, running_s3, start_s3, stop_s3
 from jobs.local_slurm import OtherSettings, Slurm, call, missing_programs, running_slurm, start_slurm, stop_slurm
 from jobs.slurm_conf import Settings
 
 __all__ = [
-    "BUCKETS",
-    "DIRECTORY",
     "OVERRIDES",
     "S3",
-    "Local",
     "Settings",
     "Slurm",
     "activate",
@@ -42,56 +38,29 @@ __all__ = [
     "up",
 ]
 
-DIRECTORY = Path("var/cluster")
 
-
-@dataclass(frozen=True)
-class Local:
-    """What runs here; `slurm` is None where jobs go through the local executor."""
-
-    directory: Path
-    s3: S3
-    slurm: Slurm | None
-    nodes: int
-
-    def environment(self) -> dict[str, str]:
-        """Paths and names by which programs find both; no secret. `activate` sets it for this process."""
-        return self.s3.environment() | (self.slurm.environment() if self.slurm else {})
-
-    def site(self) -> dict[str, Any]:
-        """The site, as jobs are submitted to it."""
-        return {
-            "name": "local",
-            "executor": "slurm" if self.slurm else "local",
-            "partition": "main",
-            "nodes": self.nodes,
-            "shared_dir": str(self.directory.parent / "jobs"),
-            "environment": self.environment(),
-        }
-
-
-def up(directory: Path = DIRECTORY, settings: Settings | None = None) -> list[str]:
+def up(directory: Path) -> list[str]:
     """Start both, or go on with what runs; returns lines that say what is there.
 
     Raises UserError when S3 cannot be started, or SLURM runs with other settings. SLURM itself can be done without.
     """
-    directory, settings = directory.resolve(), settings or Settings()
+    directory = directory.resolve()
+    slurm: Slurm | None = None
     s3 = start_s3(directory / "s3")
     try:
-        slurm: Slurm | None = start_slurm(directory / "slurm", settings)
-        said = f"SLURM: {settings.nodes} nodes, logs in {directory / 'slurm' / 'log'}"
+        slurm = start_slurm(directory / "slurm")
+        said = f"SLURM: {slurm.nodes} nodes, logs in {directory / 'slurm' / 'log'}"
     except OtherSettings:
         raise
     except UserError as error:
-        slurm, said = None, f"{error}; going on without it: jobs run through submitit's local executor"
-    local = Local(directory, s3, slurm, settings.nodes)
-    daemons.write_private(directory / "site.yaml", yaml.safe_dump(local.site(), sort_keys=False))
+        said = f"{error}; going on without it: jobs run through submitit's local executor"
+    daemons.write_private(directory / "site.yaml", yaml.safe_dump(_site(directory, s3, slurm), sort_keys=False))
     parts = [f". '{part}/env.sh'" for part in (s3.directory, *([slurm.directory] if slurm else []))]
     daemons.write_private(directory / "env.sh", "\n".join(parts) + "\n")
     return [f"S3: {s3.url}, buckets {' and '.join(s3.buckets)}", said, f"for your shell: . {directory / 'env.sh'}"]
 
 
-def down(directory: Path = DIRECTORY) -> None:
+def down(directory: Path) -> None:
     """Stop both and all jobs; what is stored in S3 stays."""
     for name in ("site.yaml", "env.sh"):
         (directory / name).unlink(missing_ok=True)
@@ -101,7 +70,7 @@ def down(directory: Path = DIRECTORY) -> None:
         stop_s3(directory / "s3")
 
 
-def status(directory: Path = DIRECTORY) -> list[str]:
+def status(directory: Path) -> list[str]:
     """What runs, a line each; with SLURM also its nodes and its queue."""
     directory = directory.resolve()
     s3, slurm = running_s3(directory / "s3"), running_slurm(directory / "slurm")
@@ -110,3 +79,15 @@ def status(directory: Path = DIRECTORY) -> list[str]:
         return [*lines, "SLURM  does not run" + (" and is not installed" if missing_programs() else "")]
     lines.append(f"SLURM  {slurm.nodes} nodes; shell: . {directory / 'env.sh'}")
     return lines + [f"  {line}" for tool in ("sinfo", "squeue") for line in call(slurm.directory, tool).splitlines()]
+
+
+def _site(directory: Path, s3: S3, slurm: Slurm | None) -> dict[str, Any]:
+    """As jobs are submitted to it: paths and names by which programs find both, no secret."""
+    return {
+        "name": "local",
+        "executor": "slurm" if slurm else "local",
+        "partition": "main",
+        "nodes": slurm.nodes if slurm else Settings().nodes,
+        "shared_dir": str(directory.parent / "jobs"),
+        "environment": s3.environment() | (slurm.environment() if slurm else {}),
+    }

@@ -127,10 +127,10 @@ def running_slurm(directory: Path) -> Slurm | None:
     return None
 
 
-def call(directory: Path, *command: str, timeout_s: float = 15.0) -> str:
+def call(directory: Path, *command: str) -> str:
     """The output of a SLURM command on this cluster; empty when it fails or takes too long."""
     try:
-        done = subprocess.run(command, env=_environment(directory), capture_output=True, text=True, timeout=timeout_s)
+        done = subprocess.run(command, env=_environment(directory), capture_output=True, text=True, timeout=15)
     except (subprocess.TimeoutExpired, FileNotFoundError):
         return ""
     return done.stdout if done.returncode == 0 else ""
