@@ -126,13 +126,15 @@ def _s3(url: str) -> Iterator[Finding]:
 
 def ahead_of_store_s(url: str) -> float | None:
     """Seconds that this machine's clock is ahead of the store's, which tells whole seconds; None if it does not."""
-    bucket, client = url.removeprefix("s3://").partition("/")[0], _client()
-    client.call_s3("head_bucket", Bucket=bucket)  # connects
-    begun = time.time()
-    answer = client.call_s3("head_bucket", Bucket=bucket)
-    ended = time.time()
-    told = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
-    if told is None:
+    bucket = url.removeprefix("s3://").partition("/")[0]
+    try:
+        client = _client()
+        client.call_s3("head_bucket", Bucket=bucket)  # connects
+        begun = time.time()
+        answer = client.call_s3("head_bucket", Bucket=bucket)
+        ended = time.time()
+        told = answer["ResponseMetadata"]["HTTPHeaders"]["date"]
+    except Exception:  # noqa: BLE001 - botocore has many, and what is wrong with the store itself was seen before
         return None
     theirs = email.utils.parsedate_to_datetime(told).timestamp()
     here = (begun + ended) / 2

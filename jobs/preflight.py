@@ -125,12 +125,7 @@ def try_store(url: str, start: Start, patience_s: float) -> None:
 
 def try_clock(url: str, start: Start) -> float | None:
     """Seconds that this clock is ahead of the store's; None when the store does not say."""
-    if not url.startswith("s3://"):
-        return None
-    try:
-        ahead = ahead_of_store_s(url)
-    except Exception:  # noqa: BLE001 - botocore has many, and it has just answered: the clock is not worth a start
-        return None
+    ahead = ahead_of_store_s(url) if url.startswith("s3://") else None
     if ahead is not None and abs(ahead) > CLOCK_S:
         raise unfit(f"its clock is {ahead:+.0f} s from the store's; start chrony or ntpd on it", start)
     return ahead

@@ -52,7 +52,7 @@ def probe(folder: str, url: str, wait_s: float) -> None:
     signalled: list[int] = []
     signal.signal(signal.SIGUSR2, lambda number, frame: signalled.append(number))
     host = this_host()
-    seen = Seen(host, _store(url), _clock(url), _gpus())
+    seen = Seen(host, _store(url), ahead_of_store_s(url), _gpus())
     write_json(Path(folder) / f"seen-{host}.json", asdict(seen))
     here = submitit.JobEnvironment()
     reduced = reduce(host, here.global_rank, here.num_tasks, seen.gpus > 0)
@@ -106,13 +106,6 @@ def _store(url: str) -> str | None:
     except UserError as error:
         return str(error)
     return None
-
-
-def _clock(url: str) -> float | None:
-    try:
-        return ahead_of_store_s(url)
-    except Exception:  # noqa: BLE001 - `store` says what is wrong with it
-        return None
 
 
 def _gpus() -> int:
