@@ -75,40 +75,28 @@ def _pack(options: argparse.Namespace, dst: "Store", plan: "Plan") -> None:
 
 def parse_settings(text: str) -> "tuple[PackSettings, SourceOptions]":
     """`min_side=64 label=none` as settings. Raises UserError, a line for each mistake."""
+    import yaml
     from pydantic import ValidationError
 
     from data_shards.pack import PackSettings, SourceOptions
 
-    sections: dict[Any, dict[str, Any]] = {PackSettings: {}, SourceOptions: {}}
-    errors = []
+    valid = [*PackSettings.model_fields, *SourceOptions.model_fields]
+    values, made, errors = dict[str, Any](), list[Any](), list[str]()
     for word in text.split():
         name, equals, value = word.partition("=")
-        section = next((one for one in sections if equals and name in one.model_fields), None)
-        if section is None:
-            valid = ", ".join(name for one in sections for name in one.model_fields)
-            errors.append(f"SET: found {word!r}; valid is name=value of: {valid}")
+        if not equals or name not in valid:
+            errors.append(f"SET: found {word!r}; valid is name=value of: {', '.join(valid)}")
             continue
         try:
-            sections[section][name] = _value(name, value)
-        except UserError as error:
-            errors.append(str(error))
-    made = []
-    for section, values in sections.items():
+            values[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            hint = f"YAML needs special signs in quotes ({name}='@x'), without spaces"
+            errors.append(f"SET: {name}: found {value!r}; {hint}")
+    for section in (PackSettings, SourceOptions):
         try:
-            made.append(section(**values))
+            made.append(section(**{name: value for name, value in values.items() if name in section.model_fields}))
         except ValidationError as error:
             errors += [f"SET: {one['loc'][0]}: found {one['input']!r}; {one['msg']}" for one in error.errors()]
     if errors:
         raise UserError("\n".join(errors))
     return made[0], made[1]
-
-
-def _value(name: str, text: str) -> Any:
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(
-            f"SET: {name}: found {text!r}; YAML needs special signs in quotes ({name}='@x'), without spaces"
-        ) from None
