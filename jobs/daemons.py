@@ -37,6 +37,12 @@ class Process:
     def running(self) -> bool:
         return Process.of(self.pid) == self
 
+    def send(self, number: signal.Signals) -> None:
+        """Signal it, if it is still there."""
+        if self.running():
+            with contextlib.suppress(ProcessLookupError):  # gone since
+                os.kill(self.pid, number)
+
     def name(self) -> str:
         """The name of its program; empty when it is gone."""
         try:
@@ -110,8 +116,7 @@ def stop(process: Process, timeout_s: float = 15.0) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
         if gone(process):
             return
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, number)
+        process.send(number)
         wait_until(lambda: gone(process), timeout_s)
 
 

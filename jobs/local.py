@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import submitit
@@ -77,7 +76,7 @@ def visible_gpus(wanted: int) -> tuple[int, ...]:
 def send(start: Start, number: signal.Signals) -> None:
     """Signal every rank of a start."""
     for record in start.ranks():
-        _kill(record.process, number)
+        record.process.send(number)
 
 
 def _watch(job: submitit.Job[str], start: Start) -> None:
@@ -92,25 +91,10 @@ def _watch(job: submitit.Job[str], start: Start) -> None:
                 send(start, signal.SIGKILL)
     finally:
         send(start, signal.SIGKILL)
-        _stop_controller(job)
+        if (controller := Process.of(int(job.job_id))) is not None:
+            daemons.stop(controller)
 
 
 def _one_has_died(job: submitit.Job[str], start: Start) -> bool:
     gone = [record for record in start.ranks() if not record.process.running()]
-    return any(not _result(job, record.rank).exists() for record in gone)
-
-
-def _result(job: submitit.Job[str], number: int) -> Path:
-    return Path(job.task(number).paths.result_pickle)
-
-
-def _stop_controller(job: submitit.Job[str]) -> None:
-    process = Process.of(int(job.job_id))
-    if process is not None:
-        daemons.stop(process)
-
-
-def _kill(process: Process, number: signal.Signals) -> None:
-    if process.running():
-        with suppress(ProcessLookupError):  # gone since
-            os.kill(process.pid, number)
+    return any(not Path(job.task(record.rank).paths.result_pickle).exists() for record in gone)
