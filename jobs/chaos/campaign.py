@@ -22,11 +22,10 @@ from data_shards.store import Store
 from jobs import cluster, photos
 from jobs.chaos.faults import FAULTS
 from jobs.chaos.proxy import Proxy
-from jobs.chaos.trial import Scene, Trial
+from jobs.chaos.trial import SETTINGS, Scene, Trial
 from jobs.site import ROOT, Site
 from pipeline.config import Config, load
 
-SETTINGS = cluster.Settings(nodes=4)
 DATA = "s3://shards/chaos"
 SHARD_BYTES = 2**20  # small, so that a small set has several
 DISK_MB = 48
@@ -48,33 +47,28 @@ class Row:
 
 @contextlib.contextmanager
 def scene(folder: Path, config: Config) -> Iterator[Scene]:
-    """S3, SLURM and the proxy between them, up for as long as this lasts."""
+    """S3, SLURM and the proxy between them, up for as long as this lasts; runs save on a small disk if there is one."""
     folder = folder.resolve()
     with _disk(folder / "disk") as disk:
         s3 = cluster.start_s3(folder / "s3")
         slurm = cluster.start_slurm(folder / "slurm", SETTINGS)
         proxy = Proxy(s3.url)
+        if disk is not None:
+            checkpoint = config.checkpoint.model_copy(update={"local_dir": str(disk)})
+            config = config.model_copy(update={"checkpoint": checkpoint})
         try:
             environment = {**s3.environment(), **slurm.environment()}
             cluster.activate(environment)
-            yield make_scene(folder, config, slurm, proxy, environment, SETTINGS, disk)
+            yield Scene(_site(folder, {**environment, "AWS_ENDPOINT_URL": proxy.url}), config, slurm, proxy, disk)
         finally:
             proxy.close()
             cluster.stop_slurm(folder / "slurm")
             cluster.stop_s3(folder / "s3")
 
 
-def make_scene(
-    folder: Path,
-    config: Config,
-    slurm: cluster.Slurm,
-    proxy: Proxy,
-    environment: dict[str, str],
-    settings: cluster.Settings,
-    disk: Path | None = None,
-) -> Scene:
-    """Two nodes of partition `low` for each run; its local saves on `disk` if there is one."""
-    site = Site(
+def _site(folder: Path, environment: dict[str, str]) -> Site:
+    """Two nodes of partition `low` for each run."""
+    return Site(
         name="chaos",
         shared_dir=str(folder / "jobs"),
         partition="low",
@@ -82,12 +76,8 @@ def make_scene(
         time_limit_min=10,
         signal_delay_s=25,
         exclude_hours=0.001,  # all nodes are one machine, and the campaign kills them all
-        environment={**environment, "AWS_ENDPOINT_URL": proxy.url},
+        environment=environment,
     )
-    if disk is not None:
-        checkpoint = config.checkpoint.model_copy(update={"local_dir": str(disk)})
-        config = config.model_copy(update={"checkpoint": checkpoint})
-    return Scene(site, config, slurm, proxy, settings, disk)
 
 
 def reference(scene: Scene) -> list[dict[str, Any]]:
@@ -129,11 +119,10 @@ def attempt(scene: Scene, fault: str, seed: int, undisturbed: list[dict[str, Any
     finally:
         scene.repair()
     rows = trial.results()
-    equal = error is None and rows == undisturbed
-    if error is None and not equal:
+    if error is None and rows != undisturbed:
         error = _difference(rows, undisturbed)
     recovered = trial.recovered_s()
-    return Row(fault, moment, seed, recovered and round(recovered, 1), trial.steps_redone(), equal, error)
+    return Row(fault, moment, seed, recovered and round(recovered, 1), trial.steps_redone(), error is None, error)
 
 
 def campaign(var: Path, count: int, seed: int, only: Sequence[str], tell: Callable[[str], None]) -> list[Row]:

@@ -4,7 +4,6 @@ A fault leaves the rest to the product: what follows must end with the rows of t
 brings back what of the machine itself a fault took away.
 """
 
-import os
 import signal
 import subprocess
 import threading
@@ -16,7 +15,7 @@ from pathlib import Path
 from data_shards.errors import UserError
 from jobs import cluster, runs, slurm
 from jobs.chaos.proxy import Mode
-from jobs.chaos.trial import Trial
+from jobs.chaos.trial import SETTINGS, Trial
 from jobs.daemons import Process, processes, wait_until
 from jobs.local_slurm import Record, with_step_daemons
 from pipeline import commit
@@ -28,7 +27,7 @@ Fault = Callable[[Trial], str]
 def preempted(trial: Trial) -> str:
     """A job of a higher partition takes all nodes."""
     moment = _now(trial)
-    command = ["sbatch", "--partition=main", f"--nodes={trial.scene.settings.nodes}", "--exclusive"]
+    command = ["sbatch", "--partition=main", f"--nodes={trial.scene.slurm.nodes}", "--exclusive"]
     subprocess.run([*command, "--output=/dev/null", "--wrap=sleep 3"], check=True, capture_output=True)
     return moment
 
@@ -40,44 +39,39 @@ def requeued(trial: Trial) -> str:
     return moment
 
 
-def out_of_time(trial: Trial) -> str:
-    """The time limit: the ranks stand still until SLURM's signal, with which it lets them go on."""
-    moment, ranks = _now(trial), trial.ranks()
-    trial.hit(ranks, signal.SIGSTOP)
-    try:
-        _limit(trial, _soon(trial))
-        trial.wait(lambda: _told(trial, "preempted"), "the save at the time limit")
-    finally:
-        _limit(trial, trial.scene.site.time_limit_min)  # a busy machine needs most of a minute to start
-        trial.hit(ranks, signal.SIGCONT)
-    return moment
+def out_of_time(store_away: bool) -> Fault:
+    """The time limit: the ranks stand still until SLURM's signal, with which it lets them go on.
+
+    With the store away for as long, the last save does not arrive before the end.
+    """
+
+    def fault(trial: Trial) -> str:
+        moment, ranks = _now(trial), trial.ranks()
+        trial.hit(ranks, signal.SIGSTOP)
+        if store_away:
+            trial.scene.proxy.mode = "refuse"
+        try:
+            _limit(trial, _soon(trial))
+            trial.wait(lambda: _told(trial, "requeued" if store_away else "preempted"), "what follows the time limit")
+        finally:
+            if store_away:
+                trial.scene.proxy.mode = "pass"
+            _limit(trial, trial.scene.site.time_limit_min)  # a busy machine needs most of a minute to start
+            trial.hit(ranks, signal.SIGCONT)
+        return moment
+
+    return fault
 
 
-def out_of_time_without_store(trial: Trial) -> str:
-    """The time limit while the store is away: the last save does not arrive before the end."""
-    moment, ranks = _now(trial), trial.ranks()
-    trial.hit(ranks, signal.SIGSTOP)
-    trial.scene.proxy.mode = "refuse"
-    try:
-        _limit(trial, _soon(trial))
-        trial.wait(lambda: _told(trial, "requeued"), "the end at the time limit")
-    finally:
-        trial.scene.proxy.mode = "pass"
-        _limit(trial, trial.scene.site.time_limit_min)
-        trial.hit(ranks, signal.SIGCONT)
-    return moment
+def struck(number: signal.Signals, everyone: bool = False) -> Fault:
+    """A rank, or all of them, are killed or stopped; of a stop the watchdogs of the others take notice."""
 
+    def fault(trial: Trial) -> str:
+        moment, ranks = _now(trial), trial.ranks()
+        trial.hit(ranks if everyone else [trial.rng.choice(ranks)], number)
+        return moment
 
-def rank_killed(trial: Trial) -> str:
-    moment = _now(trial)
-    trial.hit([trial.rng.choice(trial.ranks())], signal.SIGKILL)
-    return moment
-
-
-def ranks_killed(trial: Trial) -> str:
-    moment = _now(trial)
-    trial.hit(trial.ranks(), signal.SIGKILL)
-    return moment
+    return fault
 
 
 def node_killed(trial: Trial) -> str:
@@ -104,13 +98,6 @@ def rank_killed_without_controller(trial: Trial) -> str:
     return moment
 
 
-def hung(trial: Trial) -> str:
-    """A rank stops; the watchdogs of the others notice."""
-    moment = _now(trial)
-    trial.hit([trial.rng.choice(trial.ranks())], signal.SIGSTOP)
-    return moment
-
-
 def killed_while(what: str, there: Callable[[Trial], bool]) -> Fault:
     """All ranks die as soon as a save is that far; a slow store makes the moment long enough to be met."""
 
@@ -118,7 +105,7 @@ def killed_while(what: str, there: Callable[[Trial], bool]) -> Fault:
         trial.somewhere()
         trial.scene.proxy.mode = "slow"
         trial.wait(lambda: there(trial), what)
-        moment = _now(trial, wait=False)
+        moment = f"step {trial.step}"
         trial.hit(trial.ranks(), signal.SIGKILL)
         trial.scene.proxy.mode = "pass"
         return f"{moment}, {what}"
@@ -147,8 +134,7 @@ def store(mode: Mode, at: str = "training") -> Fault:
 
 def disk_full(trial: Trial) -> str:
     """No room for the next save on the node's disk."""
-    if trial.scene.disk is None:
-        raise UserError("no small disk is mounted (that takes root)")
+    assert trial.scene.disk is not None  # else it is not drawn
     moment = _now(trial)
     with _full(trial.scene.disk):
         trial.wait(lambda: _save_lost(trial), "a full disk")
@@ -199,14 +185,14 @@ def _before_manifest(trial: Trial) -> bool:
 FAULTS: dict[str, Fault] = {
     "preempted by a higher partition": preempted,
     "requeued by hand": requeued,
-    "time limit": out_of_time,
-    "time limit while the store is away": out_of_time_without_store,
-    "a rank killed": rank_killed,
-    "all ranks killed": ranks_killed,
+    "time limit": out_of_time(store_away=False),
+    "time limit while the store is away": out_of_time(store_away=True),
+    "a rank killed": struck(signal.SIGKILL),
+    "all ranks killed": struck(signal.SIGKILL, everyone=True),
     "a node killed": node_killed,
     "the controller killed": controller_killed,
     "a rank killed while the controller is away": rank_killed_without_controller,
-    "a rank hangs": hung,
+    "a rank hangs": struck(signal.SIGSTOP),
     "killed during a save": killed_while("a save is written", _saving),
     "killed during an upload": killed_while("a save is uploaded", _uploading),
     "killed before the manifest": killed_while("all parts are there", _before_manifest),
@@ -220,9 +206,9 @@ FAULTS: dict[str, Fault] = {
 }
 
 
-def _now(trial: Trial, wait: bool = True) -> str:
-    """The moment has come: note it."""
-    moment = trial.somewhere() if wait else f"step {trial.step}"
+def _now(trial: Trial) -> str:
+    """Wait for the moment, and note it."""
+    moment = trial.somewhere()
     trial.hit_at = time.time()
     return moment
 
@@ -236,20 +222,19 @@ def _record(trial: Trial) -> Record:
 @contextmanager
 def _without_controller(trial: Trial) -> Iterator[None]:
     controller = _record(trial).running["slurmctld"]
-    os.kill(controller.pid, signal.SIGKILL)
+    controller.send(signal.SIGKILL)
     wait_until(lambda: not controller.running(), 10)
     try:
         yield
     finally:
-        cluster.start_slurm(trial.scene.slurm.directory, trial.scene.settings)
+        cluster.start_slurm(trial.scene.slurm.directory, SETTINGS)
 
 
 def kill_at_once(victims: Sequence[Process]) -> None:
     """As when a machine loses its power: none of them sees another one go, and tells."""
     for number in (signal.SIGSTOP, signal.SIGKILL):
         for process in victims:
-            with suppress(ProcessLookupError):
-                os.kill(process.pid, number)
+            process.send(number)
 
 
 def on_node(node: str, job: str) -> list[Process]:

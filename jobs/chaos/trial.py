@@ -1,11 +1,9 @@
 """A short real run that something happens to: its job, its ranks, its steps, and what came of it."""
 
-import os
 import random
 import signal
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from jobs.start import RankRecord, attempt_files, read_lines
 from pipeline.config import Config
 from pipeline.journal import read_metrics
 
+SETTINGS = cluster.Settings(nodes=4)
 DEADLINE_S = 420.0  # of a trial: several starts on a busy machine
 POLL_S = 0.02
 TAIL_BYTES = 4096  # of the rows, a few
@@ -35,13 +34,12 @@ class Scene:
     config: Config
     slurm: cluster.Slurm
     proxy: Proxy
-    settings: cluster.Settings
     disk: Path | None = None  # a small file system for the jobs' local files, when one could be mounted
 
     def repair(self) -> None:
         """Start what of the cluster has died, and let the store answer."""
         self.proxy.mode = "pass"
-        cluster.start_slurm(self.slurm.directory, self.settings)
+        cluster.start_slurm(self.slurm.directory, SETTINGS)
 
 
 class Trial:
@@ -92,8 +90,7 @@ class Trial:
         """Signal these ranks."""
         self.hit_at = self.hit_at or time.time()
         for record in records:
-            with suppress(ProcessLookupError):
-                os.kill(record.pid, number)
+            record.process.send(number)
 
     def finish(self) -> None:
         """Wait until the job is over, whatever it goes through. Raises UserError when it does not end in time."""

@@ -12,7 +12,7 @@ from data_shards.pack import PackSettings, pack
 from data_shards.store import Store
 from jobs import runs
 from jobs.chaos.campaign import DATA, DISK_FAULT, attempt, reference, scene
-from jobs.chaos.faults import FAULTS, hung
+from jobs.chaos.faults import FAULTS
 from jobs.chaos.trial import Scene, Trial
 from jobs.daemons import wait_until
 from jobs.site import ROOT
@@ -56,7 +56,7 @@ def test_a_hang_is_told_by_the_name_of_the_silent_rank_with_the_stacks_of_the_ot
     stage: Scene, undisturbed: list[dict[str, Any]]
 ) -> None:
     trial = Trial(stage, "hang", seed=1)
-    hung(trial)
+    FAULTS["a rank hangs"](trial)
     assert wait_until(lambda: bool(_stopped(trial)), 10)  # a signal takes effect a little later than it is sent
     (stopped,) = _stopped(trial)
     trial.finish()
