@@ -7,7 +7,6 @@ runs of the site: <shared_dir>/hosts-<uid>.jsonl, a line for each blame, in a fi
 import os
 import re
 import time
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -87,13 +86,17 @@ def blame(shared_dir: Path, run: str, hosts: dict[str, str]) -> None:
             path.chmod(0o644)  # others read it, whatever this user's umask is
 
 
-def blamed(shared_dir: Path) -> list[dict[str, Any]]:
-    """All blames of the site's runs that this user can read, the oldest first."""
-    lines: list[dict[str, Any]] = []
+def blamed(shared_dir: Path, hours: float) -> dict[str, list[dict[str, Any]]]:
+    """The hosts to blame within the last `hours`, each with what this user can read about it, the oldest first."""
+    lines, since = list[dict[str, Any]](), time.time() - hours * 3600
     for path in shared_dir.glob("hosts-*.jsonl"):
         with suppress(OSError):
             lines += filter(_is_blame, read_lines(path))
-    return sorted(lines, key=lambda line: float(line["time"]))
+    found: dict[str, list[dict[str, Any]]] = {}
+    for line in sorted(lines, key=lambda line: float(line["time"])):
+        if line["time"] > since:
+            found.setdefault(line["host"], []).append(line)
+    return found
 
 
 def _is_blame(line: dict[str, Any]) -> bool:
@@ -104,9 +107,8 @@ def _is_blame(line: dict[str, Any]) -> bool:
 
 def excluded(shared_dir: Path, hours: float) -> list[str]:
     """Hosts that were to blame twice within the last `hours`, the worst first."""
-    since = time.time() - hours * 3600
-    recent = Counter(line["host"] for line in blamed(shared_dir) if line["time"] > since)
-    return [host for host, count in recent.most_common() if count >= TWICE]
+    times = {host: len(told) for host, told in blamed(shared_dir, hours).items() if len(told) >= TWICE}
+    return sorted(times, key=times.__getitem__, reverse=True)
 
 
 def kind(message: str) -> str:

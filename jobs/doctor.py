@@ -10,12 +10,11 @@ import shutil
 import subprocess
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.blame import blamed, excluded
+from jobs.blame import TWICE, blamed
 from jobs.site import Site
 
 FREE_BYTES = 10e9  # of the shared disk: code snapshots, logs, rows, and checkpoints on their way
@@ -143,17 +142,13 @@ def _wandb(site: Site) -> Iterator[Finding]:
 
 def _hosts(site: Site) -> Iterator[Finding]:
     """Those that failed lately."""
-    lines, out = blamed(Path(site.shared_dir)), excluded(Path(site.shared_dir), site.exclude_hours)
-    by_host = defaultdict(list)
-    for line in lines:
-        if line["time"] > time.time() - 3600 * site.exclude_hours:
-            by_host[line["host"]].append(line)
-    for host, told in by_host.items():
-        last = max(told, key=lambda line: float(line["time"]))
+    found = blamed(Path(site.shared_dir), site.exclude_hours)
+    for host, told in found.items():
+        last = told[-1]
         ago = (time.time() - last["time"]) / 3600
-        what = "kept out of the next start" if host in out else "kept out if it fails once more"
+        what = "kept out of the next start" if len(told) >= TWICE else "kept out if it fails once more"
         yield Finding(
             "host", None, f"{host}: to blame {len(told)}x, {ago:.1f} h ago in {last['run']} ({last['reason']}); {what}"
         )
-    if not by_host:
+    if not found:
         yield Finding("hosts", True, f"none was to blame within {site.exclude_hours:g} h")
