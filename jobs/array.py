@@ -71,12 +71,12 @@ class Array:
     def errors(self) -> Path:
         return self.folder / "errors"
 
-    def run(self, task: Task, workers: int, left: Callable[[], int], progress: Progress, code: Path = ROOT) -> None:
+    def run(self, task: Task, workers: int, left: Callable[[], int], progress: Progress) -> None:
         """Have it done by so many tasks, or follow those that are at it; returns when nothing is left.
 
         left: how many parts are. Raises UserError when SLURM refuses it, or with what the first task said that failed.
         """
-        job, total, over = self._at_work() or self._submit(task, workers, code), left(), False
+        job, total, over = self._at_work() or self._submit(task, workers), left(), False
         while (now := left()) and not over:
             progress(self.what, total - now, total)
             time.sleep(POLL_S)
@@ -96,9 +96,9 @@ class Array:
             return None
         return number if slurm.job_state(number) is not None else None
 
-    def _submit(self, task: Task, workers: int, code: Path) -> str:
+    def _submit(self, task: Task, workers: int) -> str:
         try:
-            write_snapshot(self.folder, code)
+            write_snapshot(self.folder, ROOT)
             self.errors.mkdir(exist_ok=True)
             for old in self.errors.iterdir():
                 old.unlink()

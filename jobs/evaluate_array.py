@@ -7,7 +7,7 @@ from data_shards.errors import UserError
 from data_shards.progress import Progress, quiet
 from data_shards.store import NotFound, Store
 from jobs.array import Array, Task
-from jobs.site import ROOT, Site
+from jobs.site import Site
 from jobs.verbs import ProgressLine
 from pipeline import commit
 from pipeline.evaluate.exam import Exam, open_exam
@@ -47,7 +47,7 @@ class Evaluation(Task):
                 raise
 
 
-def evaluate_array(site: Site, exam: Exam, workers: int, progress: Progress = quiet, code: Path = ROOT) -> Score:
+def evaluate_array(site: Site, exam: Exam, workers: int, progress: Progress = quiet) -> Score:
     """Have an exam that was begun done by an array of so many tasks, or follow the one that is at it.
 
     Raises UserError when SLURM refuses it, or with what the first task said that failed; commit.Damaged when that was
@@ -66,7 +66,7 @@ def evaluate_array(site: Site, exam: Exam, workers: int, progress: Progress = qu
         site.cpus_per_rank,
     )
     try:
-        array.run(task, workers, lambda: 0 if exam.found() else len(exam.left()) + 1, progress, code)
+        array.run(task, workers, lambda: 0 if exam.found() else len(exam.left()) + 1, progress)
     except UserError as error:
         if Path(array.errors, _DAMAGED).exists():
             raise commit.Damaged(str(error)) from None

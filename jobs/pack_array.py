@@ -1,7 +1,6 @@
 """Packing over the nodes of a cluster. The plan is made by who submits; whichever task ends last merges."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from data_shards.merge import merge, unfinished
 from data_shards.plan import Plan, load_plans
@@ -9,7 +8,7 @@ from data_shards.progress import Progress, quiet
 from data_shards.store import Store
 from data_shards.work import pack_groups
 from jobs.array import Array, Task
-from jobs.site import ROOT, Site
+from jobs.site import Site
 from jobs.verbs import ProgressLine
 
 
@@ -30,7 +29,7 @@ class Packing(Task):
             merge(store, plan)
 
 
-def pack_array(site: Site, dst: Store, plan: Plan, workers: int, progress: Progress = quiet, code: Path = ROOT) -> None:
+def pack_array(site: Site, dst: Store, plan: Plan, workers: int, progress: Progress = quiet) -> None:
     """Pack a plan by an array of so many tasks, or follow the one that is at it; returns when the set is there.
 
     Raises UserError when SLURM refuses it, or with what the first task said that failed.
@@ -38,5 +37,5 @@ def pack_array(site: Site, dst: Store, plan: Plan, workers: int, progress: Progr
     array = Array(site, "pack", f"{dst.url} {plan.identity}", "groups of shards", dst.url)
     workers = min(workers, plan.groups)
     task = Packing(str(array.errors), dst.url, plan.number, workers, site.cpus_per_rank)
-    array.run(task, workers, lambda: len(unfinished(dst, plan)), progress, code)
+    array.run(task, workers, lambda: len(unfinished(dst, plan)), progress)
     merge(dst, plan)  # the last task does it, too; this waits for nobody

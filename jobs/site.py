@@ -154,7 +154,7 @@ class Site(Section):
             )
 
 
-def load_site(name: str = "local") -> Site:
+def load_site(name: str) -> Site:
     """Read a site by name (`conf/sites/<name>.yaml`, `local`) or by the path of its file.
 
     Raises UserError with a line for each mistake.
