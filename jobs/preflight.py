@@ -9,6 +9,7 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
 import sys
 import tempfile
 import time
@@ -96,8 +97,7 @@ def try_disk(local: Path, start: Start) -> None:
             file.write(secrets.token_bytes(WRITE_BYTES))
             file.flush()
             os.fsync(file.fileno())
-        room = os.statvfs(local)
-        free = room.f_bavail * room.f_frsize
+        free = shutil.disk_usage(local).free
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise unfit(f"{local} (local saves) cannot be written: {error.strerror or error}", start) from None
