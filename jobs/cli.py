@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 from data_shards.errors import UserError
 from jobs.config_verb import config_verb
-from jobs.curate_verbs import curate_verbs
 from jobs.result_verbs import result_verbs
 from jobs.run_verbs import run_verbs
 from jobs.shard_verbs import shard_verbs
@@ -42,7 +41,6 @@ def parser() -> argparse.ArgumentParser:
     root = Parser(prog="farseer", description="Train a vision model on unlabelled images, on SLURM.")
     verbs = root.add_subparsers(title="verbs", required=True, metavar="VERB")
     shard_verbs(verbs)
-    curate_verbs(verbs)
     config_verb(verbs)
     run_verbs(verbs)
     result_verbs(verbs)
