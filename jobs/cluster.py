@@ -16,7 +16,7 @@ import yaml
 
 from data_shards.errors import UserError
 from jobs import daemons
-from jobs.local_s3 import OVERRIDES, S3, activate, environment, running_s3, start_s3, stop_s3
+from jobs.local_s3 import OVERRIDES, S3, activate, environment, past_proxies, running_s3, start_s3, stop_s3
 from jobs.local_slurm import OtherSettings, Slurm, call, missing_programs, running_slurm, start_slurm, stop_slurm
 from jobs.slurm_conf import Settings
 
@@ -89,5 +89,5 @@ def _site(directory: Path, s3: S3, slurm: Slurm | None) -> dict[str, Any]:
         "partition": "main",
         "nodes": slurm.nodes if slurm else Settings().nodes,
         "shared_dir": str(directory.parent / "jobs"),
-        "environment": s3.environment() | (slurm.environment() if slurm else {}),
+        "environment": s3.environment() | (slurm.environment() if slurm else {}) | past_proxies(),
     }

@@ -121,10 +121,14 @@ def activate(variables: Mapping[str, str]) -> None:
     """Make this process, and what it starts, use the server: nothing inherited overrules it, no proxy comes between."""
     for name in OVERRIDES:
         os.environ.pop(name, None)
-    os.environ.update(variables)
+    os.environ.update({**variables, **past_proxies()})
+
+
+def past_proxies() -> dict[str, str]:
+    """The variables with which no proxy comes between this machine and itself, whatever else they say already."""
     hosts = [host for host in os.environ.get("no_proxy", os.environ.get("NO_PROXY", "")).split(",") if host]
     local = [host for host in ("127.0.0.1", "localhost") if host not in hosts]
-    os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(hosts + local)
+    return dict.fromkeys(("no_proxy", "NO_PROXY"), ",".join(hosts + local))
 
 
 def _recorded(directory: Path) -> Server | None:

@@ -14,7 +14,9 @@ import s3fs
 import yaml
 
 from data_shards.errors import UserError
+from data_shards.store import Store
 from jobs import cluster, daemons, local_s3, local_slurm
+from jobs.site import load_site
 from jobs.slurm_conf import Settings
 
 pytestmark = pytest.mark.slow
@@ -181,6 +183,19 @@ def test_a_second_start_brings_back_only_what_died(tmp_path: Path) -> None:
         assert int(later[0]) > int(job[0])
     finally:
         slurm.stop()
+
+
+def test_no_proxy_comes_between_the_local_site_and_its_store(
+    tmp_path: Path, kept: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_slurm, "PATH", str(tmp_path))
+    try:
+        cluster.up(tmp_path / "cluster")
+        load_site(str(tmp_path / "cluster" / "site.yaml")).activate()
+        Store("s3://runs", retry_seconds=5.0).check()
+    finally:
+        cluster.down(tmp_path / "cluster")
+    assert os.environ["no_proxy"].split(",") == ["http://nowhere.invalid", "127.0.0.1", "localhost"]
 
 
 @needs_slurm
