@@ -1,26 +1,32 @@
 """What a run would do and cost, to read before anything is spent.
 
-Needs the store, for the manifest of the shards, and no SLURM.
+Needs the store, for the manifest of the shards, and no SLURM. A speed that nobody gives is taken from earlier runs of
+the same site; each figure says where it comes from.
 """
 
+import json
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
 from data_shards.order import Order
 from data_shards.order_limits import divisors
-from jobs import estimate
 from jobs.device_memory import Held, held_bytes
-from jobs.estimate import Duration, Speed
 from jobs.feasible import feasible, node_bytes
 from jobs.launch import script_text
 from jobs.site import Site
+from jobs.start import attempt_files, read_lines
 from jobs.verbs import bytes_text, duration
-from pipeline.config import Config
+from pipeline.config import SAVING, Config
 
 TABLE_ROWS = 12  # world sizes shown
+TAIL_BYTES = 256 * 1024  # of metrics: some hundred rows
+FEW_ROWS = 5  # say nothing of a run's speed
+RESTART_S = 300.0  # from the end of a start to the next one's first new step: queue, imports, checkpoint, first window
 
 
 class Figure(NamedTuple):
@@ -57,10 +63,28 @@ class Plan:
         return {"config": self.config.dump(), "script": self.script, **figures}
 
 
+@dataclass(frozen=True)
+class Speed:
+    """Images a second of all ranks; `source` says in words where the number comes from."""
+
+    images_s: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Duration:
+    """How long a run takes. `seconds` with all restarts, `step_seconds` without."""
+
+    step_seconds: float
+    seconds: float
+    failures: float  # to be expected
+    time_limits: int  # restarts because the job's time was over
+
+
 def make_plan(config: Config, site: Site, run: str = "run", images_s: float | None = None) -> Plan:
     """Raises UserError with a line for each reason why it cannot work. images_s: speed to assume, of all ranks."""
     sample_bytes, order, config, checked = feasible(config, site)
-    held, rate = checked or held_bytes(config, site.ranks), estimate.speed(config, site, images_s)
+    held, rate = checked or held_bytes(config, site.ranks), speed(config, site, images_s)
     figures = [*_learning(config, site, sample_bytes, order), *_spending(config, site, sample_bytes, order, rate, held)]
     figures += _memory(config, site, sample_bytes, order, held)
     return Plan(config, tuple(figures), script_text(site, run, f"{config.store}/{run}"))
@@ -117,18 +141,18 @@ def _spending(
     yield Figure(group, "speed", rate.images_s, f"{rate.images_s:,.1f} images/s ({rate.source})")
     step_s = order.batch_size / rate.images_s
     yield Figure(group, "step", step_s, f"{1000 * step_s:,.0f} ms, {rate.images_s / site.ranks:,.2f} images/s a rank")
-    yield from _time(site, estimate.duration(steps, step_s, every, site))
+    yield from _time(site, takes(steps, step_s, every, site))
 
 
-def _time(site: Site, takes: Duration) -> Iterator[Figure]:
+def _time(site: Site, whole: Duration) -> Iterator[Figure]:
     group = "TAKES"
-    text = f"{takes.failures:.1f} failures ({site.failures_per_node_day:.3g} a node and day)"
-    text += f", {takes.time_limits} at the time limit; {estimate.RESTART_S:.0f} s each"
-    yield Figure(group, "restarts", takes.failures + takes.time_limits, text)
-    days = takes.step_seconds / 86_400
-    yield Figure(group, "days", days, f"{_days(takes.step_seconds)} of steps, {_days(takes.seconds)} with restarts")
+    text = f"{whole.failures:.1f} failures ({site.failures_per_node_day:.3g} a node and day)"
+    text += f", {whole.time_limits} at the time limit; {RESTART_S:.0f} s each"
+    yield Figure(group, "restarts", whole.failures + whole.time_limits, text)
+    days = whole.step_seconds / 86_400
+    yield Figure(group, "days", days, f"{_days(whole.step_seconds)} of steps, {_days(whole.seconds)} with restarts")
     gpus = site.nodes * site.gpus_per_node
-    hours = takes.seconds / 3600 * (gpus or site.ranks)
+    hours = whole.seconds / 3600 * (gpus or site.ranks)
     if gpus:
         yield Figure(group, "GPU-hours", hours, f"{hours:,.0f}, {gpus} GPUs")
     else:
@@ -167,3 +191,56 @@ def _memory(config: Config, site: Site, sample_bytes: float, order: Order, held:
 def _days(seconds: float) -> str:
     days = seconds / 86_400
     return f"{days:,.1f}" if days >= 1 else f"{days:.2g} ({duration(seconds)})"
+
+
+def speed(config: Config, site: Site, assumed: float | None = None) -> Speed | None:
+    """The assumed one, else what the site's newest run of the same model, crops, precision and batch did, else the
+    site's own assumption, else None."""
+    if assumed is not None:
+        return Speed(assumed, "assumed, as you said")
+    measured = next(_measured(config, site), None)
+    if measured is not None:
+        return measured
+    if site.images_per_s is not None:
+        return Speed(site.images_per_s, f"assumed: images_per_s of SITE={site.name}")
+    return None
+
+
+def _measured(config: Config, site: Site) -> Iterator[Speed]:
+    """Of the site's runs that compute the same, the newest first; scaled when they had another number of ranks."""
+    wanted = _computed(config.dump())
+    for run_dir in sorted(Path(site.shared_dir).glob("*"), key=_last_written, reverse=True):
+        try:
+            same = _computed(yaml.safe_load((run_dir / "config.yaml").read_text())) == wanted
+        except (OSError, yaml.YAMLError, KeyError, TypeError):
+            continue
+        files = attempt_files(run_dir, "metrics.jsonl")
+        if not same or not files:
+            continue
+        rows = read_lines(files[-1], TAIL_BYTES)[1:]  # without the first one, whose time is that of starting up
+        begun = [event for event in read_lines(files[-1].with_name("events.jsonl")) if "ranks" in event]
+        if len(rows) >= FEW_ROWS and begun:
+            ranks = int(begun[-1]["ranks"])
+            images_s = statistics.median(float(row["run"]["images_s"]) for row in rows)
+            scaled = "" if ranks == site.ranks else f", scaled from {ranks} ranks to {site.ranks}"
+            yield Speed(images_s * site.ranks / ranks, f"measured: run {run_dir.name}{scaled}")
+
+
+def _computed(config: dict[str, Any]) -> str:
+    """What a step's time depends on."""
+    parts = [config["model"], config["augment"]["crops"], config["train"]["precision"], config["data"]["batch"]]
+    parts += [config["efficiency"].get(name, False) for name in SAVING]  # once unknown
+    return json.dumps(parts, sort_keys=True)
+
+
+def _last_written(run_dir: Path) -> float:
+    return max((path.stat().st_mtime for path in attempt_files(run_dir, "metrics.jsonl")), default=0.0)
+
+
+def takes(steps: int, step_s: float, every_steps: int, site: Site) -> Duration:
+    """A failure costs a restart and half of what lies between two checkpoints; a time limit, only the restart."""
+    bare = steps * step_s
+    failures = site.nodes * site.failures_per_node_day * bare / 86_400
+    limits = int(bare // (60 * site.time_limit_min))
+    lost = failures * (RESTART_S + min(every_steps, steps) * step_s / 2) + limits * RESTART_S
+    return Duration(bare, bare + lost, failures, limits)

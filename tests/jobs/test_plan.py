@@ -11,10 +11,9 @@ import yaml
 from data_shards.errors import UserError
 from data_shards.index import Manifest
 from data_shards.store import Store
-from jobs import estimate
 from jobs.cli import main
 from jobs.device_memory import held_bytes
-from jobs.plan import make_plan
+from jobs.plan import RESTART_S, make_plan, takes
 from jobs.site import ROOT, Site
 from pipeline.config import Config, load
 from pipeline.module import SwAV
@@ -103,9 +102,9 @@ def test_a_step_that_no_gpu_of_the_site_holds_is_refused_with_what_would_make_it
 
 def test_failures_cost_a_restart_and_half_of_what_lies_between_two_checkpoints():
     where = Site(shared_dir="/x", nodes=64, failures_per_node_day=1 / 64, time_limit_min=1440)
-    takes = estimate.duration(steps=864_000, step_s=1.0, every_steps=1000, site=where)
-    assert (takes.failures, takes.time_limits) == (10, 10)
-    assert takes.seconds - takes.step_seconds == 10 * (estimate.RESTART_S + 500) + 10 * estimate.RESTART_S
+    whole = takes(steps=864_000, step_s=1.0, every_steps=1000, site=where)
+    assert (whole.failures, whole.time_limits) == (10, 10)
+    assert whole.seconds - whole.step_seconds == 10 * (RESTART_S + 500) + 10 * RESTART_S
 
 
 @pytest.mark.parametrize("optimizer", ["larc", "adamw"])
