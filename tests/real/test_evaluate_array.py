@@ -12,7 +12,7 @@ from data_shards.pack import PackSettings, Source, pack
 from data_shards.store import Store
 from jobs import slurm as slurm_commands
 from jobs.daemons import wait_until
-from jobs.evaluate_array import evaluate_array
+from jobs.evaluating import evaluate_array
 from jobs.site import Site
 from pipeline import commit
 from pipeline.evaluate.exam import open_exam
