@@ -41,7 +41,7 @@ from bench.figures import keep
 from bench.loader import AUGMENT, BATCH, HEIGHT, WIDTH, augmented, photographs
 from data_shards.index import RECORD, Manifest, ShardSet, index_path, shard_path
 from data_shards.store import Store
-from jobs import cluster
+from jobs import local_s3
 
 SET = "s3://shards/bench"
 SHARDS, SHARD_SAMPLES = 8, 320  # 8 x 15 MB
@@ -56,9 +56,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that server and sides end with it
     with tempfile.TemporaryDirectory() as folder:
         os.sched_setaffinity(0, CORES)
-        server = cluster.start_s3(Path(folder))
+        server = local_s3.start_s3(Path(folder))
         try:
-            cluster.activate(server.environment())
+            local_s3.activate(server.environment())
             build(Store(SET))
             figures = compare(given.rounds)
         finally:

@@ -25,7 +25,7 @@ from data_shards.index import Manifest, ShardSet
 from data_shards.order import Order
 from data_shards.reader import Reader, ReaderSettings
 from data_shards.store import Store
-from jobs import cluster
+from jobs import local_s3
 
 SAMPLES, SHARDS, LANES, BATCH = 10**9, 100_000, 512, 8192
 HUGE, SMALL = "s3://shards/huge", "s3://shards/small"
@@ -34,9 +34,9 @@ TURNS = 5
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        server = cluster.start_s3(Path(folder))
+        server = local_s3.start_s3(Path(folder))
         try:
-            cluster.activate(server.environment())
+            local_s3.activate(server.environment())
             put_huge_manifest()
             build(Store(SMALL), shards=1)
             opened = [fresh(opening) for _ in range(TURNS)]

@@ -34,7 +34,7 @@ from data_shards.index import RECORD, Manifest, ShardSet, index_path, shard_path
 from data_shards.order import Order
 from data_shards.reader import Reader, ReaderSettings
 from data_shards.store import Store
-from jobs import cluster
+from jobs import local_s3
 
 SHARDS, SHARD_SAMPLES = 4, 2960  # 4 x 133 MB, as a set of photographs of 45 kB has them
 CHUNK_SAMPLES, BATCH = 185, 256
@@ -57,9 +57,9 @@ def main() -> None:
     if shutil.which("curl") is None:
         sys.exit("bench.stream: curl, the peer, is not installed; as root: apt install curl")
     with tempfile.TemporaryDirectory() as folder:
-        server = cluster.start_s3(Path(folder))
+        server = local_s3.start_s3(Path(folder))
         try:
-            cluster.activate(server.environment())
+            local_s3.activate(server.environment())
             figures = compare(given.rounds, given.connections, Path(folder))
         finally:
             server.stop()

@@ -16,27 +16,9 @@ import yaml
 
 from data_shards.errors import UserError
 from jobs import daemons
-from jobs.local_s3 import OVERRIDES, S3, activate, environment, past_proxies, running_s3, start_s3, stop_s3
+from jobs.local_s3 import S3, past_proxies, running_s3, start_s3, stop_s3
 from jobs.local_slurm import OtherSettings, Slurm, call, missing_programs, running_slurm, start_slurm, stop_slurm
 from jobs.slurm_conf import Settings
-
-__all__ = [
-    "OVERRIDES",
-    "S3",
-    "Settings",
-    "Slurm",
-    "activate",
-    "down",
-    "environment",
-    "missing_programs",
-    "running_s3",
-    "running_slurm",
-    "start_s3",
-    "start_slurm",
-    "stop_s3",
-    "stop_slurm",
-    "up",
-]
 
 
 def up(directory: Path) -> list[str]:

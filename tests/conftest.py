@@ -16,7 +16,7 @@ from typing import TypeVar
 import hypothesis
 import pytest
 
-from jobs import cluster
+from jobs import local_s3, local_slurm, slurm_conf
 from jobs.daemons import Process, exclusively
 from jobs.local_slurm import PACKAGES
 
@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 class SharedS3:
     """The S3 server of this test run. `environment` leads the AWS chain to it and is already set in this process."""
 
-    server: cluster.S3
+    server: local_s3.S3
     environment: dict[str, str]
     numbers: Iterator[int] = field(default_factory=itertools.count)
 
@@ -60,9 +60,9 @@ class SharedS3:
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedS3]:
     """A real S3 server. A test that needs it gets it running; the last process of the run stops it."""
     folder = run_folder(tmp_path_factory) / "s3"
-    service = shared(folder, lambda: cluster.start_s3(folder), lambda: cluster.stop_s3(folder))
+    service = shared(folder, lambda: local_s3.start_s3(folder), lambda: local_s3.stop_s3(folder))
     with service as server, kept_environment():
-        cluster.activate(server.environment())
+        local_s3.activate(server.environment())
         yield SharedS3(server, server.environment())
 
 
@@ -77,7 +77,7 @@ def _environment_of_its_own() -> Iterator[None]:
 class SharedSlurm:
     """The SLURM of this test run: nodes `node1` to `node4`, partitions `main` and `low` (preempted by `main`)."""
 
-    cluster: cluster.Slurm
+    cluster: local_slurm.Slurm
     environment: dict[str, str]
 
 
@@ -85,15 +85,15 @@ class SharedSlurm:
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedSlurm]:
     """A real SLURM of four nodes; its variables are already set in this process."""
     skip_without_slurm()
-    folder, settings = run_folder(tmp_path_factory) / "slurm", cluster.Settings(nodes=4)
-    service = shared(folder, lambda: cluster.start_slurm(folder, settings), lambda: cluster.stop_slurm(folder))
+    folder, settings = run_folder(tmp_path_factory) / "slurm", slurm_conf.Settings(nodes=4)
+    service = shared(folder, lambda: local_slurm.start_slurm(folder, settings), lambda: local_slurm.stop_slurm(folder))
     with service as running, kept_environment():
         os.environ.update(running.environment())
         yield SharedSlurm(running, running.environment())
 
 
 def skip_without_slurm() -> None:
-    if missing := cluster.missing_programs():
+    if missing := local_slurm.missing_programs():
         pytest.skip(f"SLURM is not installed ({', '.join(missing)}): apt install {' '.join(PACKAGES)}")
 
 
@@ -104,9 +104,9 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         return
     for folder in base.glob("shared*"):
         if (folder / "s3").is_dir():
-            cluster.stop_s3(folder / "s3")
+            local_s3.stop_s3(folder / "s3")
         if (folder / "slurm").is_dir():
-            cluster.stop_slurm(folder / "slurm")
+            local_slurm.stop_slurm(folder / "slurm")
 
 
 def run_folder(factory: pytest.TempPathFactory) -> Path:

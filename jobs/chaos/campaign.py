@@ -19,7 +19,7 @@ from typing import Any
 from data_shards.errors import UserError
 from data_shards.pack import PackSettings, pack
 from data_shards.store import Store
-from jobs import cluster, photos
+from jobs import local_s3, local_slurm, photos
 from jobs.chaos.faults import FAULTS
 from jobs.chaos.proxy import Proxy
 from jobs.chaos.trial import SETTINGS, Scene, Trial
@@ -50,20 +50,20 @@ def scene(folder: Path, config: Config) -> Iterator[Scene]:
     """S3, SLURM and the proxy between them, up for as long as this lasts; runs save on a small disk if there is one."""
     folder = folder.resolve()
     with _disk(folder / "disk") as disk:
-        s3 = cluster.start_s3(folder / "s3")
-        slurm = cluster.start_slurm(folder / "slurm", SETTINGS)
+        s3 = local_s3.start_s3(folder / "s3")
+        slurm = local_slurm.start_slurm(folder / "slurm", SETTINGS)
         proxy = Proxy(s3.url)
         if disk is not None:
             checkpoint = config.checkpoint.model_copy(update={"local_dir": str(disk)})
             config = config.model_copy(update={"checkpoint": checkpoint})
         try:
             environment = {**s3.environment(), **slurm.environment()}
-            cluster.activate(environment)
+            local_s3.activate(environment)
             yield Scene(_site(folder, {**environment, "AWS_ENDPOINT_URL": proxy.url}), config, slurm, proxy, disk)
         finally:
             proxy.close()
-            cluster.stop_slurm(folder / "slurm")
-            cluster.stop_s3(folder / "s3")
+            local_slurm.stop_slurm(folder / "slurm")
+            local_s3.stop_s3(folder / "s3")
 
 
 def _site(folder: Path, environment: dict[str, str]) -> Site:

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from data_shards.errors import UserError
-from jobs import cluster, runs, slurm
+from jobs import local_slurm, runs, slurm
 from jobs.chaos.proxy import Mode
 from jobs.chaos.trial import SETTINGS, Trial
 from jobs.daemons import Process, processes, wait_until
@@ -227,7 +227,7 @@ def _without_controller(trial: Trial) -> Iterator[None]:
     try:
         yield
     finally:
-        cluster.start_slurm(trial.scene.slurm.directory, SETTINGS)
+        local_slurm.start_slurm(trial.scene.slurm.directory, SETTINGS)
 
 
 def kill_at_once(victims: Sequence[Process]) -> None:

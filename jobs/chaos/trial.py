@@ -10,7 +10,7 @@ from typing import Any
 
 from data_shards.errors import UserError
 from data_shards.store import Store
-from jobs import cluster, runs
+from jobs import local_slurm, runs, slurm_conf
 from jobs.chaos.proxy import Proxy
 from jobs.daemons import wait_until
 from jobs.launch import launch
@@ -20,7 +20,7 @@ from jobs.start import RankRecord, attempt_files, read_lines
 from pipeline.config import Config
 from pipeline.journal import read_metrics
 
-SETTINGS = cluster.Settings(nodes=4)
+SETTINGS = slurm_conf.Settings(nodes=4)
 DEADLINE_S = 420.0  # of a trial: several starts on a busy machine
 POLL_S = 0.02
 TAIL_BYTES = 4096  # of the rows, a few
@@ -32,14 +32,14 @@ class Scene:
 
     site: Site
     config: Config
-    slurm: cluster.Slurm
+    slurm: local_slurm.Slurm
     proxy: Proxy
     disk: Path | None = None  # a small file system for the jobs' local files, when one could be mounted
 
     def repair(self) -> None:
         """Start what of the cluster has died, and let the store answer."""
         self.proxy.mode = "pass"
-        cluster.start_slurm(self.slurm.directory, SETTINGS)
+        local_slurm.start_slurm(self.slurm.directory, SETTINGS)
 
 
 class Trial:

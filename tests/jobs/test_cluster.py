@@ -124,8 +124,8 @@ def test_the_servers_environment_names_files_and_no_secret(tmp_path: Path) -> No
     local_s3._write_credentials(tmp_path)
     secret = (tmp_path / "aws" / "credentials").read_text().split("aws_secret_access_key = ")[1].strip()
     assert len(secret) >= 32
-    assert set(cluster.environment(tmp_path)) == {"AWS_PROFILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"}
-    assert secret not in str(cluster.environment(tmp_path))
+    assert set(local_s3.environment(tmp_path)) == {"AWS_PROFILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"}
+    assert secret not in str(local_s3.environment(tmp_path))
 
 
 def test_keys_are_drawn_once(tmp_path: Path) -> None:
@@ -136,13 +136,13 @@ def test_keys_are_drawn_once(tmp_path: Path) -> None:
 
 
 def test_keys_of_the_users_own_do_not_overrule_the_local_profile(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in cluster.OVERRIDES:
+    for name in local_s3.OVERRIDES:
         monkeypatch.setenv(name, "mine")
     monkeypatch.setenv("no_proxy", "example.org")
     monkeypatch.setenv("NO_PROXY", "")
     monkeypatch.setenv("AWS_PROFILE", "mine")
-    cluster.activate({"AWS_PROFILE": "farseer-local"})
-    assert [name for name in cluster.OVERRIDES if name in os.environ] == []
+    local_s3.activate({"AWS_PROFILE": "farseer-local"})
+    assert [name for name in local_s3.OVERRIDES if name in os.environ] == []
     assert os.environ["AWS_PROFILE"] == "farseer-local"
     assert os.environ["no_proxy"] == os.environ["NO_PROXY"] == "example.org,127.0.0.1,localhost"
 
@@ -242,7 +242,7 @@ def test_missing_programs_are_named_with_what_to_install(tmp_path: Path, monkeyp
     with pytest.raises(
         UserError, match=r"not installed here .slurmctld, slurmd.*; apt install slurmctld slurmd slurm-client munge"
     ):
-        cluster.start_slurm(tmp_path)
+        local_slurm.start_slurm(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

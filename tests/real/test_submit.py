@@ -14,7 +14,7 @@ import yaml
 
 from data_shards.index import Manifest, ShardSet
 from data_shards.store import Store
-from jobs import cluster, runs
+from jobs import local_slurm, runs, slurm_conf
 from jobs import slurm as slurm_commands
 from jobs.blame import excluded
 from jobs.cli import main
@@ -67,7 +67,7 @@ def alone(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     """A cluster of its own: no other test's job takes a node, so a job gets the first ones that are not kept out."""
     skip_without_slurm()
     tmp_path.chmod(0o755)
-    own = cluster.start_slurm(tmp_path_factory.mktemp("slurm"), cluster.Settings(nodes=4))
+    own = local_slurm.start_slurm(tmp_path_factory.mktemp("slurm"), slurm_conf.Settings(nodes=4))
     try:
         with kept_environment():
             os.environ.update(own.environment())
