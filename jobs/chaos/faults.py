@@ -5,7 +5,6 @@ brings back what of the machine itself a fault took away.
 """
 
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,8 +26,8 @@ Fault = Callable[[Trial], str]
 def preempted(trial: Trial) -> str:
     """A job of a higher partition takes all nodes."""
     moment = _now(trial)
-    command = ["sbatch", "--partition=main", f"--nodes={trial.scene.slurm.nodes}", "--exclusive"]
-    subprocess.run([*command, "--output=/dev/null", "--wrap=sleep 3"], check=True, capture_output=True)
+    nodes = f"--nodes={trial.scene.slurm.nodes}"
+    slurm.ask("sbatch", "--partition=main", nodes, "--exclusive", "--output=/dev/null", "--wrap=sleep 3")
     return moment
 
 
@@ -142,14 +141,13 @@ def disk_full(trial: Trial) -> str:
 
 
 def _limit(trial: Trial, minutes: int) -> None:
-    command = ["scontrol", "update", f"JobId={trial.job.id}", f"TimeLimit={minutes}"]
-    subprocess.run(command, capture_output=True, check=False)  # refused when the job is over
+    with suppress(slurm.SlurmError):  # refused when the job is over
+        slurm.ask("scontrol", "update", f"JobId={trial.job.id}", f"TimeLimit={minutes}")
 
 
 def _soon(trial: Trial) -> int:
     """A time limit in minutes that the job reaches in half a minute at least, so that the signal comes first."""
-    command = ["squeue", "--noheader", "--job", trial.job.id, "--format", "%M"]
-    used = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    used = slurm.ask("squeue", "--noheader", "--job", trial.job.id, "--format", "%M").strip()
     minutes, seconds = map(int, used.split(":")[-2:]) if used else (0, 0)
     return (60 * minutes + seconds + 30) // 60 + 1
 
@@ -165,7 +163,8 @@ def _save_lost(trial: Trial) -> bool:
 
 def _saving(trial: Trial) -> bool:
     """A save is being written to the local disk."""
-    return any(trial.local.glob(f"{trial.run_dir.name}-*/step-*/rank-*"))
+    local = trial.scene.config.checkpoint.folder(trial.run_dir)
+    return any(local.glob(f"{trial.run_dir.name}-*/step-*/rank-*"))
 
 
 def _uploading(trial: Trial) -> bool:

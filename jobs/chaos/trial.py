@@ -59,11 +59,6 @@ class Trial:
         ends = (read_lines(path, TAIL_BYTES) for path in attempt_files(self.run_dir, "metrics.jsonl"))
         return max((rows[-1]["result"]["step"] for rows in ends if rows), default=0)
 
-    @property
-    def local(self) -> Path:
-        """Where its ranks keep saves until they are sent."""
-        return self.scene.config.checkpoint.folder(self.run_dir)
-
     def somewhere(self) -> str:
         """Wait for a step drawn from the middle of the run; returns it in words, as the moment of the fault."""
         steps = self.scene.config.train.steps or 0
