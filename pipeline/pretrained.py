@@ -16,6 +16,7 @@ import re
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +131,9 @@ def shapes(tensors: Mapping[str, Tensor]) -> Shapes:
     return {name: tensor.shape for name, tensor in tensors.items()}
 
 
+@cache
 def trunk_shapes(model: ModelSettings) -> Shapes:
-    """Of the tensors of a trunk, which takes no memory for it."""
+    """Of the tensors of a trunk, which takes no memory for it; all that have a name take seconds."""
     with torch.device("meta"):
         return shapes(RegNet(model).state_dict())
 

@@ -120,6 +120,8 @@ def test_a_url_is_signed_for_the_region_of_the_bucket_where_the_profile_names_an
     asked: list[str] = []
 
     class Nothing:
+        raw_headers = ()
+
         async def read(self) -> bytes:
             return b""
 
