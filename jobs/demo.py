@@ -15,9 +15,9 @@ from data_shards.pack import PackReport, PackSettings, pack
 from data_shards.sources import list_sources
 from data_shards.store import Store
 from jobs import cluster, photos
-from jobs.logs import sentence
+from jobs.logs import is_over, sentence
 from jobs.progress import Progress
-from jobs.runs import Job, history, preempt, state
+from jobs.runs import Job, history, preempt
 from jobs.site import ROOT, load_site
 from jobs.submit import submit
 from pipeline.config import Config, load
@@ -112,7 +112,7 @@ def _follow(job: Job, config: Config) -> None:
     progress = Progress(job.run_dir, steps, config.swav.prototypes)
     told, preempted = 0, False
     while True:
-        over = state(job) is None
+        over = is_over(job)
         events = history(job.run_dir)
         for event in events[told:]:
             _say(f"  {sentence(event)}")

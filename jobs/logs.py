@@ -37,7 +37,7 @@ def show(job: Job, lines: int, follow: bool, out: TextIO) -> None:
     begun, over, asked = False, not follow, -ASK_S
     while True:
         if follow and (job.local or time.monotonic() - asked > ASK_S):
-            over, asked = _over(job), time.monotonic()  # before the logs: what came before the end is still shown
+            over, asked = is_over(job), time.monotonic()  # before the logs: what came before the end is still shown
         new = [line for path in logs(job) for line in tails.setdefault(path, Tail(path)).new()]
         new.sort(key=lambda line: line.time)
         for line in new if begun else new[max(0, len(new) - lines) :]:
@@ -50,10 +50,11 @@ def show(job: Job, lines: int, follow: bool, out: TextIO) -> None:
         time.sleep(FOLLOW_S)
 
 
-def _over(job: Job) -> bool:
+def is_over(job: Job) -> bool:
+    """Whether a job is over, for whoever asks again; it is not where SLURM is too busy to tell."""
     try:
         return state(job) is None
-    except SlurmError:  # busy: it will be asked again
+    except SlurmError:
         return False
 
 
