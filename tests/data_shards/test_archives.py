@@ -369,6 +369,7 @@ def test_photographs_with_dots_or_without_any_extension_are_taken(photos: dict[s
     assert ignored == {"json": 1}
 
 
+@pytest.mark.slow
 def test_ten_thousand_tiny_images_and_a_giant_one_are_listed_and_only_the_giant_is_refused(tmp_path: Path) -> None:
     path = tar_of(tmp_path / "a.tar", [(f"{n:05d}.png", b"x" * (n % 3 + 1)) for n in range(10_000)])
     giant = tarfile.TarInfo("giant.jpg")

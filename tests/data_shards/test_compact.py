@@ -142,6 +142,7 @@ def test_a_reader_gets_the_same_before_between_and_after_and_with_or_without_the
     assert samples(shards, none) == expected
 
 
+@pytest.mark.slow
 def test_killed_after_any_write_it_is_run_again_and_ends_alike(
     shards: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from data_shards.database import connect
 
 
@@ -11,6 +13,7 @@ def test_no_progress_bar_goes_to_stdout_and_nothing_is_fetched_from_the_internet
             assert database.execute(f"select current_setting('{name}')").fetchone() == (False,)
 
 
+@pytest.mark.slow
 def test_memory_is_limited_and_the_rest_goes_into_the_folder(tmp_path: Path) -> None:
     with connect(tmp_path, 64 * 2**20) as database:
         database.execute("create table t as select range as n, hash(range)::varchar as h from range(3000000)")

@@ -121,6 +121,7 @@ def test_more_hashes_get_smaller_buckets_so_that_the_work_is_not_quadratic(dista
         assert len(masks(distance, 10**9)) <= 70
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(
     st.integers(0, 8),
@@ -197,6 +198,7 @@ def reference(shards: Sequence[Sequence[Row]], distance: int) -> dict[str, str]:
     return gone
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(st.integers(0, 2**32), st.integers(0, 6))
 def test_what_goes_is_what_comparing_each_with_each_says(

@@ -191,6 +191,7 @@ def webp(**options: Any) -> bytes:
     return encoded("WEBP", **options) if options else encoded("WEBP", exif=oriented(6))
 
 
+@pytest.mark.slow
 def test_a_bomb_is_refused_by_its_header_before_it_takes_memory(tmp_path: Path) -> None:
     (tmp_path / "bombs").write_bytes(pickle.dumps(bombs()))
     assert (tmp_path / "bombs").stat().st_size < 200_000

@@ -59,6 +59,7 @@ def test_after_every_row_of_the_lanes_each_set_has_had_its_share_to_within_a_chu
             assert abs(count - Fraction(row * order.lanes * part.share, total)) < 1
 
 
+@pytest.mark.slow
 @relaxed
 @given(mixtures())
 def test_an_epoch_of_each_set_has_each_of_its_samples_once_but_for_fewer_than_a_chunk(order: Order) -> None:
@@ -83,6 +84,7 @@ def test_each_row_of_the_lanes_is_the_next_part_of_the_stream_whatever_the_numbe
     assert np.sort(rows(order, count), axis=1).tolist() == np.sort(straight, axis=1).tolist()
 
 
+@pytest.mark.slow
 @settings(relaxed, max_examples=12)
 @given(mixtures())
 def test_the_inverse_names_exactly_the_steps_that_see_a_sample(order: Order) -> None:

@@ -53,6 +53,7 @@ def ids_of(order: Order, first: int) -> list[int]:
     return [(first + j) % order.samples for j in range(order.chunk_samples)]
 
 
+@pytest.mark.slow
 @relaxed
 @given(orders())
 def test_an_epoch_has_each_sample_once_but_for_fewer_than_a_chunk(order: Order) -> None:
@@ -92,6 +93,7 @@ def test_places_slots_and_samples_agree_with_the_batch(order: Order, step: int) 
         assert batch[lane, i] == ids_of(order, window.chunks[int(slot)])[int(offset)]
 
 
+@pytest.mark.slow
 @settings(relaxed, max_examples=12)
 @given(orders())
 def test_the_inverse_names_exactly_the_steps_that_see_a_sample(order: Order) -> None:

@@ -255,6 +255,7 @@ def test_a_chunk_is_one_request_as_long_as_it_is_not_over_range_bytes(photos: Ph
     assert len(parts) > 2 * len(whole)
 
 
+@pytest.mark.slow
 def test_memory_stays_inside_the_budget_and_the_next_windows_are_fetched_when_there_is_room() -> None:
     photos = photos_in(Wire(f"memory://reader-{next(names)}"), largest=20_000)
     one_window = int(4 * ORDER.window_samples * photos.shards.mean_bytes)

@@ -435,6 +435,7 @@ def list_of_urls() -> bytes:
     return file.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("made", [tar_of_noise, list_of_urls])
 def test_an_archive_or_list_behind_http_is_read_whole_whichever_answer_comes_badly(

@@ -46,6 +46,7 @@ def most_in_a_step(net: Net, config: Config, images: int) -> int:
     return most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
 def test_a_step_takes_what_was_said(precision: str, checkpointing: str) -> None:
@@ -55,6 +56,7 @@ def test_a_step_takes_what_was_said(precision: str, checkpointing: str) -> None:
     assert held_bytes(changed, 1).step == pytest.approx(most_allocated(changed), rel=near)
 
 
+@pytest.mark.slow
 def test_ranks_share_the_images_and_not_the_model() -> None:
     alone, shared = held_bytes(config(), 1), held_bytes(config(), 4)
     assert (shared.checkpoint, shared.model) == (alone.checkpoint, alone.model)
@@ -66,6 +68,7 @@ def test_the_optimizer_copies_the_gradients_where_that_is_more_than_a_step_takes
     assert held_bytes(few, IMAGES).step >= 4 * 100_000 * 128
 
 
+@pytest.mark.slow
 def test_where_a_model_is_sharded_each_rank_has_its_part_and_some_units_at_a_time() -> None:
     plain, sharded = held_bytes(config(), 2), held_bytes(config(**{"efficiency.sharded": "true"}), 2)
     assert sharded.checkpoint == plain.checkpoint

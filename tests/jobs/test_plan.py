@@ -43,6 +43,7 @@ def values(config: Config, where: Site, images_s: float | None = None) -> dict[s
     return make_plan(config, where, images_s=images_s).to_json()
 
 
+@pytest.mark.slow
 def test_seers_published_figures_give_its_published_steps_and_eight_days(tmp_path):
     config = load(SEER, [f"data.url={put_set(tmp_path, 10**9, 120_000)}", "data.batch=8704"])
     where = site(tmp_path, nodes=64, ranks_per_node=8, gpus_per_node=8, price_per_gpu_hour=2.0, failures_per_node_day=0)
@@ -80,6 +81,7 @@ def test_a_model_that_no_gpu_of_the_site_holds_is_refused_before_one_is_spent(tm
     assert 8 * 37e9 < fits["while_starting"] < 8 * 40e9
 
 
+@pytest.mark.slow
 def test_a_node_that_cannot_hold_what_its_ranks_draw_as_they_start_is_refused(tmp_path):
     url = put_set(tmp_path, 10**9, 120_000)
     node = site(tmp_path, nodes=64, ranks_per_node=8, memory_gb=40)
@@ -107,6 +109,7 @@ def test_failures_cost_a_restart_and_half_of_what_lies_between_two_checkpoints()
     assert whole.seconds - whole.step_seconds == 10 * (RESTART_S + 500) + 10 * RESTART_S
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["larc", "adamw"])
 def test_the_bytes_of_a_checkpoint_are_those_of_the_trainers_own_state(optimizer):
     changed = [f"optim.name={optimizer}", "swav.queue=64"]
@@ -140,6 +143,7 @@ def test_lanes_that_fit_neither_the_batch_nor_the_ranks_are_both_said(tmp_path):
     assert "12 does not divide data.batch (64)" in batch
 
 
+@pytest.mark.slow
 def test_windows_above_the_prefetch_and_above_the_nodes_memory_are_refused(tmp_path):
     url = put_set(tmp_path, 100_000, 400_000)
     window = 4 * 16 * 8 * 400_000  # lanes, chunks, samples, bytes
@@ -176,6 +180,7 @@ def earlier_run(where: Site, name: str, config: Config, images_s: list[float], r
     (attempt / "events.jsonl").write_text(json.dumps({"time": 1.0, "event": "started", "ranks": ranks}) + "\n")
 
 
+@pytest.mark.slow
 def test_the_speed_comes_from_the_newest_earlier_run_that_computes_the_same_and_is_scaled_to_the_ranks(tmp_path):
     url, where = put_set(tmp_path, 1000, 4000), site(tmp_path, nodes=4, images_per_s=7.0)
     config = small(url)

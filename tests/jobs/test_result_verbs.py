@@ -19,6 +19,7 @@ def command(tmp_path: Path) -> list[str]:
     return ["evaluate", "--run", run.url, "--site", str(site), "--size", "32", bank, held_out]
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_once_a_step_and_shown_beside_its_other_steps(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -535,6 +535,7 @@ def test_a_store_that_is_away_delays_a_save_without_stopping_training_and_the_ne
     assert [fields["step"] for name, fields in attempt.events if name == "committed"] == [1, 2]
 
 
+@pytest.mark.slow
 def test_the_last_save_waits_for_a_store_that_comes_back_though_an_older_one_rests_before_it(tmp_path: Path) -> None:
     attempt = Attempt(tmp_path)
     asked = []
@@ -748,6 +749,7 @@ def one_bad_disk(rank: int, folder: Path) -> dict[str, str]:
     return seen
 
 
+@pytest.mark.slow
 def test_a_node_on_which_whole_checkpoints_arrive_damaged_is_named_and_no_checkpoint_passed_over(
     tmp_path: Path,
 ) -> None:

@@ -198,6 +198,7 @@ def refusal(url: str, model: ModelSettings = TINY, asked: bool = True) -> str:
     return str(refused.value)
 
 
+@pytest.mark.slow
 def test_the_file_of_another_trunk_says_which_it_is(tmp_path: Path) -> None:
     url = file_of(tmp_path, released(their_trunk(ModelSettings(trunk="regnety_004")).state_dict()))
     said = refusal(url, SMALL)

@@ -138,6 +138,7 @@ def gone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {**of_ranks[0], "folder": folder, "changed": LARC}
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_replicated_training(gone: dict[str, Any]) -> None:
     for ours, theirs in zip(gone["sharded"]["results"], gone["replicated"]["results"], strict=True):
         assert (ours.step, ours.lr, ours.finite) == (theirs.step, theirs.lr, theirs.finite)
@@ -145,6 +146,7 @@ def test_losses_are_those_of_replicated_training(gone: dict[str, Any]) -> None:
         assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_the_state_has_the_same_names_and_shapes_and_begins_the_same(gone: dict[str, Any]) -> None:
     ours, theirs = gone["sharded"], gone["replicated"]
     for when in ("loaded", "last"):
@@ -153,12 +155,14 @@ def test_the_state_has_the_same_names_and_shapes_and_begins_the_same(gone: dict[
     assert "model.trunk.s1.b1.conv1.conv.weight" in different(ours["loaded"], ours["last"])
 
 
+@pytest.mark.slow
 def test_a_sharded_run_that_is_resumed_goes_on_bit_for_bit(gone: dict[str, Any]) -> None:
     straight, resumed = gone["sharded"], gone["sharded, then sharded"]
     assert resumed["results"] == straight["results"][SAVED:]
     assert different(resumed["last"], straight["last"]) == []
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_either_way_is_gone_on_from_by_the_other(gone: dict[str, Any]) -> None:
     for name, other in (("sharded", "replicated"), ("replicated", "sharded")):
         same, switched = gone[f"{name}, then {name}"], gone[f"{name}, then {other}"]
@@ -171,6 +175,7 @@ def alone(rank: int, folder: str, changed: dict[str, Any]) -> dict[str, Any]:
     return kept(attempt(both(changed)["replicated"], 0, 1, Path(folder) / "sharded", range(SAVED, SAVED + 1)))
 
 
+@pytest.mark.slow
 def test_a_sharded_checkpoint_of_two_ranks_is_read_by_one(gone: dict[str, Any]) -> None:
     (found,) = distributed.run(1, alone, str(gone["folder"]), gone["changed"])
     expected = gone["sharded, then sharded"]["loaded"]

@@ -56,6 +56,7 @@ def watched(tmp_path: Path) -> Iterator[Watched]:
         dog.close()
 
 
+@pytest.mark.slow
 def test_a_silent_rank_is_named_and_the_stacks_of_the_others_are_saved(watched: Watched) -> None:
     first, second = watched.start(2)
     for dog in (first, second):
@@ -109,6 +110,7 @@ def test_stacks_are_saved_whatever_garbage_is_collected_meanwhile(tmp_path: Path
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_stuck_but_alive_is_named_by_its_step(watched: Watched) -> None:
     first, second = watched.start(2)
     first.step(8)
@@ -118,6 +120,7 @@ def test_a_rank_that_is_stuck_but_alive_is_named_by_its_step(watched: Watched) -
     assert hang.hosts == ()
 
 
+@pytest.mark.slow
 def test_waiting_for_the_store_is_no_hang(watched: Watched) -> None:
     first, second = watched.start(2)
     first.step(3)
@@ -140,12 +143,14 @@ def test_a_step_has_its_time_also_after_another_rank_had_waited_for_the_store(wa
     assert time.monotonic() - begun > 2.7
 
 
+@pytest.mark.slow
 def test_patience_ends(watched: Watched) -> None:
     (only,) = watched.start(1, patience=0.2)
     only.now("data")
     assert "all ranks beat" in str(watched.wait(0))
 
 
+@pytest.mark.slow
 def test_a_run_that_never_takes_its_first_step_hangs(watched: Watched) -> None:
     watched.start(1)
     assert "after step 0" in str(watched.wait(0))
@@ -158,6 +163,7 @@ def test_the_first_step_has_the_time_of_a_start_to_its_end(watched: Watched) -> 
     assert watched.hangs == {}
 
 
+@pytest.mark.slow
 def test_a_rank_that_looks_at_the_others_for_long_is_not_silent_to_them(
     watched: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,6 +194,7 @@ def test_steps_keep_it_quiet_and_slow_ones_set_the_measure(watched: Watched) -> 
     assert watched.hangs == {}
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_does_not_stop_the_watch(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     watched = Watched(tmp_path / "file" / "a01")

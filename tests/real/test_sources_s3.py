@@ -191,6 +191,7 @@ def test_what_is_not_in_the_store_is_one_line(s3: Any, src: str, words: str) -> 
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_store_that_is_down_or_denies_stops_the_packing_and_refuses_no_image(
     raw: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,6 +64,7 @@ def test_of_two_classes_one_is_always_among_the_first_five() -> None:
     assert by_probe(fit(x, labels, classes=2), x, labels)["probe_top5"] == 1
 
 
+@pytest.mark.slow
 def test_an_exam_goes_on_where_it_was_is_kept_and_stands_beside_those_of_other_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

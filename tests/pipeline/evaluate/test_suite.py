@@ -13,6 +13,8 @@ from pipeline.evaluate.table import Evaluation, Neighbours, Row
 from pipeline.evaluate.tiles import Tiles
 from pipeline.evaluate.views import Views
 
+pytestmark = pytest.mark.slow  # evaluates two trunks
+
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 PHOTOGRAPHS, STAMPS = ["bridge", "harbour", "kite"], ["stamp-birds", "stamp-fish"]
 

@@ -29,6 +29,7 @@ def run(tmp_path: Path) -> Store:
     return store
 
 
+@pytest.mark.slow
 def test_scores_of_two_steps_are_rows_of_one_run_beside_the_training_s(run: Store, tmp_path: Path) -> None:
     said: list[str] = []
     for step in (20, 10):
