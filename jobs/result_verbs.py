@@ -111,6 +111,7 @@ def dashboard(options: argparse.Namespace) -> int:
     from jobs.dashboard import briefs
     from jobs.site import load_site
     from pipeline.report.dashboard import write_dashboard
+    from pipeline.report.figures import times
 
     site, page = load_site(options.site), Path(options.to)
     site.activate()
@@ -119,7 +120,7 @@ def dashboard(options: argparse.Namespace) -> int:
         if not found and not complaints:
             raise UserError(f"no runs in {site.shared_dir} yet; make submit starts one")
         write_dashboard(page, found, time.time(), WATCH_S if options.watch else None)
-        say(f"{time.strftime('%H:%M:%S')} dashboard of {len(found)} runs: {page}")
+        say(f"{time.strftime('%H:%M:%S')} dashboard of {times(len(found), 'run')}: {page}")
         for line in complaints:
             complain(line)
         if not options.watch:
