@@ -41,7 +41,7 @@ def result_verbs(verbs: Any) -> None:
         "--run", default="", dest="names", help="names, or urls of runs' folders; else the newest runs"
     )
     options.add_argument("--store", action="append", default=[], help="a folder of runs, such as s3://runs, to look at")
-    options.add_argument("--to", default="var/dashboard.html", help="the page's file")
+    options.add_argument("--to", help="the page's file; by default var/dashboard.html")
     options.add_argument("--watch", action="store_true", help=f"write it anew every {WATCH_S} s")
     site_option(options)
 
@@ -109,11 +109,11 @@ def export(options: argparse.Namespace) -> int:
 
 def dashboard(options: argparse.Namespace) -> int:
     from jobs.dashboard import briefs
-    from jobs.site import load_site
+    from jobs.site import ROOT, load_site
     from pipeline.report.dashboard import write_dashboard
     from pipeline.report.figures import times
 
-    site, page = load_site(options.site), Path(options.to)
+    site, page = load_site(options.site), Path(options.to or ROOT / "var" / "dashboard.html")
     site.activate()
     while True:
         found, complaints = briefs(site, options.names.split(), options.store)

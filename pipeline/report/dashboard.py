@@ -84,7 +84,7 @@ HEAD = ("Run", "State", "Step", "Loss", "ln K", "Images/s", "Waits", "Goodput", 
 
 
 def brief(data: ReportData, state: str, look: str, good: Goodput | None, happened: Sequence[str]) -> Brief:
-    """See Brief."""
+    """What the page keeps of a run. good: None before its first start."""
     curves = {curve.title: _points(curve, data) for curve in (LOSS, *CURVES)}
     return Brief(
         run=data.run,
@@ -181,11 +181,11 @@ def _scores(runs: Sequence[Brief]) -> Markup:
 
 def _differences(runs: Sequence[Brief]) -> Markup:
     """The keys that not all configs have alike."""
-    keys = dict.fromkeys(key for run in runs for key in run.config)
+    names = dict.fromkeys(name for run in runs for name in run.config)
     rows = [
-        (key, *(str(run.config.get(key, "-")) for run in runs))
-        for key in keys
-        if any(run.config.get(key) != runs[0].config.get(key) for run in runs)
+        (name, *(str(run.config.get(name, "-")) for run in runs))
+        for name in names
+        if any(run.config.get(name) != runs[0].config.get(name) for run in runs)
     ]
     if not rows:
         return join()
@@ -194,16 +194,6 @@ def _differences(runs: Sequence[Brief]) -> Markup:
 
 
 def _happened(runs: Sequence[Brief]) -> Markup:
-    lists = (
-        folded(
-            run.run,
-            times(len(run.happened), "line"),
-            element("ul", *map(_line, reversed(run.happened)), class_="plain"),
-        )
-        for run in runs
-    )
-    return element("section", element("h2", "What happened"), element("div", *lists, class_="more"))
-
-
-def _line(text: str) -> Markup:
-    return element("li", text)
+    lists = (element("ul", *(element("li", text) for text in reversed(run.happened)), class_="plain") for run in runs)
+    told = (folded(run.run, times(len(run.happened), "line"), of) for run, of in zip(runs, lists, strict=True))
+    return element("section", element("h2", "What happened"), element("div", *told, class_="more"))
