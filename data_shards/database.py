@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_shards.errors import UserError
+from data_shards.errors import UserError, one_line
 
 if TYPE_CHECKING:
     import duckdb
@@ -42,5 +42,5 @@ def connected(what: str) -> "Iterator[tuple[duckdb.DuckDBPyConnection, Path]]":
             with connect(Path(name), MEMORY_BYTES) as database:
                 yield database, Path(name)
         except duckdb.Error as error:
-            text = " ".join(str(error).split())
+            text = one_line(error)
             raise UserError(f"{tempfile.gettempdir()}: {what} failed; TMPDIR=... takes another disk: {text}") from error

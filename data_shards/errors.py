@@ -40,6 +40,11 @@ def lacks_library(error: BaseException) -> bool:
     return isinstance(error, ImportError) and "shared object" in str(error)
 
 
+def one_line(error: BaseException) -> str:
+    """What it says, or else its name."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 @contextlib.contextmanager
 def told_when_full() -> Iterator[None]:
     """For what writes temporary files: a full disk is the user's to mend. Raises UserError in the system's place."""

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, TypeVar
 import aiohttp
 import fsspec
 
-from data_shards.errors import UserError
+from data_shards.errors import UserError, one_line
 from data_shards.images import Refused, check_bytes
 from data_shards.store import Denied, NotFound, Store, StoreError, Truncated, Unavailable, split
 
@@ -180,9 +180,9 @@ def _patiently(url: str, call: Callable[[], T]) -> T:
         except aiohttp.InvalidURL:
             raise Refused("cannot be read", "not a url") from None
         except (ValueError, ImportError) as error:  # no such protocol, or what it needs is not installed
-            raise StoreError(f"{url}: {' '.join(str(error).split())}") from error
+            raise StoreError(f"{url}: {one_line(error)}") from error
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            problem = " ".join(str(error).split()) or type(error).__name__
+            problem = one_line(error)
         if attempt + 1 < ATTEMPTS:
             time.sleep(random.uniform(0.5, 1.5) * 0.25 * 2**attempt)
     raise Unavailable(f"{url}: not to be had after {ATTEMPTS} tries ({problem}); pack again when it answers")

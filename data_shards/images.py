@@ -18,6 +18,7 @@ from typing import ClassVar, Literal
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from data_shards.errors import one_line
 from data_shards.exif import jpeg_segments, orientation, without_exif
 from data_shards.phash import eight_bits, perceptual_hash
 from data_shards.section import Section
@@ -98,9 +99,9 @@ def examine(data: bytes, rules: Rules) -> Photo:
         except UnidentifiedImageError:
             raise Refused("not an image", data[:16].hex(" ")) from None
         except Image.DecompressionBombError as error:
-            raise Refused("too many pixels", _line(error)) from None
+            raise Refused("too many pixels", one_line(error)[:200]) from None
         except Exception as error:  # noqa: BLE001  # parsers of hostile bytes raise anything
-            raise Refused("damaged", _line(error)) from None
+            raise Refused("damaged", one_line(error)[:200]) from None
         with image:
             _check_size(*image.size, rules)
             try:
@@ -109,7 +110,7 @@ def examine(data: bytes, rules: Rules) -> Photo:
             except Refused:
                 raise
             except Exception as error:  # noqa: BLE001
-                raise Refused("damaged", _line(error)) from None
+                raise Refused("damaged", one_line(error)[:200]) from None
 
 
 @cache
@@ -190,7 +191,3 @@ def _jpeg_coding(data: bytes) -> str | None:
     if not frame and marker not in (0xD9, 0xDA):  # Pillow looks for the next segment, DALI gives up
         return "with bytes between its segments"
     return frame or (f"of {scans} scans; {JPEG_SCANS} is the limit" if scans > JPEG_SCANS else None)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -21,6 +21,7 @@ from botocore.parsers import ResponseParserError
 from botocore.utils import get_environ_proxies
 
 from data_shards.direct import Direct
+from data_shards.errors import one_line
 from data_shards.store import AlreadyExists, Denied, NotFound, StoreError, Truncated
 
 KEY_S = 60.0  # for what gives a key: a credential_process may wait for somebody to type
@@ -242,4 +243,4 @@ def is_passing(code: str) -> bool:
 
 def _short(error: BaseException) -> str:
     error = getattr(error, "kwargs", {}).get("error", error)  # botocore's wrappers repeat the url, with its query
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error)

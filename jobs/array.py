@@ -16,7 +16,7 @@ from pathlib import Path
 
 import submitit
 
-from data_shards.errors import UserError
+from data_shards.errors import UserError, one_line
 from data_shards.progress import Progress
 from jobs import slurm
 from jobs.launch import exports, guarded, job_executor, write_snapshot
@@ -108,7 +108,7 @@ class Array:
         try:
             jobs = self._executor(workers).map_array(task, range(workers))
         except submitit.core.utils.FailedJobError as error:
-            said = " ".join(str(error).split())
+            said = one_line(error)
             raise UserError(f"SITE={self.site.name}: SLURM refused the job: {said}") from None
         number = str(jobs[0].job_id).partition("_")[0]
         (self.folder / "array.json").write_text(json.dumps({"job": number}))

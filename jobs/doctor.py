@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_shards.errors import one_line
 from jobs.blame import TWICE, blamed
 from jobs.site import Site
 
@@ -73,7 +74,7 @@ def _all(look: Look, found: list[Finding]) -> None:
     try:
         found.extend(look())
     except Exception as error:  # noqa: BLE001 - whatever it is, a look that failed is not one that found nothing
-        found.append(Finding("cannot look", False, " ".join(str(error).split()) or type(error).__name__))
+        found.append(Finding("cannot look", False, one_line(error)))
 
 
 def _disk(site: Site) -> Iterator[Finding]:

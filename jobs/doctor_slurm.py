@@ -9,6 +9,7 @@ from pathlib import Path
 
 import submitit
 
+from data_shards.errors import one_line
 from jobs import slurm
 from jobs.daemons import wait_until
 from jobs.doctor import Finding
@@ -99,7 +100,7 @@ def look_at_nodes(site: Site, url: str) -> Iterator[Finding]:
             slurm.cancel(job)
             wait_until(lambda: slurm.job_state(job) is None, ANSWER_S, 0.5)
     except submitit.core.utils.FailedJobError as error:
-        yield Finding("nodes", False, f"SLURM refused the probe: {' '.join(str(error).split())}")
+        yield Finding("nodes", False, f"SLURM refused the probe: {one_line(error)}")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

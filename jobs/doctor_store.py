@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from data_shards.errors import UserError
+from data_shards.errors import UserError, one_line
 from data_shards.index import Manifest
 from data_shards.store import AlreadyExists, Store
 from jobs.doctor import Finding
@@ -113,7 +113,7 @@ def _s3(url: str) -> Iterator[Finding]:
         client.call_s3("abort_multipart_upload", **whole)
         left = client.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=whole["Key"]).get("Uploads", [])
     except Exception as error:  # noqa: BLE001 - s3fs and botocore have many; each is what the store says
-        yield Finding("multipart", False, f"{url}: {' '.join(str(error).split())}; large checkpoints need it")
+        yield Finding("multipart", False, f"{url}: {one_line(error)}; large checkpoints need it")
     else:
         says = "an upload in parts is begun, aborted, and gone"
         stays = "an aborted upload stays; a lifecycle rule (AbortIncompleteMultipartUpload) removes such"

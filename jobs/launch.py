@@ -19,7 +19,7 @@ from typing import Any
 import submitit
 import yaml
 
-from data_shards.errors import UserError
+from data_shards.errors import UserError, one_line
 from jobs import daemons, rank, slurm
 from jobs.blame import START_LINE, excluded
 from jobs.runs import Job, end, owned
@@ -239,7 +239,7 @@ def _on_slurm(site: Site, run: str, store: str, config: dict[str, Any]) -> Job:
         submitted = executor.submit(rank.run, *arguments)
     except submitit.core.utils.FailedJobError as error:
         kept_off = f" (kept off {hosts})" if (hosts := executor.parameters.get("exclude")) else ""
-        raise UserError(f"SITE={site.name}: SLURM refused the job{kept_off}: {' '.join(str(error).split())}") from None
+        raise UserError(f"SITE={site.name}: SLURM refused the job{kept_off}: {one_line(error)}") from None
     return Job(run, site.run_dir(run), store, submitted.job_id)
 
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import submitit
 
-from data_shards.errors import UserError
+from data_shards.errors import UserError, one_line
 from data_shards.store import Store
 from jobs.doctor_store import ahead_of_store_s, put_and_get
 from jobs.start import this_host, write_json
@@ -96,7 +96,7 @@ def _reduce(rank: int, nodes: int, backend: str, said: list[float | str]) -> Non
             seconds.append(time.monotonic() - begun)
         said.append(2 * (nodes - 1) / nodes * REDUCED_BYTES / min(seconds) / 1e9)
     except Exception as error:  # noqa: BLE001 - whatever it is, doctor tells it
-        said.append(" ".join(str(error).split())[:200] or type(error).__name__)
+        said.append(one_line(error)[:200])
 
 
 def _store(url: str) -> str | None:

@@ -23,7 +23,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from data_shards.errors import UserError
+from data_shards.errors import UserError, one_line
 from data_shards.section import Section
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -165,7 +165,7 @@ def load_site(name: str) -> Site:
     except FileNotFoundError:
         raise UserError(_missing(name, path)) from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: not readable as YAML: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: found no settings; valid: {', '.join(Site.model_fields)}")
     try:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, get_args
 import yaml
 from pydantic import BaseModel, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from data_shards.errors import UserError
+from data_shards.errors import UserError, one_line
 from data_shards.order import DataSettings, Order
 from data_shards.reader import ReaderSettings
 from data_shards.section import Section
@@ -223,7 +223,7 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> _Source:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{path}: not valid YAML: {one_line(error)}") from None
     own = _Source()
     if root is None:
         return own

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import PositiveFloat, PositiveInt
 
+from data_shards.errors import one_line
 from data_shards.section import Section
 from pipeline.journal import attempt_folders, json_lines, last_line
-from pipeline.wandb_client import Mode, end_service, one_line, open_client
+from pipeline.wandb_client import Mode, end_service, open_client
 
 if TYPE_CHECKING:  # pipeline.run reads a config, of which the settings below are a section
     from pipeline.run import Run

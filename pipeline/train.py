@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from data_shards.errors import UserError
+from data_shards.errors import UserError, one_line
 from data_shards.reader import Reader
 from data_shards.store import Store
 from pipeline.callback import Watch
@@ -234,9 +234,7 @@ def _memory_explained(config: Config) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         names = [name for name in SAVING if not getattr(config.efficiency, name)]
         ways = ", ".join([*(f'SET="efficiency.{name}=true"' for name in names), "more ranks"])
-        raise OutOfMemory(
-            f"the GPU is full; each of these takes less of it: {ways}: {' '.join(str(error).split())}"
-        ) from error
+        raise OutOfMemory(f"the GPU is full; each of these takes less of it: {ways}: {one_line(error)}") from error
 
 
 def _leave_hung(why: Exception) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from data_shards.errors import one_line
+
 Mode = Literal["auto", "online", "offline", "disabled"]
 INIT_S = 30.0  # for a W&B server to answer, before the run is recorded offline
 FINISH_S = 5.0
@@ -56,11 +58,6 @@ def end_service() -> None:
         import wandb
 
         wandb.teardown()
-
-
-def one_line(error: Exception) -> str:
-    """What it says."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _init(mode: Any, folder: Path, identity: dict[str, Any]) -> Any:

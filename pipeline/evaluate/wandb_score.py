@@ -5,11 +5,12 @@ from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
 
+from data_shards.errors import one_line
 from data_shards.store import Store
 from pipeline.evaluate.score import Score
 from pipeline.monitor import MonitorSettings
 from pipeline.run import read_record
-from pipeline.wandb_client import end_service, one_line, open_client
+from pipeline.wandb_client import end_service, open_client
 
 
 def show(score: Score, run: Store, settings: MonitorSettings, folder: Path, said: Callable[[str], None]) -> bool:

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from data_shards.errors import one_line
 from data_shards.index import Manifest, ShardSet, table_path
 from data_shards.merge import Refusal, read_refused
 from data_shards.removed import Removed, read_removed
@@ -134,7 +135,7 @@ def _shown(shards: ShardSet, shard: int, row: dict[str, Any]) -> Shown:
     try:
         picture = thumbnail(store.get(path, row["offset"], row["offset"] + row["size"]))
     except Exception as error:  # noqa: BLE001  # a page is still worth having, and it says which image is damaged
-        why = " ".join(str(error).split())[:200]
+        why = one_line(error)[:200]
     return Shown(
         row["key"], row["source"], row["label"], row["format"], row["width"], row["height"], row["size"], picture, why
     )

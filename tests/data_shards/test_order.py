@@ -65,6 +65,7 @@ def test_an_epoch_has_each_sample_once_but_for_fewer_than_a_chunk(order: Order) 
         assert 0 <= order.samples - len(ids) < order.chunk_samples
 
 
+@pytest.mark.slow
 @relaxed
 @given(orders())
 def test_batches_are_the_windows_shuffled_each_sample_once(order: Order) -> None:

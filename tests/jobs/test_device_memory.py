@@ -63,6 +63,7 @@ def test_ranks_share_the_images_and_not_the_model() -> None:
     assert shared.step == pytest.approx(alone.step / 4, rel=0.1)
 
 
+@pytest.mark.slow
 def test_the_optimizer_copies_the_gradients_where_that_is_more_than_a_step_takes() -> None:
     few = config(**{"swav.prototypes": "100000"})
     assert held_bytes(few, IMAGES).step >= 4 * 100_000 * 128

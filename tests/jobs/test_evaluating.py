@@ -47,6 +47,7 @@ def played(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *looks: tuple[str | 
     return left
 
 
+@pytest.mark.slow
 def test_checkpoints_far_enough_apart_are_asked_about_and_the_last_one_at_the_end(
     question: Question, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

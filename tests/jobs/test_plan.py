@@ -155,6 +155,7 @@ def test_windows_above_the_prefetch_and_above_the_nodes_memory_are_refused(tmp_p
         make_plan(held, site(tmp_path, memory_gb=0.1))
 
 
+@pytest.mark.slow
 def test_the_prefetch_that_a_refusal_names_is_enough_for_the_plan_too(tmp_path):
     sizes = (4_000_000_007,) * 10  # a window of samples of their mean size is no whole number of bytes
     url = f"file://{tmp_path}/set"

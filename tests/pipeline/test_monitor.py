@@ -375,6 +375,7 @@ def test_what_wandb_has_not_taken_by_the_end_does_not_count_as_sent(
     assert not (tmp_path / "wandb" / "sent.json").exists()
 
 
+@pytest.mark.slow
 def test_wandb_is_told_to_say_when_it_could_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     client = wandb_client.open_client("offline", tmp_path, lambda why: None, id="run-id", project="x")
     try:

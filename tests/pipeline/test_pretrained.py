@@ -212,6 +212,7 @@ def test_the_file_of_another_trunk_says_which_it_is(tmp_path: Path) -> None:
     assert "it is a" not in refusal(file_of(tmp_path, their_trunk().state_dict()), SMALL)  # a trunk without a name
 
 
+@pytest.mark.slow
 def test_a_file_that_lacks_tensors_says_how_many_and_which_is_the_first(tmp_path: Path) -> None:
     trunk = their_trunk().state_dict()
     del trunk["_feature_blocks.res2.block1-0.f.c.weight"], trunk["_feature_blocks.res2.block1-0.bn.running_mean"]
@@ -220,6 +221,7 @@ def test_a_file_that_lacks_tensors_says_how_many_and_which_is_the_first(tmp_path
     assert said.endswith(f"seer.torch: does not fit model.trunk custom: {lacks}")
 
 
+@pytest.mark.slow
 def test_a_file_with_other_blocks_than_the_trunk_is_not_taken_for_its_beginning(tmp_path: Path) -> None:
     url, _ = safetensors(tmp_path, {"s1.b9.conv1.conv.weight": torch.ones(1)})
     assert refusal(url).endswith("does not fit model.trunk custom: 1 not of it, the first s1.b9.conv1.conv.weight")

@@ -9,6 +9,8 @@ from data_shards.store import Unavailable
 from pipeline.ranks import Ranks
 from tests.pipeline import distributed
 
+pytestmark = pytest.mark.slow  # starts two processes
+
 ERRORS = {
     "disk": OSError(errno.ENOSPC, "No space left on device"),
     "code": TypeError("no number"),
