@@ -18,7 +18,7 @@ from pipeline.evaluate.table import Evaluation, Neighbours
 from pipeline.evaluate.tiles import Tiles
 from pipeline.evaluate.views import render_distorted
 from pipeline.goodput import goodput
-from pipeline.journal import read_attempts, read_events, read_metrics
+from pipeline.journal import in_order, read_attempts, read_events
 from pipeline.loader import LoaderSettings, render
 from pipeline.report.data import Example, Neighbour, Refusal, ReportData
 from pipeline.report.figures import duration, percent, times
@@ -45,12 +45,12 @@ def report_run(
     are. site: where it ran.
     """
     config = read_config(store)
-    events = read_events(store)
+    events, attempts = read_events(store), read_attempts(store)
     bank, held_out = open_tiles(bank_url), open_tiles(held_out_url)
     data = ReportData(
         run=store.url.rstrip("/").rpartition("/")[2],
         config=config.dump(),
-        rows=read_metrics(store),
+        rows=in_order(attempts),
         events=events,
         evaluation=evaluation,
         scores=read_scores(store),
@@ -60,7 +60,7 @@ def report_run(
         environments=environments(store),
         authors=authors,
         facts={
-            "Goodput": _goodput(store, events),
+            "Goodput": _goodput(events, attempts),
             "Site": site,
             "Run's folder": store.url,
             "Shards": f"{bank_url}, held out {held_out_url}",
@@ -110,8 +110,8 @@ def environments(store: Store) -> list[dict[str, Any]]:
     return [json.loads(store.get(path)) for _, path in sorted(numbered.items())]
 
 
-def _goodput(store: Store, events: list[dict[str, Any]]) -> str:
-    ordered = {a: sorted(rows, key=lambda row: int(row["result"]["step"])) for a, rows in read_attempts(store).items()}
+def _goodput(events: list[dict[str, Any]], attempts: dict[int, list[dict[str, Any]]]) -> str:
+    ordered = {a: sorted(rows, key=lambda row: int(row["result"]["step"])) for a, rows in attempts.items()}
     ends = {attempt: (rows[0], rows[-1]) for attempt, rows in ordered.items()}
     found = goodput(events, ends)
     if found is None:
