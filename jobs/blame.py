@@ -12,7 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from jobs.start import Failure, Start, append_lines, read_lines
+from jobs.start import Failure, Start, append_lines
+from pipeline.journal import read_lines
 
 TWICE = 2
 START_LINE = "farseer: start"  # the batch script begins each start with it; its log is that of all starts

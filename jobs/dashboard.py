@@ -10,10 +10,10 @@ from jobs.elsewhere import PATIENCE_S, elsewhere, status_in, stores_of
 from jobs.logs import sentence
 from jobs.runs import Job, Status, history, statuses
 from jobs.site import Site
-from jobs.start import attempt_files, newest_attempt, read_lines
+from jobs.start import attempt_files, newest_attempt
 from pipeline.config import load
 from pipeline.evaluate.score import Score, read_scores
-from pipeline.journal import in_order, read_events, read_metrics
+from pipeline.journal import in_order, read_events, read_lines, read_metrics
 from pipeline.report.dashboard import MOST_RUNS, Brief, brief
 from pipeline.report.data import ReportData
 from pipeline.run import read_config

@@ -19,9 +19,10 @@ from jobs.device_memory import Held, held_bytes
 from jobs.feasible import feasible, node_bytes
 from jobs.launch import script_text
 from jobs.site import Site
-from jobs.start import attempt_files, read_lines
+from jobs.start import attempt_files
 from jobs.verbs import bytes_text, duration
 from pipeline.config import SAVING, Config
+from pipeline.journal import read_lines
 
 TABLE_ROWS = 12  # world sizes shown
 TAIL_BYTES = 256 * 1024  # of metrics: some hundred rows

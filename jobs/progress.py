@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jobs.start import attempt_files, read_lines
+from jobs.start import attempt_files
+from pipeline.journal import read_lines
 
 RECENT = 20  # rows over which rates are taken
 TAIL_BYTES = 16 * 1024

@@ -21,8 +21,9 @@ from data_shards.errors import UserError
 from jobs import daemons, local, slurm
 from jobs.daemons import Process
 from jobs.site import RUN_NAME, Site
-from jobs.start import Start, attempt_files, cancel_marker, events, newest_start, read_lines, write_json
+from jobs.start import Start, attempt_files, cancel_marker, events, newest_start, write_json
 from pipeline.goodput import Goodput, goodput
+from pipeline.journal import read_lines
 
 Row = dict[str, Any]
 

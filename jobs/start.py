@@ -12,7 +12,6 @@
 Everything here is small, local and without secrets; what a run learned is in the store.
 """
 
-import contextlib
 import json
 import os
 import sys
@@ -26,6 +25,7 @@ from typing import Any
 
 from data_shards.errors import UserError, lacks_library, may_pass
 from jobs.daemons import Process
+from pipeline.journal import attempt_folders, read_lines
 
 CODE_ERROR = 1  # the exit code that stands for an error of the code
 
@@ -157,12 +157,12 @@ def events(run_dir: Path) -> list[dict[str, Any]]:
 
 def attempt_files(run_dir: Path, name: str) -> list[Path]:
     """The files of that name that the run's attempts left here, the oldest attempt's first."""
-    return sorted(run_dir.glob(f"a[0-9]*/{name}"), key=lambda path: int(path.parent.name[1:]))
+    return [path for folder in attempt_folders(run_dir).values() if (path := folder / name).exists()]
 
 
 def newest_attempt(run_dir: Path) -> int:
     """The highest attempt that has left a folder `a<number>` here, 0 before the first."""
-    return max((int(path.name[1:]) for path in run_dir.glob("a[0-9]*") if path.name[1:].isdigit()), default=0)
+    return max(attempt_folders(run_dir), default=0)
 
 
 def cancel_marker(run_dir: Path) -> Path:
@@ -177,22 +177,6 @@ def append_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
             file.write(text)
     except OSError as error:
         sys.stderr.write(f"farseer: not written, {error}: {text}")
-
-
-def read_lines(path: Path, tail_bytes: int | None = None) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines, or of its end; a line that was cut is left out, a missing file has none."""
-    try:
-        with path.open("rb") as file:
-            if tail_bytes is not None:
-                file.seek(max(0, path.stat().st_size - tail_bytes))
-            lines = file.read().splitlines()
-    except FileNotFoundError:
-        return []
-    found = []
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return [value for value in found if isinstance(value, dict)]
 
 
 def _read_all(folder: Path, pattern: str) -> list[dict[str, Any]]:

@@ -59,7 +59,7 @@ class Journal:
         sent = self._sent_path()
         start = int(text) if sent.exists() and (text := sent.read_text()) else 0
         with self._lines:
-            self._pending = [line + b"\n" for line in json_lines(self.local, start)]
+            self._pending = [line + b"\n" for line, _ in _lines(self.local, start)]
             self._end = self.local.stat().st_size if self._pending else 0
 
     def upload(self) -> None:
@@ -84,30 +84,19 @@ class Journal:
         return self.local.with_suffix(".sent")
 
 
-def json_lines(path: Path, start: int = 0) -> list[bytes]:
-    """The lines of a file, without those that were cut; none when there is no file.
-
-    start: a byte, from the end if it is negative.
-    """
-    try:
-        with path.open("rb") as file:
-            file.seek(start if start >= 0 else max(0, start + path.stat().st_size))
-            lines = file.read().split(b"\n")
-    except FileNotFoundError:
-        return []
-    return [line for line in lines if _is_json(line)]
+def read_lines(path: Path, tail_bytes: int | None = None) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines, or of its end; a line that was cut is left out, a missing file has none."""
+    return [value for _, value in _lines(path, -tail_bytes if tail_bytes is not None else 0)]
 
 
 def last_line(path: Path) -> dict[str, Any] | None:
     """The last whole line of a file; None when it has none, or there is no file."""
-    lines = json_lines(path, -TAIL_BYTES)
-    found: dict[str, Any] | None = json.loads(lines[-1]) if lines else None
-    return found
+    return next(reversed(read_lines(path, TAIL_BYTES)), None)
 
 
 def attempt_folders(folder: Path) -> dict[int, Path]:
     """By their numbers, the lowest first, what a run's attempts have in its folder on the shared disk."""
-    return dict(sorted((int(path.name[1:]), path) for path in folder.glob("a[0-9]*")))
+    return dict(sorted((int(path.name[1:]), path) for path in folder.glob("a[0-9]*") if path.name[1:].isdigit()))
 
 
 def read_events(store: Store) -> list[dict[str, Any]]:
@@ -151,8 +140,15 @@ def _stored_lines(store: Store, folder: str) -> Iterator[dict[str, Any]]:
     return map(json.loads, lines)
 
 
-def _is_json(line: bytes) -> bool:
+def _lines(path: Path, start: int) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """The whole lines of a file, and what each holds. start: a byte, from the end if it is negative."""
     try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
-        return False
+        with path.open("rb") as file:
+            file.seek(start if start >= 0 else max(0, start + path.stat().st_size))
+            lines = file.read().split(b"\n")
+    except FileNotFoundError:
+        return
+    for line in lines:
+        with suppress(ValueError):
+            if isinstance(value := json.loads(line), dict):
+                yield line, value

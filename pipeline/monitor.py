@@ -19,7 +19,7 @@ from pydantic import PositiveFloat, PositiveInt
 
 from data_shards.errors import one_line
 from data_shards.section import Section
-from pipeline.journal import attempt_folders, json_lines, last_line
+from pipeline.journal import attempt_folders, last_line, read_lines
 from pipeline.wandb_client import Mode, end_service, open_client
 
 if TYPE_CHECKING:  # pipeline.run reads a config, of which the settings below are a section
@@ -219,9 +219,7 @@ class WandbRows:
         if self._sent + 1 < first:
             for folder in attempt_folders(self._run.local.parent).values():
                 if folder != self._run.local:
-                    rows |= {
-                        row["result"]["step"]: row for row in map(json.loads, json_lines(folder / "metrics.jsonl"))
-                    }
+                    rows |= {row["result"]["step"]: row for row in read_lines(folder / "metrics.jsonl")}
         return [rows[step] for step in sorted(rows) if self._sent < step < first]
 
     def _open(self) -> Any:

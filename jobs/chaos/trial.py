@@ -16,9 +16,9 @@ from jobs.daemons import wait_until
 from jobs.launch import launch
 from jobs.runs import Job
 from jobs.site import Site
-from jobs.start import RankRecord, attempt_files, read_lines
+from jobs.start import RankRecord, attempt_files
 from pipeline.config import Config
-from pipeline.journal import read_metrics
+from pipeline.journal import read_lines, read_metrics
 
 SETTINGS = slurm_conf.Settings(nodes=4)
 DEADLINE_S = 420.0  # of a trial: several starts on a busy machine
