@@ -31,7 +31,7 @@ def briefs(site: Site, names: Sequence[str], stores: Sequence[str]) -> tuple[lis
     if names:
         chosen = [_named(site, own, name) for name in names]
     else:
-        others, complaints = elsewhere(site, stores or stores_of(site))
+        others, complaints = elsewhere(own, stores or stores_of(own))
         chosen = sorted([*own, *others], key=_silent_s)[:MOST_RUNS]
     found = list[Brief]()
     for one in chosen:

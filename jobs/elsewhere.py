@@ -10,8 +10,7 @@ from dataclasses import replace
 
 from data_shards.errors import UserError
 from data_shards.store import Store
-from jobs.runs import READERS, Row, Status, jobs_of, summary, troubled
-from jobs.site import Site
+from jobs.runs import READERS, Row, Status, summary, troubled
 from jobs.verbs import duration
 from pipeline.journal import newest_rows, read_events
 
@@ -20,14 +19,14 @@ ENDS = ("finished", "cancelled", "failed")
 BEGINS = ("submitted", "requeued", "started", "resumed")
 
 
-def stores_of(site: Site) -> list[str]:
-    """The folders of all runs in which the runs of this site lie."""
-    return sorted({job.store.rpartition("/")[0] for job in jobs_of(site)})
+def stores_of(known: Sequence[Status]) -> list[str]:
+    """The folders of all runs in which these runs lie."""
+    return sorted({one.store.rpartition("/")[0] for one in known if one.store})
 
 
-def elsewhere(site: Site, stores: Iterable[str]) -> tuple[list[Status], list[str]]:
-    """The runs of these stores that are none of the site's, and a line for each store that does not tell."""
-    own = {job.store for job in jobs_of(site)}
+def elsewhere(known: Sequence[Status], stores: Iterable[str]) -> tuple[list[Status], list[str]]:
+    """The runs of these stores that are none of the site's, which are known, and a line for each store that is away."""
+    own = {one.store for one in known}
     found, complaints = list[Status](), list[str]()
     with ThreadPoolExecutor(READERS) as pool:
         for url in stores:

@@ -110,10 +110,11 @@ def status(options: argparse.Namespace) -> int:
     site.activate()
     asked, others, complaints = -STORE_S, list["Status"](), list[str]()
     while True:
+        own = statuses(site)
         if time.monotonic() - asked >= STORE_S:
-            others, complaints = elsewhere(site, options.store or stores_of(site))
+            others, complaints = elsewhere(own, options.store or stores_of(own))
             asked = time.monotonic()
-        found = [*statuses(site), *others]
+        found = [*own, *others]
         lines = table(HEAD, map(_row, found)) if found else [NO_RUNS.format(site.shared_dir)]
         if options.json or not options.watch:
             say_found(options, found, lines)

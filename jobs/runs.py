@@ -94,15 +94,6 @@ def folders(site: Site) -> list[Path]:
     return sorted(folder for folder in found if RUN_NAME.fullmatch(folder.name))
 
 
-def jobs_of(site: Site) -> list[Job]:
-    """The newest job of each run of this site, as far as they can be read."""
-    found = []
-    for folder in folders(site):
-        with contextlib.suppress(UserError):
-            found.append(Job.of(site, folder.name))
-    return found
-
-
 @contextlib.contextmanager
 def owned(run_dir: Path) -> Iterator[None]:
     """Raises UserError, with the owner's name, for what this user may not do in the folder of a run."""
@@ -211,7 +202,7 @@ def statuses(site: Site) -> list[Status]:
             try:
                 return _unasked(status(one, queue), one, told) if told else status(one, queue)
             except Elsewhere as error:
-                return _unknown(one.run, error)
+                return _unknown(one.run, error, one.store)
 
         return list(pool.map(shown, found))
 
@@ -223,8 +214,8 @@ def _job_or_why_not(site: Site, run: str) -> Job | Status:
         return _unknown(run, error)
 
 
-def _unknown(run: str, why: UserError) -> Status:
-    return replace(summary(run, "", "unknown", [], [], job="", nodes=""), look=str(why))
+def _unknown(run: str, why: UserError, store: str = "") -> Status:
+    return replace(summary(run, store, "unknown", [], [], job="", nodes=""), look=str(why))
 
 
 def _unasked(one: Status, job: Job, error: str) -> Status:

@@ -1,7 +1,7 @@
 """Which runs a dashboard shows, and whence it has what it shows of them."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from data_shards.errors import UserError
 from data_shards.store import Store
 from jobs import runs
 from jobs.cli import main
+from jobs.daemons import Process
 from jobs.dashboard import briefs
 from jobs.runs import Job
 from jobs.site import Site
@@ -116,6 +117,15 @@ def test_what_cannot_be_read_is_said_and_the_others_are_shown(site: Site, monkey
     assert [one.run for one in found] == ["good"]
     assert "evaluations of good are not shown: the store is away" in complaints
     assert any(line.startswith("odd is not shown: ") and "config.yaml" in line for line in complaints)
+
+
+def test_a_local_run_of_another_machine_is_shown_though_nobody_here_knows_its_state(site: Site) -> None:
+    job = on_disk(site, "far")
+    replace(job, process=Process(1, 1), host="another-machine").save()
+    ((found,), _) = briefs(site, ["far"], [])
+    assert (found.state, found.done) == ("unknown", 30)
+    assert "started on another-machine" in found.look
+    assert [one.run for one in briefs(site, [], [])[0]] == ["far"]
 
 
 def test_a_name_without_a_run_is_refused(site: Site, tmp_path: Path) -> None:

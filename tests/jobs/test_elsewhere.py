@@ -11,7 +11,7 @@ import pytest
 from data_shards.store import Store
 from jobs.cli import main
 from jobs.elsewhere import elsewhere, stores_of
-from jobs.runs import Job
+from jobs.runs import Job, statuses
 from jobs.site import Site
 
 
@@ -47,8 +47,8 @@ def test_a_run_that_only_the_store_knows_is_shown_with_what_it_last_told(site: S
     stored(store, "theirs", STARTED, {"event": "committed", "step": 40}, steps=range(40, 51))
     stored(store, "own", STARTED)
     store.put("stray/file", b"no run")
-    assert stores_of(site) == [store.url]
-    (found,), complaints = elsewhere(site, [store.url])
+    assert stores_of(statuses(site)) == [store.url]
+    (found,), complaints = elsewhere(statuses(site), [store.url])
     assert (found.run, found.state, found.nodes, found.job) == ("theirs", "elsewhere", "elsewhere", "77")
     assert (found.step, found.steps, found.loss, found.committed, found.at_risk) == (50, 200, 5.0, 40, 10)
     assert (said := re.match(r"last heard of (\d+) s ago", found.look))
@@ -68,13 +68,13 @@ def test_a_run_that_only_the_store_knows_is_shown_with_what_it_last_told(site: S
 )
 def test_its_last_event_says_how_it_is(site: Site, store: Store, last: dict[str, Any], state: str, look: str) -> None:
     stored(store, "theirs", STARTED, last)
-    (found,), _ = elsewhere(site, [store.url])
+    (found,), _ = elsewhere(statuses(site), [store.url])
     assert (found.state, found.look[: len(look) or None]) == (state, look)
 
 
 def test_a_store_that_does_not_tell_is_a_line_and_the_others_are_shown(site: Site, store: Store) -> None:
     stored(store, "theirs", STARTED)
-    found, (complaint,) = elsewhere(site, ["s3:///nothing", store.url])
+    found, (complaint,) = elsewhere(statuses(site), ["s3:///nothing", store.url])
     assert [one.run for one in found] == ["theirs"]
     assert "runs of other sites are not shown: s3:///nothing: not the url of a store" in complaint
 

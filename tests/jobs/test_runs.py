@@ -56,11 +56,12 @@ def test_an_odd_folder_takes_no_other_run_out_of_the_status(job, site, tmp_path,
         (tmp_path / name / "job.json").write_text(text)
     with pytest.raises(UserError, match=f"{tmp_path}/odd/job.json: not what a submission writes"):
         Job.of(site, "odd")
-    found = {one.run: one for one in runs.statuses(site)}
+    known = runs.statuses(site)
+    found = {one.run: one for one in known}
     assert set(found) == {"first", "odd"}
     assert (found["odd"].state, found["odd"].look.startswith(f"{tmp_path}/odd/job.json: ")) == ("unknown", True)
-    assert stores_of(site) == [f"file://{tmp_path}/store"]
-    assert elsewhere(site, []) == ([], [])
+    assert stores_of(known) == [f"file://{tmp_path}/store"]
+    assert elsewhere(known, []) == ([], [])
 
 
 def test_a_job_is_remembered_with_its_run(job, site):
