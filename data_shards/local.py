@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import errno
 import os
-import secrets
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -14,8 +13,8 @@ from pathlib import Path
 import fsspec
 
 from data_shards.store import AlreadyExists, Consumer, Counters, Entry, NotFound, StoreError, Truncated, Unavailable
+from data_shards.whole import HIDDEN, beside
 
-_HIDDEN = ".part-"
 # What a shared disk says while its server is away or restarts. A start that meets it is followed by another.
 _AWAY = {errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EREMOTEIO}
 
@@ -101,7 +100,7 @@ class Folder(_Local):
         found = []
         for path in Path("/", prefix).rglob("*"):
             with contextlib.suppress(FileNotFoundError):  # gone meanwhile
-                if path.is_file() and not path.name.startswith(_HIDDEN):
+                if path.is_file() and not path.name.startswith(HIDDEN):
                     found.append(Entry(path.as_posix()[1:], path.stat().st_size))
         return found, None
 
@@ -115,7 +114,7 @@ class Folder(_Local):
                 Path("/", key).unlink(missing_ok=True)
 
     async def abandon(self, prefix: str) -> int:
-        left = list(Path("/", prefix).rglob(f"{_HIDDEN}*"))
+        left = list(Path("/", prefix).rglob(f"{HIDDEN}*"))
         for path in left:
             with _named(path.as_posix()[1:]):
                 path.unlink(missing_ok=True)
@@ -133,16 +132,6 @@ def _named(key: str) -> Iterator[None]:
     except OSError as error:
         kind = Unavailable if error.errno in _AWAY else StoreError
         raise kind(f"file:///{key}: {error.strerror}") from error
-
-
-@contextlib.contextmanager
-def beside(path: Path) -> Iterator[Path]:
-    """A name in the same folder, of which nothing is left afterwards."""
-    temporary = path.with_name(f"{_HIDDEN}{secrets.token_hex(6)}")
-    try:
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

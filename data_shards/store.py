@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 from data_shards.errors import UserError
+from data_shards.whole import beside
 
 if TYPE_CHECKING:
     from data_shards.local import Folder, Memory
@@ -157,8 +158,6 @@ class Store:
     def download(self, path: str, local: Path) -> None:
         """Bring an object to a file, which appears only when it is complete."""
         local.parent.mkdir(parents=True, exist_ok=True)
-        from data_shards.local import beside
-
         with beside(local) as temporary:
             self._wait(self._backend.download(self._key(path), temporary))
             temporary.replace(local)

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from data_shards.errors import UserError
-from jobs import daemons
+from data_shards.whole import PRIVATE, write_whole
 from jobs.local_s3 import S3, past_proxies, running_s3, start_s3, stop_s3
 from jobs.local_slurm import OtherSettings, Slurm, call, missing_programs, running_slurm, start_slurm, stop_slurm
 from jobs.slurm_conf import Settings
@@ -36,9 +36,9 @@ def up(directory: Path) -> list[str]:
         raise
     except UserError as error:
         said = f"{error}; going on without it: jobs run through submitit's local executor"
-    daemons.write_private(directory / "site.yaml", yaml.safe_dump(_site(directory, s3, slurm), sort_keys=False))
+    write_whole(directory / "site.yaml", yaml.safe_dump(_site(directory, s3, slurm), sort_keys=False), PRIVATE)
     parts = [f". '{part}/env.sh'" for part in (s3.directory, *([slurm.directory] if slurm else []))]
-    daemons.write_private(directory / "env.sh", "\n".join(parts) + "\n")
+    write_whole(directory / "env.sh", "\n".join(parts) + "\n", PRIVATE)
     return [f"S3: {s3.url}, buckets {' and '.join(s3.buckets)}", said, f"for your shell: . {directory / 'env.sh'}"]
 
 

@@ -24,6 +24,7 @@ from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
 from data_shards.errors import UserError
+from data_shards.whole import PRIVATE, write_whole
 from jobs import daemons
 
 PROFILE = "farseer-local"
@@ -149,7 +150,7 @@ def _start(directory: Path, before: Server | None, buckets: Sequence[str], timeo
     for _ in range(3):
         process = daemons.spawn(_command(program, directory, buckets, ports), _server_environment(directory), log)
         server = Server(process.pid, process.started, ports)
-        daemons.write_private(directory / "server.json", json.dumps(asdict(server)))
+        write_whole(directory / "server.json", json.dumps(asdict(server)), PRIVATE)
         _write_config(directory, server)
         if _answers(directory, server, buckets, timeout_s):
             return server
@@ -271,20 +272,20 @@ def _write_credentials(directory: Path) -> None:
     access, secret = "FARSEER" + secrets.token_hex(6).upper(), secrets.token_urlsafe(30)
     actions = ["Admin", "Read", "Write", "List", "Tagging"]
     identity = {"name": "local", "credentials": [{"accessKey": access, "secretKey": secret}], "actions": actions}
-    daemons.write_private(identities, json.dumps({"identities": [identity]}))
+    write_whole(identities, json.dumps({"identities": [identity]}), PRIVATE)
     keys = f"[{PROFILE}]\naws_access_key_id = {access}\naws_secret_access_key = {secret}\n"
-    daemons.write_private(directory / "aws" / "credentials", keys)
+    write_whole(directory / "aws" / "credentials", keys, PRIVATE)
 
 
 def _write_config(directory: Path, server: Server) -> None:
     text = f"[profile {PROFILE}]\nregion = {REGION}\nendpoint_url = {server.url}\ns3 =\n    addressing_style = path\n"
-    daemons.write_private(directory / "aws" / "config", text)
+    write_whole(directory / "aws" / "config", text, PRIVATE)
 
 
 def _write_shell(directory: Path) -> None:
     lines = [f"export {name}='{value}'" for name, value in environment(directory).items()]
     lines.append('export no_proxy="${no_proxy:+$no_proxy,}127.0.0.1,localhost"; export NO_PROXY="$no_proxy"')
-    daemons.write_private(directory / "env.sh", "\n".join([f"unset {' '.join(OVERRIDES)}", *lines]) + "\n")
+    write_whole(directory / "env.sh", "\n".join([f"unset {' '.join(OVERRIDES)}", *lines]) + "\n", PRIVATE)
 
 
 def _last_line(log: Path) -> str:

@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from data_shards.errors import UserError
+from data_shards.whole import PRIVATE, write_whole
 from jobs import daemons, slurm_conf
 from jobs.daemons import Process
 from jobs.slurm_conf import Settings
@@ -77,7 +78,7 @@ class Record:
             return None
 
     def save(self, directory: Path) -> None:
-        daemons.write_private(directory / "cluster.json", json.dumps(asdict(self), default=str))
+        write_whole(directory / "cluster.json", json.dumps(asdict(self), default=str), PRIVATE)
 
     def alive(self) -> dict[str, Process]:
         return {name: process for name, process in self.running.items() if not daemons.gone(process)}
@@ -282,7 +283,7 @@ def _can_name_hosts() -> bool:
 def _make_key(folder: Path) -> None:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not (folder / "munge.key").exists():
-        daemons.write_private(folder / "munge.key", secrets.token_hex(64))
+        write_whole(folder / "munge.key", secrets.token_hex(64), PRIVATE)
 
 
 def _socket_folder(inside: Path) -> Path:

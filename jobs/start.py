@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from data_shards.errors import UserError, lacks_library, may_pass
+from data_shards.whole import write_whole
 from jobs.daemons import Process
 from pipeline.journal import attempt_folders, read_lines
 
@@ -185,7 +186,4 @@ def _read_all(folder: Path, pattern: str) -> list[dict[str, Any]]:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Whole or not at all: others read while we write."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(values))
-    beside.replace(path)
+    write_whole(path, json.dumps(values))

@@ -11,7 +11,6 @@ Relies on a store whose puts are atomic and whose listing is never stale. Knows 
 import hashlib
 import json
 import re
-import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
@@ -21,6 +20,7 @@ from typing import Any
 
 from data_shards.errors import UserError
 from data_shards.store import AlreadyExists, NotFound, Store, StoreError
+from data_shards.whole import beside
 
 ROOT = "checkpoints"
 MANIFEST = "MANIFEST.json"
@@ -207,15 +207,13 @@ def fetch(store: Store, place: Place, file: File, folder: Path) -> None:
             f"{folder}: has {free / 1e9:,.1f} GB free, and {place.path}/{file.name} takes {file.size / 1e9:,.1f} GB "
             "there; make room on that disk"
         )
-    partial = folder / f"{file.name}.{secrets.token_hex(4)}.partial"  # several ranks of a node may fetch the same file
-    try:
-        store.download(f"{place.path}/{file.name}", partial)
-        check(partial, file, place)
-        partial.rename(target)
-    except NotFound:
-        raise Damaged(f"{place.path}: {file.name} is missing") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    with beside(target) as aside:  # a name of its own: several ranks of a node may fetch the same file
+        try:
+            store.download(f"{place.path}/{file.name}", aside)
+        except NotFound:
+            raise Damaged(f"{place.path}: {file.name} is missing") from None
+        check(aside, file, place)
+        aside.replace(target)
 
 
 def damage(store: Store, place: Place) -> str | None:

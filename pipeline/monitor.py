@@ -19,6 +19,7 @@ from pydantic import PositiveFloat, PositiveInt
 
 from data_shards.errors import one_line
 from data_shards.section import Section
+from data_shards.whole import write_whole
 from pipeline.journal import attempt_folders, last_line, read_lines
 from pipeline.wandb_client import Mode, end_service, open_client
 
@@ -244,6 +245,4 @@ class WandbRows:
             return 0  # none, or cut by a machine that lost its power: rows go out again
 
     def _keep(self, step: int) -> None:
-        partial = self._state.with_suffix(".partial")
-        partial.write_text(json.dumps({"id": self._id, "step": step}))
-        partial.replace(self._state)
+        write_whole(self._state, json.dumps({"id": self._id, "step": step}))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from data_shards.errors import UserError
 from data_shards.store import Store, Unavailable
+from data_shards.whole import write_whole
 from pipeline import commit, snapshot
 from pipeline.commit import Fence, File, Part, Place, Refused, Retention
 
@@ -137,7 +138,7 @@ class Sender:
             path = save.folder / f"rank-{save.part.rank}.safetensors"
             snapshot.write(tensors, path, save.first_rows)
             part = replace(save.part, files=(File.of(path),))
-            _write_whole(save.folder / part.name, part.encode())
+            write_whole(save.folder / part.name, part.encode())
         except (Refused, OSError) as error:
             _remove(save.folder)
             self._refuse(save, error)
@@ -264,12 +265,6 @@ class Sender:
             self._changed.notify_all()
         name = "save refused" if isinstance(error, Refused) else "save failed"
         self._tell(name, step=save.place.step, reason=str(error))
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(data)
-    partial.replace(path)
 
 
 def _make(folder: Path) -> None:

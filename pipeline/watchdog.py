@@ -13,7 +13,6 @@ import faulthandler
 import gc
 import json
 import math
-import os
 import statistics
 import sys
 import threading
@@ -30,6 +29,7 @@ from typing import ClassVar
 from pydantic import PositiveFloat
 
 from data_shards.section import Section
+from data_shards.whole import write_whole
 
 MEDIANS = 20  # a step that takes so many times the median is none any more
 SILENT_BEATS = 3  # without a new one in this time a rank is silent
@@ -170,10 +170,7 @@ class Watchdog:
         patience = self._patience.get(self._at, 0.0)
         beat = Beat(self._number, self._host, self._step, self._at, patience)
         with suppress(OSError):  # a full disk ends nothing; others may then call this rank silent if training hangs
-            self._folder.mkdir(parents=True, exist_ok=True)
-            beside = self._path(self._rank).with_suffix(f".{os.getpid()}")
-            beside.write_text(json.dumps(asdict(beat)))
-            beside.replace(self._path(self._rank))
+            write_whole(self._path(self._rank), json.dumps(asdict(beat)))
 
     def _beats(self) -> list[Beat]:
         return [_read(self._path(rank)) for rank in range(self._world_size)]

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 
+from data_shards.whole import write_whole
 from pipeline.report.markup import Markup, element, join
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -16,7 +17,6 @@ def write_document(
 
     parts: styles and scripts beside this file. again_s: how long until a browser reads the file again.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     told = {name: Markup((files(__package__) / name).read_text("utf-8")) for name in parts}
     head = element(
         "head",
@@ -30,9 +30,7 @@ def write_document(
     scripts = (element("script", text) for name, text in told.items() if name.endswith(".js"))
     foot = element("footer", "This page is one file and needs no network.")
     body = element("body", element("main", *sections, foot), *scripts)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(join(Markup("<!doctype html>\n"), element("html", head, body, lang="en")), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, join(Markup("<!doctype html>\n"), element("html", head, body, lang="en")))
 
 
 def figures(told: Iterable[tuple[str, str, str]]) -> Markup:

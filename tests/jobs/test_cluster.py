@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import threading
@@ -107,17 +106,6 @@ def test_only_one_at_a_time_holds_a_lock(tmp_path: Path) -> None:
         assert not entered.wait(0.2)
     assert entered.wait(10)
     thread.join()
-
-
-def test_a_private_file_is_never_readable_by_others(tmp_path: Path) -> None:
-    path = tmp_path / "aws" / "credentials"
-    before = os.umask(0)
-    try:
-        daemons.write_private(path, "secret")
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert list(path.parent.iterdir()) == [path]
 
 
 def test_the_servers_environment_names_files_and_no_secret(tmp_path: Path) -> None:
