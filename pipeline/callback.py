@@ -55,6 +55,7 @@ class Watch(pl.Callback):
             taken = begin(session.config, self.module.weights(), session.ranks, session.run.local)
             session._event("forked", step=0, origin=origin, weights=taken)
         gc.freeze()  # a full collection would look at 400,000 objects of libraries: 0.2 s, for which all ranks wait
+        gc.enable()  # off since the rank's start (jobs.rank)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

@@ -1,5 +1,6 @@
 """A rank's life with a store that is a folder: on this machine's CPU, and on its GPU where there is one."""
 
+import gc
 import resource
 import shutil
 import socket
@@ -83,6 +84,24 @@ def test_every_save_is_made_while_lightning_holds_the_weights_on_their_device(ti
     (seen,) = distributed.run(1, statuses_at_saves, values, str(tmp_path / "first"))
     assert seen == [TrainerStatus.RUNNING.value] * 3  # steps 5, 10 and 12
     assert len(Store(f"{values['store']}/first").list("checkpoints/step-000000012-a1")) > 2
+
+
+def garbage_of_a_rank(rank: int, values: dict[str, Any], folder: str) -> tuple[bool, int]:
+    """Whether garbage is collected after a run that began without, and how many objects are left out of it."""
+    gc.disable()
+    launch = Launch(folder, f"{values['store']}/first", 0, 0, 1, 1, "127.0.0.1", 0)
+    session = Session(Config.model_validate(values), launch, StopRequest())
+    with closing(session.watchdog):
+        assert session.train() == "finished"
+    return gc.isenabled(), gc.get_freeze_count()
+
+
+@pytest.mark.slow
+def test_garbage_is_collected_while_training_and_not_looked_for_among_libraries(tiles: str, tmp_path: Path) -> None:
+    (told,) = distributed.run(1, garbage_of_a_rank, config(tiles, tmp_path), str(tmp_path / "first"))
+    collects, left_out = told
+    assert collects
+    assert left_out > 100_000
 
 
 def finished_again(rank: int, values: dict[str, Any], folder: str) -> tuple[list[str], list[str]]:
