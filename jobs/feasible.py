@@ -82,14 +82,20 @@ def _too_large(config: Config, site: Site, held: Held) -> Iterator[str]:
         what, less = f"{trunk} takes {bytes_text(held.model)} before any image", "more ranks, or a smaller trunk"
     else:
         what, less = f"a step of {images} images with {trunk} takes {bytes_text(held.device)}", "more ranks"
-    fitting = next((saving for saving in _savings(config, site.ranks) if saving[1] <= room), None)
+    savings = _savings(config, site.ranks, parting=held.model > room)
+    fitting = next((saving for saving in savings if saving[1] <= room), None)
     hint = f"{less}, have less each" if fitting is None else f'SET="{fitting[0]}" takes {bytes_text(fitting[1])}'
     yield f"model.trunk: {what} of each GPU, SITE={site.name}: gpu_memory_gb is {site.gpu_memory_gb:g}; {hint}"
 
 
-def _savings(config: Config, ranks: int) -> Iterator[tuple[str, int]]:
-    """Ways to learn the same in less memory, and how much that takes then; each costs time, the later ones more."""
+def _savings(config: Config, ranks: int, parting: bool) -> Iterator[tuple[str, int]]:
+    """Ways to learn the same in less memory, and how much that takes then; each costs time, the later ones more.
+
+    parting: only those that part the model among the ranks; others leave it as large as it is.
+    """
     for switches in (*((switch,) for switch in SAVING), SAVING):
+        if parting and "sharded" not in switches:
+            continue
         if not any(getattr(config.efficiency, switch) for switch in switches):
             saving = config.efficiency.model_copy(update=dict.fromkeys(switches, True))
             held = held_bytes(config.model_copy(update={"efficiency": saving}), ranks)
