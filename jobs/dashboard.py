@@ -13,17 +13,21 @@ from jobs.site import Site
 from jobs.start import attempt_files, newest_attempt
 from pipeline.config import load
 from pipeline.evaluate.score import Score, read_scores
-from pipeline.journal import in_order, read_events, read_lines, read_metrics
+from pipeline.journal import read_events
 from pipeline.report.dashboard import MOST_RUNS, Brief, brief
 from pipeline.report.data import ReportData
+from pipeline.report.rows import RowReader, in_order
 from pipeline.run import read_config
 
 
-def briefs(site: Site, names: Sequence[str], stores: Sequence[str]) -> tuple[list[Brief], list[str]]:
+def briefs(
+    site: Site, names: Sequence[str], stores: Sequence[str], readers: dict[str, RowReader]
+) -> tuple[list[Brief], list[str]]:
     """Those runs, and a line for each thing that could not be read.
 
     names: of the site's runs, or urls of runs' folders. Without any, the runs of the site and of `stores` (folders of
-    runs, by default those in which the site's lie) that were last heard of. Raises UserError for a name without a run.
+    runs, by default those in which the site's lie) that were last heard of. readers: by the runs' folders in the store,
+    those of an earlier call, which have its rows; new ones are added. Raises UserError for a name without a run.
     """
     own = [one for one in statuses(site) if one.store]
     folders = {one.store: site.run_dir(one.run) for one in own}
@@ -36,7 +40,7 @@ def briefs(site: Site, names: Sequence[str], stores: Sequence[str]) -> tuple[lis
     found = list[Brief]()
     for one in chosen:
         try:
-            data = _data(one, folders.get(one.store), complaints)
+            data = _data(one, folders.get(one.store), readers.setdefault(one.store, RowReader()), complaints)
             found.append(brief(data, one.state, one.look, one.goodput, [sentence(event) for event in data.events]))
         except UserError as error:
             complaints.append(f"{one.run} is not shown: {error}")
@@ -58,13 +62,12 @@ def _silent_s(one: Status) -> float:
     return 0.0 if one.state in ("waiting", "running") else math.inf
 
 
-def _data(one: Status, folder: Path | None, complaints: list[str]) -> ReportData:
+def _data(one: Status, folder: Path | None, reader: RowReader, complaints: list[str]) -> ReportData:
     store = Store(one.store, retry_seconds=PATIENCE_S)
     if folder is None or not _whole(folder):
-        config, rows, events = read_config(store), read_metrics(store), read_events(store)
+        config, rows, events = read_config(store), in_order(reader.in_store(store)), read_events(store)
         return ReportData(one.run, config.dump(), rows, events, scores=read_scores(store))
-    attempts = {int(path.parent.name[1:]): read_lines(path) for path in attempt_files(folder, "metrics.jsonl")}
-    rows = in_order({attempt: rows for attempt, rows in attempts.items() if rows})
+    rows = in_order(reader.on_disk(attempt_files(folder, "metrics.jsonl")))
     scores = list[Score]()
     try:
         scores = read_scores(store)

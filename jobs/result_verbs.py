@@ -112,11 +112,13 @@ def dashboard(options: argparse.Namespace) -> int:
     from jobs.site import ROOT, load_site
     from pipeline.report.dashboard import write_dashboard
     from pipeline.report.figures import times
+    from pipeline.report.rows import RowReader
 
     site, page = load_site(options.site), Path(options.to or ROOT / "var" / "dashboard.html")
     site.activate()
+    readers = dict[str, RowReader]()
     while True:
-        found, complaints = briefs(site, options.names.split(), options.store)
+        found, complaints = briefs(site, options.names.split(), options.store, readers)
         if not found and not complaints:
             raise UserError(f"no runs in {site.shared_dir} yet; make submit starts one")
         write_dashboard(page, found, time.time(), WATCH_S if options.watch else None)

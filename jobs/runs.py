@@ -22,7 +22,7 @@ from jobs import daemons, local, slurm
 from jobs.daemons import Process
 from jobs.site import RUN_NAME, Site
 from jobs.start import Start, attempt_files, cancel_marker, events, newest_start, write_json
-from pipeline.goodput import Goodput, goodput
+from pipeline.goodput import End, Goodput, goodput
 from pipeline.journal import read_lines
 
 Row = dict[str, Any]
@@ -283,8 +283,8 @@ def history(run_dir: Path) -> list[dict[str, Any]]:
     return sorted([*told, *events(run_dir)], key=lambda event: float(event["time"]))
 
 
-def _rows(run_dir: Path) -> tuple[list[Row], dict[int, tuple[Row, Row]]]:
-    """The last rows of the newest attempt that has any, and of each attempt its first and its last one."""
+def _rows(run_dir: Path) -> tuple[list[Row], dict[int, tuple[End, End]]]:
+    """The last rows of the newest attempt that has any, and of each attempt what its first and its last one say."""
     newest: list[Row] = []
     ends = {}
     files = attempt_files(run_dir, "metrics.jsonl")
@@ -292,7 +292,7 @@ def _rows(run_dir: Path) -> tuple[list[Row], dict[int, tuple[Row, Row]]]:
         rows = read_lines(path, TAIL_BYTES if path == files[-1] else LAST_BYTES)
         first = _first_line(path)
         if first is not None and rows:
-            ends[int(path.parent.name[1:])] = (first, rows[-1])
+            ends[int(path.parent.name[1:])] = (End.of(first), End.of(rows[-1]))
         newest = rows or newest
     return newest, ends
 

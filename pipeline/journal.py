@@ -5,10 +5,11 @@ is there at once.
 """
 
 import json
+import math
 import re
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -106,24 +107,24 @@ def read_events(store: Store) -> list[dict[str, Any]]:
 
 def read_metrics(store: Store) -> list[dict[str, Any]]:
     """The rows of a run, one a step."""
-    return in_order(read_attempts(store))
+    rows = list(_stored_lines(store, "metrics"))
+    return [rows[n] for n in standing((row["run"]["attempt"], row["result"]["step"]) for row in rows)]
 
 
-def in_order(attempts: Mapping[int, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """One row a step, of the rows of all attempts: where one began again, the rows of those before it end."""
-    rows: dict[int, dict[str, Any]] = {}
-    for _, own in sorted(attempts.items()):
-        first = min(row["result"]["step"] for row in own)
-        rows = {step: row for step, row in rows.items() if step < first} | {row["result"]["step"]: row for row in own}
-    return [rows[step] for step in sorted(rows)]
+def standing(rows: Iterable[tuple[int, int]]) -> list[int]:
+    """Which of all rows count, one a step: where an attempt began again, the rows of those before it end.
 
-
-def read_attempts(store: Store) -> dict[int, list[dict[str, Any]]]:
-    """All rows of each attempt, also those of steps that a later one did again."""
-    attempts: dict[int, list[dict[str, Any]]] = {}
-    for row in _stored_lines(store, "metrics"):
-        attempts.setdefault(row["run"]["attempt"], []).append(row)
-    return attempts
+    rows: attempt and step of each, in any order. Returns their places, in the order of the steps.
+    """
+    numbered = {place: n for n, place in enumerate(rows)}
+    first, ends, end = dict[int, int](), dict[int, float](), math.inf
+    for attempt, step in numbered:
+        first[attempt] = min(step, first.get(attempt, step))
+    for attempt in sorted(first, reverse=True):
+        ends[attempt] = end
+        end = min(end, first[attempt])
+    stand = {step: n for (attempt, step), n in numbered.items() if step < ends[attempt]}
+    return [n for _, n in sorted(stand.items())]
 
 
 def newest_rows(store: Store) -> list[dict[str, Any]]:

@@ -144,13 +144,11 @@ def bars(groups: Sequence[tuple[str, str, Sequence[tuple[str, float]], float]]) 
 
 def trend(values: Sequence[float]) -> list[float]:
     """A moving mean over a fortieth of the curve, at least five values; shorter at the ends, where there are fewer."""
-    if not values:
-        return []
-    width = max(5, len(values) // 40) | 1
-    window, ones = np.ones(width), np.ones(len(values))
-    half = width // 2
-    sums = np.convolve(np.asarray(values, np.float64), window)[half : half + len(values)]
-    smooth: list[float] = (sums / np.convolve(ones, window)[half : half + len(values)]).tolist()
+    half = max(5, len(values) // 40) // 2
+    sums = np.cumsum([0.0, *values])
+    first = np.maximum(np.arange(len(values)) - half, 0)
+    end = np.minimum(np.arange(len(values)) + half + 1, len(values))
+    smooth: list[float] = ((sums[end] - sums[first]) / (end - first)).tolist()
     return smooth
 
 

@@ -1,10 +1,11 @@
 """One page of several runs: how each is, their curves in the same charts, their scores, how their configs differ."""
 
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from pipeline.config import leaves
 from pipeline.evaluate.score import Score
@@ -16,6 +17,7 @@ from pipeline.report.figures import (
     Points,
     clock,
     column,
+    done,
     last_loss,
     last_step,
     ln_k,
@@ -95,7 +97,7 @@ def brief(data: ReportData, state: str, look: str, good: Goodput | None, happene
         curves=curves,
         marks=marks(data),
         ln_k=ln_k(data),
-        done=data.rows[-1]["result"]["step"] if data.rows else 0,
+        done=done(data),
         scores=data.scores,
         happened=happened,
     )
@@ -110,11 +112,11 @@ def _points(curve: Curve, data: ReportData) -> Points:
 def _figures(data: ReportData, good: Goodput | None) -> Iterator[str]:
     """Of the columns of HEAD between the state and where to look."""
     rows = settled(data.rows[-RECENT:])
-    yield f"{data.rows[-1]['result']['step'] if data.rows else 0:,} of {last_step(data):,}"
-    yield f"{last_loss(data):.4f}" if data.rows else "-"
+    yield f"{done(data):,} of {last_step(data):,}"
+    yield f"{last_loss(data):.4f}" if data.rows.size else "-"
     yield f"{ln_k(data):.2f}"
-    yield number(statistics.median(row["run"]["images_s"] for row in rows)) if rows else "-"
-    yield f"{statistics.fmean(map(wait_percent, rows)):.1f}\u00a0%" if rows else "-"
+    yield number(np.median(rows["images_s"])) if rows.size else "-"
+    yield f"{wait_percent(rows).mean():.1f}\u00a0%" if rows.size else "-"
     yield from (percent(good.share), f"{good.restarts:,}") if good is not None else ("-", "-")
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from pipeline.evaluate.score import Score
 from pipeline.evaluate.table import Evaluation
+from pipeline.report.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class ReportData:
-    """rows, events: as a run keeps them, one row a step. config: as Config.dump gives it, all defaults filled in.
+    """rows: one a step. events: as a run keeps them. config: as Config.dump gives it, all defaults filled in.
 
     scores: of evaluations on sets of any size, the oldest step first. crops: WebP pictures, the crops of one image
     each. environments: of each attempt, the first one first.
@@ -46,7 +47,7 @@ class ReportData:
 
     run: str
     config: dict[str, Any]
-    rows: Sequence[dict[str, Any]]
+    rows: Rows
     events: Sequence[dict[str, Any]]
     evaluation: Evaluation | None = None
     scores: Sequence[Score] = ()

@@ -1,48 +1,50 @@
 """Numbers from a run's rows and events, and how numbers are written."""
 
 import datetime
-import itertools
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.report.data import ReportData
+from pipeline.report.rows import Rows
 
-Row = dict[str, Any]
 Points = tuple[list[int], list[float]]  # steps, and a value at each
 
 
 def column(data: ReportData, key: str, scale: float = 1.0) -> Points:
     """A result, where it was measured."""
-    told = [(row["result"]["step"], row["result"][key]) for row in data.rows if row["result"].get(key) is not None]
-    return [step for step, _ in told], [scale * value for _, value in told]
+    return _measured(data.rows, scale * data.rows[key])
 
 
 def pace(data: ReportData) -> Points:
     """Images a second, as of `settled`."""
     rows = settled(data.rows)
-    return [row["result"]["step"] for row in rows], [row["run"]["images_s"] for row in rows]
+    return _measured(rows, rows["images_s"])
 
 
 def waits(data: ReportData) -> Points:
     """`wait_percent`, as of `settled`."""
     rows = settled(data.rows)
-    return [row["result"]["step"] for row in rows], [wait_percent(row) for row in rows]
+    return _measured(rows, wait_percent(rows))
 
 
-def settled(rows: Sequence[Row]) -> list[Row]:
+def _measured(rows: Rows, values: NDArray[np.float64]) -> Points:
+    there = ~np.isnan(values)
+    return rows["step"][there].tolist(), values[there].tolist()
+
+
+def settled(rows: Rows) -> Rows:
     """Without the first row of each attempt, whose time is that of starting up."""
-    return [
-        row
-        for before, row in itertools.pairwise(rows)
-        if before["run"]["attempt"] == row["run"]["attempt"] and row["run"]["step_s"]
-    ]
+    others: Rows = rows[1:][(np.diff(rows["attempt"]) == 0) & (rows["step_s"][1:] > 0)]
+    return others
 
 
-def wait_percent(row: Row) -> float:
-    """Of the step's time, how much the model waited for images."""
-    share: float = row["run"]["wait_s"] / row["run"]["step_s"]
+def wait_percent(rows: Rows) -> NDArray[np.float64]:
+    """Of each step's time, how much the model waited for images."""
+    share: NDArray[np.float64] = rows["wait_s"] / rows["step_s"]
     return 100 * share
 
 
@@ -60,8 +62,12 @@ def ln_k(data: ReportData) -> float:
 def last_step(data: ReportData) -> int:
     """As planned, or as far as the run got."""
     planned: list[int] = [event["steps"] for event in data.events if isinstance(event.get("steps"), int)]
-    done: list[int] = [row["result"]["step"] for row in data.rows[-1:]]
-    return max([1, *done, *planned[-1:]])
+    return max([1, done(data), *planned[-1:]])
+
+
+def done(data: ReportData) -> int:
+    """The last step that the run has done, 0 before the first."""
+    return int(data.rows["step"][-1]) if data.rows.size else 0
 
 
 def number(value: float) -> str:

@@ -1,12 +1,24 @@
 """The report's page: what came out in a sentence and a few figures, then the sections."""
 
-import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from pipeline.report.data import ReportData
 from pipeline.report.document import figures, write_document
-from pipeline.report.figures import date, last_loss, last_step, ln_k, number, percent, settled, times, wait_percent
+from pipeline.report.figures import (
+    date,
+    done,
+    last_loss,
+    last_step,
+    ln_k,
+    number,
+    percent,
+    settled,
+    times,
+    wait_percent,
+)
 from pipeline.report.learned import learned, neighbours, seen
 from pipeline.report.markup import Markup, element
 from pipeline.report.provenance import images, run
@@ -37,10 +49,11 @@ def _head(data: ReportData) -> Markup:
 
 def _summary(data: ReportData) -> str:
     """The one sentence."""
-    if not data.rows:
+    if not data.rows.size:
         return "Nothing was trained yet: the run has no rows."
-    steps = data.rows[-1]["result"]["step"]
-    text = f"{steps:,} steps of SwAV brought the loss to {last_loss(data):.2f}, where guessing costs {ln_k(data):.2f}"
+    text = (
+        f"{done(data):,} steps of SwAV brought the loss to {last_loss(data):.2f}, where guessing costs {ln_k(data):.2f}"
+    )
     preempted, resumed = (sum(event["event"] == name for event in data.events) for name in ("preempted", "resumed"))
     if preempted or resumed:
         text += f", across {times(preempted, 'preemption')} and {times(resumed, 'resume')}"
@@ -55,14 +68,14 @@ def _summary(data: ReportData) -> str:
 
 def _figures(data: ReportData) -> Iterator[tuple[str, str, str]]:
     """(what it is, its number, what it is to be held against)."""
-    if data.rows:
+    if data.rows.size:
         yield "Loss at the end", f"{last_loss(data):.2f}", f"ln K = {ln_k(data):.2f}"
     if data.evaluation is not None:
         for key, name in (("distorted_probe", "Linear probe"), ("copy", "Copy detection")):
             scores = data.evaluation.row(key).scores
             yield name, percent(scores["trained"]), f"untrained {percent(scores['untrained'])}"
-    if rows := settled(data.rows):
-        yield "Images a second", number(statistics.median(row["run"]["images_s"] for row in rows)), "median"
-        yield "Waiting for data", f"{statistics.median(map(wait_percent, rows)):.1f}\u00a0%", "of a step, median"
+    if (rows := settled(data.rows)).size:
+        yield "Images a second", number(np.median(rows["images_s"])), "median"
+        yield "Waiting for data", f"{np.median(wait_percent(rows)):.1f}\u00a0%", "of a step, median"
     for event in [event for event in data.events if event["event"] == "resumed"][-1:]:
         yield "Resumed at step", f"{event['step']:,}", "from the store"

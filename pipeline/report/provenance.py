@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from pipeline.report.data import ReportData
-from pipeline.report.figures import clock, duration, last_step, listed, times
+from pipeline.report.figures import clock, done, duration, last_step, listed, times
 from pipeline.report.markup import Markup, element
 
 
@@ -46,11 +46,11 @@ def run(data: ReportData) -> Markup:
 
 def _facts(data: ReportData) -> Iterator[tuple[str, str]]:
     starts = [event for event in data.events if event["event"] in ("started", "resumed")]
-    if data.rows:
-        done, planned, batch = data.rows[-1]["result"]["step"], last_step(data), data.config["data"]["batch"]
-        yield "Steps", f"{done:,}" + (f" of {planned:,}" if done != planned else "")
-        yield "Images seen", f"{done * batch:,}, in batches of {batch:,}"
-        yield "Time in steps", duration(sum(row["run"]["step_s"] for row in data.rows))
+    if data.rows.size:
+        steps, planned, batch = done(data), last_step(data), data.config["data"]["batch"]
+        yield "Steps", f"{steps:,}" + (f" of {planned:,}" if steps != planned else "")
+        yield "Images seen", f"{steps * batch:,}, in batches of {batch:,}"
+        yield "Time in steps", duration(data.rows["step_s"].sum())
     yield "Starts", listed([_start(event) for event in starts])
     yield "Interruptions", "; ".join(_interruption(e) for e in data.events if e["event"] in ("stopped", "recovered"))
     for place in data.environments[-1:]:

@@ -18,12 +18,13 @@ from pipeline.evaluate.table import Evaluation, Neighbours
 from pipeline.evaluate.tiles import Tiles
 from pipeline.evaluate.views import render_distorted
 from pipeline.goodput import goodput
-from pipeline.journal import in_order, read_attempts, read_events
+from pipeline.journal import read_events
 from pipeline.loader import LoaderSettings, render
 from pipeline.report.data import Example, Neighbour, Refusal, ReportData
 from pipeline.report.figures import duration, percent, times
 from pipeline.report.page import write_report
 from pipeline.report.pictures import crop_strips, picture, thumbnail
+from pipeline.report.rows import RowReader, Rows, ends, in_order
 from pipeline.run import Record, open_data, read_config, read_record
 
 SHOWN = 8  # images whose crops are shown
@@ -45,12 +46,12 @@ def report_run(
     are. site: where it ran.
     """
     config = read_config(store)
-    events, attempts = read_events(store), read_attempts(store)
+    events, rows = read_events(store), RowReader().in_store(store)
     bank, held_out = open_tiles(bank_url), open_tiles(held_out_url)
     data = ReportData(
         run=store.url.rstrip("/").rpartition("/")[2],
         config=config.dump(),
-        rows=in_order(attempts),
+        rows=in_order(rows),
         events=events,
         evaluation=evaluation,
         scores=read_scores(store),
@@ -60,7 +61,7 @@ def report_run(
         environments=environments(store),
         authors=authors,
         facts={
-            "Goodput": _goodput(events, attempts),
+            "Goodput": _goodput(events, rows),
             "Site": site,
             "Run's folder": store.url,
             "Shards": f"{bank_url}, held out {held_out_url}",
@@ -110,10 +111,8 @@ def environments(store: Store) -> list[dict[str, Any]]:
     return [json.loads(store.get(path)) for _, path in sorted(numbered.items())]
 
 
-def _goodput(events: list[dict[str, Any]], attempts: dict[int, list[dict[str, Any]]]) -> str:
-    ordered = {a: sorted(rows, key=lambda row: int(row["result"]["step"])) for a, rows in attempts.items()}
-    ends = {attempt: (rows[0], rows[-1]) for attempt, rows in ordered.items()}
-    found = goodput(events, ends)
+def _goodput(events: list[dict[str, Any]], rows: Rows) -> str:
+    found = goodput(events, ends(rows))
     if found is None:
         return ""
     told = f"{percent(found.share)} of {duration(found.elapsed_s)} went into steps that count"

@@ -12,7 +12,7 @@ MARKED = ("preempted", "terminated", "cancelled", "failed", "resumed")
 
 def training(data: ReportData) -> Markup:
     """The section; nothing when there are no rows."""
-    if not data.rows:
+    if not data.rows.size:
         return join()
     charts = (_lr_chart(data), _images_chart(data), _wait_chart(data), _usage_chart(data))
     return element(

@@ -2,15 +2,15 @@ from typing import Any
 
 import pytest
 
-from pipeline.goodput import goodput
+from pipeline.goodput import End, goodput
 
 
 def begins(attempt: int, time: float, step: int) -> dict[str, Any]:
     return {"attempt": attempt, "time": time, "event": "resumed" if step else "started", "step": step}
 
 
-def rows(first: tuple[int, float], last: tuple[int, float], step_s: float = 1.0) -> tuple[dict[str, Any], ...]:
-    return tuple({"result": {"step": step}, "run": {"time": time, "step_s": step_s}} for step, time in (first, last))
+def rows(first: tuple[int, float], last: tuple[int, float], step_s: float = 1.0) -> tuple[End, End]:
+    return End(*first, step_s), End(*last, step_s)
 
 
 def test_a_run_that_never_began_has_no_goodput():

@@ -4,7 +4,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,6 +20,7 @@ from pipeline.report.charts import Axis, Series, thinned, trend
 from pipeline.report.data import Example, Neighbour, Refusal, ReportData
 from pipeline.report.page import write_report
 from pipeline.report.pictures import crop_strips, picture, thumbnail
+from pipeline.report.rows import columns
 
 VOID = {"meta", "img", "br"}
 CONFIG = {
@@ -82,7 +83,7 @@ class Tree(HTMLParser):
         self.open[-1].inside.append(data)
 
 
-def rows(count: int, preempted_after: int) -> list[dict[str, Any]]:
+def metrics(count: int, preempted_after: int) -> list[dict[str, Any]]:
     """A row a step; the first step of both attempts takes long."""
     return [
         {
@@ -124,7 +125,8 @@ def example(label: str = "kite") -> Example:
     return Example(label, tile, tile, {"trained": [right] * 4 + [wrong], "untrained": [right] + [wrong] * 4})
 
 
-def report(**changed: Any) -> ReportData:
+def report(rows: Iterable[dict[str, Any]] | None = None, **changed: Any) -> ReportData:
+    """rows: as a run keeps them."""
     events = [
         {"time": 1.8e9, "attempt": 1, "event": "started", "step": 0, "steps": 200, "ranks": 2},
         {"time": 1.8e9 + 60, "attempt": 1, "event": "preempted", "step": 120},
@@ -134,7 +136,7 @@ def report(**changed: Any) -> ReportData:
     data = ReportData(
         run="demo",
         config=CONFIG,
-        rows=rows(200, 100),
+        rows=columns(metrics(200, 100) if rows is None else rows),
         events=events,
         evaluation=evaluation(),
         crops=[b"RIFF"],
@@ -207,7 +209,7 @@ def test_the_curve_of_the_loss_goes_through_every_step_and_its_loss(shown: Any) 
 
 def test_a_run_whose_rows_lack_a_figure_has_its_chart_without_that_line(shown: Any) -> None:
     assert len(chart(shown(), "Prototypes").all("polyline")) == 2
-    older = rows(200, 100)
+    older = metrics(200, 100)
     for row in older:
         row["result"]["usage_entropy"] = row["result"].pop("code_entropy")
     assert len(chart(shown(rows=older), "Prototypes").all("polyline")) == 1
@@ -357,7 +359,7 @@ def test_a_run_that_has_nothing_yet_has_a_page_too(shown: Any) -> None:
 
 
 def test_a_run_of_many_steps_makes_no_larger_page(shown: Any) -> None:
-    page = shown(rows=rows(20_000, 10_000))
+    page = shown(rows=metrics(20_000, 10_000))
     counts = [len(curve.attributes["points"].split()) for curve in page.all("polyline")]
     assert max(counts) == 600
 

@@ -12,14 +12,15 @@ from pipeline.goodput import Goodput
 from pipeline.report.charts import MOST_POINTS
 from pipeline.report.dashboard import CURVES, LOSS, MOST_RUNS, Brief, brief, write_dashboard
 from pipeline.report.data import ReportData
-from tests.pipeline.test_report import CONFIG, Node, Tree, chart, report, rows, scale
+from pipeline.report.rows import columns
+from tests.pipeline.test_report import CONFIG, Node, Tree, chart, metrics, report, scale
 
 EVIL = "</script><script>alert('x')</script>"
 HISTORY = ["2026-11-26 10:00:00  submitted as job 4", "2026-11-26 10:01:00  training begins"]
 
 
 def run(name: str, steps: int = 200, **changed: Any) -> ReportData:
-    return report(run=name, rows=rows(steps, steps // 2), evaluation=None, **changed)
+    return report(run=name, rows=metrics(steps, steps // 2), evaluation=None, **changed)
 
 
 def score(step: int, probe: float, held_out: str = "s3://set/val") -> Score:
@@ -112,13 +113,12 @@ def test_what_happened_stands_there_the_newest_first(tmp_path: Path) -> None:
 
 
 def test_a_run_that_has_not_begun_has_its_line(tmp_path: Path) -> None:
-    waiting = brief(ReportData("new", CONFIG, [], []), "waiting", "Priority", None, [])
+    waiting = brief(ReportData("new", CONFIG, columns([]), []), "waiting", "Priority", None, [])
     cells = [cell.text for cell in page(tmp_path, waiting).all("td")]
     assert cells == ["new", "waiting", "0 of 1", "-", "5.70", "-", "-", "-", "-"]
     assert "No run has made a step yet." in page(tmp_path, waiting).text
-    assert len(page(tmp_path, waiting, told(run("a"))).all("polyline")) == len(
-        CURVES
-    )  # but the gradients', and the loss
+    both = page(tmp_path, waiting, told(run("a")))
+    assert len(both.all("polyline")) == len(CURVES)  # but the gradients', and the loss
 
 
 def test_a_page_that_is_written_again_is_read_again(tmp_path: Path) -> None:
