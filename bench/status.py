@@ -1,4 +1,5 @@
-"""How long `make status` takes with 200 runs of three attempts each: rows and events as a day's training leaves them.
+"""How long `make status` takes with 200 runs of three attempts each, rows and events as a day's training leaves them,
+and with ten runs of another site, each a day old, that only a real S3 has.
 
 python -m bench.status
 """
@@ -9,14 +10,23 @@ import time
 from pathlib import Path
 
 from bench.figures import keep
+from data_shards.store import Store
+from jobs import local_s3
 from jobs.daemons import Process
+from jobs.elsewhere import elsewhere
 from jobs.runs import Job, statuses
 from jobs.site import Site
 
 RUNS, ATTEMPTS, STEPS, EVERY = 200, 3, 5000, 100
+ELSEWHERE, SEGMENTS = 10, 300
 
 
 def main() -> None:
+    on_disk()
+    in_store()
+
+
+def on_disk() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for number in range(RUNS):
             make_run(Path(folder) / f"run{number:03d}")
@@ -26,6 +36,35 @@ def main() -> None:
     assert len(found) == RUNS
     print(f"status of {RUNS} runs: {seconds:.2f} s, {1000 * seconds / RUNS:.1f} ms a run")
     keep({"status_s_200_runs": round(seconds, 3)})
+
+
+def in_store() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        server = local_s3.start_s3(Path(folder) / "s3")
+        try:
+            local_s3.activate(server.environment())
+            store = Store("s3://runs/team")
+            for number in range(ELSEWHERE):
+                put_run(store.at(f"run{number}"))
+            begun = time.process_time()
+            found, _ = elsewhere([], [store.url])
+            seconds = time.process_time() - begun
+        finally:
+            local_s3.stop_s3(Path(folder) / "s3")
+    assert [one.step for one in found] == [SEGMENTS] * ELSEWHERE
+    print(
+        f"status of {ELSEWHERE} runs in a store: {seconds:.2f} s of a core, {1000 * seconds / ELSEWHERE:.0f} ms a run"
+    )
+    keep({"status_s_10_runs_in_store": round(seconds, 3)})
+
+
+def put_run(store: Store) -> None:
+    """As an attempt leaves it that sends its lines every few minutes."""
+    now = time.time()
+    for step in range(1, SEGMENTS + 1):
+        told = event(now, 1, "committed", step) if step > 1 else event(now, 1, "started", 0)
+        for name, line in (("events", told), ("metrics", row(now, 1, step))):
+            store.put(f"{name}/a01-{step:06d}.jsonl", json.dumps(line).encode() + b"\n")
 
 
 def make_run(run_dir: Path) -> None:

@@ -12,7 +12,7 @@ from data_shards.errors import UserError
 from data_shards.store import Store
 from jobs.runs import READERS, Row, Status, summary, troubled
 from jobs.verbs import duration
-from pipeline.journal import newest_rows, read_events
+from pipeline.journal import newest_events, newest_rows
 
 PATIENCE_S = 5.0  # for a store that does not answer: status is looked at, not waited for
 ENDS = ("finished", "cancelled", "failed")
@@ -41,16 +41,16 @@ def elsewhere(known: Sequence[Status], stores: Iterable[str]) -> tuple[list[Stat
 
 def status_in(store: Store) -> Status | None:
     """What its folder in the store says of a run; None for a folder that is none."""
-    told = read_events(store)
+    told, attempts = newest_events(store)
     if not told:
         return None
     last = next((event["event"] for event in reversed(told) if event["event"] in (*ENDS, *BEGINS)), "")
     words = last if last in ENDS else "elsewhere"
     job = next((str(event["job"]) for event in reversed(told) if "job" in event), "")
     found = summary(
-        store.url.rpartition("/")[2], store.url, words, told, newest_rows(store), job=job, nodes="elsewhere"
+        store.url.rpartition("/")[2], store.url, words, told, newest_rows(store, attempts), job=job, nodes="elsewhere"
     )
-    return replace(found, look=_where_to_look(found, told))
+    return replace(found, starts=len(attempts), look=_where_to_look(found, told))
 
 
 def _where_to_look(one: Status, told: Sequence[Row]) -> str:

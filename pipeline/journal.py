@@ -4,12 +4,14 @@ Object stores cannot append, so lines go up in numbered segments; readers join t
 is there at once.
 """
 
+import bisect
+import itertools
 import json
 import math
 import re
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ from typing import Any
 from data_shards.store import Store
 
 TAIL_BYTES = 64 * 1024  # many rows
-_SEGMENT = re.compile(r"metrics/a(\d+)-(\d+)\.jsonl")
+TAIL_SEGMENTS = 10  # of events: some hours of a long run
+_SEGMENT = re.compile(r"\w+/a(\d+)-(\d+)\.jsonl")
 
 
 class Journal:
@@ -127,16 +130,54 @@ def standing(rows: Iterable[tuple[int, int]]) -> list[int]:
     return [n for _, n in sorted(stand.items())]
 
 
-def newest_rows(store: Store) -> list[dict[str, Any]]:
-    """The rows that the store got last: those of the newest segment of the newest attempt."""
-    segments = [entry.path for entry in store.list("metrics") if _SEGMENT.fullmatch(entry.path)]
-    newest = max(segments, key=lambda path: tuple(map(int, _SEGMENT.findall(path)[0])), default=None)
-    return [json.loads(line) for line in store.get(newest).splitlines()] if newest is not None else []
+def newest_events(store: Store) -> tuple[list[dict[str, Any]], list[int]]:
+    """What a run told of last, oldest first, and its attempts that told of anything: a long run told of much.
+
+    These are its last segments, how its last two attempts began, and all that its jobs told of.
+    """
+    paths = [entry.path for entry in store.list("events")]
+    segments = _numbered(paths)
+    first = {attempt: path for path, (attempt, _) in reversed(segments.items())}
+    chosen = {*list(first.values())[:2], *list(segments)[-TAIL_SEGMENTS:], *(set(paths) - set(segments))}
+    return sorted(_lines_of(store, chosen), key=lambda event: float(event["time"])), sorted(first)
+
+
+def newest_rows(store: Store, attempts: Sequence[int]) -> list[dict[str, Any]]:
+    """The rows that the store got last, of these attempts: those of the newest segment."""
+    numbers = ((attempt, _last_segment(store, attempt)) for attempt in reversed(attempts))
+    newest = next((_segment(*one) for one in numbers if one[1]), None)
+    return list(_lines_of(store, [newest])) if newest is not None else []
+
+
+def _last_segment(store: Store, attempt: int) -> int:
+    """Its number, 0 when there is none. Searched for by halves: a list has thousands after some days."""
+
+    def missing(number: int) -> bool:
+        return not store.exists(_segment(attempt, number))
+
+    high = next(1 << n for n in itertools.count() if missing(1 << n))
+    return bisect.bisect_left(range(high), True, lo=high // 2 + 1, key=missing) - 1
+
+
+def _segment(attempt: int, number: int) -> str:
+    return f"metrics/a{attempt:02d}-{number:06d}.jsonl"
+
+
+def _numbered(paths: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Attempt and number of the segments among them, the oldest first."""
+    found = {path: _SEGMENT.fullmatch(path) for path in paths}
+    numbers = {path: (int(match[1]), int(match[2])) for path, match in found.items() if match is not None}
+    return dict(sorted(numbers.items(), key=lambda one: one[1]))
 
 
 def _stored_lines(store: Store, folder: str) -> Iterator[dict[str, Any]]:
+    """All that there are."""
+    return _lines_of(store, [entry.path for entry in store.list(folder)])
+
+
+def _lines_of(store: Store, paths: Iterable[str]) -> Iterator[dict[str, Any]]:
     """All at once; a line that was sent twice comes once."""
-    waiting = [store.submit(store.read(entry.path)) for entry in store.list(folder)]
+    waiting = [store.submit(store.read(path)) for path in paths]
     lines = dict.fromkeys(line for segment in waiting for line in segment.result().splitlines())
     return map(json.loads, lines)
 

@@ -34,10 +34,10 @@ def stored(store: Store, run: str, *events: dict[str, Any], steps: range = range
     """A run as another site left it in the store."""
     lines = [{"time": time.time() - 100 + n, "attempt": 1, **event} for n, event in enumerate(events)]
     store.put(f"{run}/events/a01-000001.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
-    for step in steps:
+    for number, step in enumerate(steps, start=1):
         spent = {"time": time.time() - 30, "step_s": 2.0, "wait_s": 0.5, "images_s": 32.0, "attempt": 1}
         row = {"result": {"step": step, "loss": 5.0}, "run": spent}
-        store.put(f"{run}/metrics/a01-{step:06d}.jsonl", json.dumps(row).encode() + b"\n")
+        store.put(f"{run}/metrics/a01-{number:06d}.jsonl", json.dumps(row).encode() + b"\n")
 
 
 STARTED = {"event": "started", "step": 0, "steps": 200, "job": "77"}
