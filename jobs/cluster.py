@@ -17,7 +17,7 @@ import yaml
 from data_shards.errors import UserError
 from data_shards.whole import PRIVATE, write_whole
 from jobs.local_s3 import S3, past_proxies, running_s3, start_s3, stop_s3
-from jobs.local_slurm import OtherSettings, Slurm, call, missing_programs, running_slurm, start_slurm, stop_slurm
+from jobs.local_slurm import OtherSettings, Slurm, call, running_slurm, start_slurm, stop_slurm, why_not
 from jobs.slurm_conf import Settings
 
 
@@ -58,7 +58,7 @@ def status(directory: Path) -> list[str]:
     s3, slurm = running_s3(directory / "s3"), running_slurm(directory / "slurm")
     lines = [f"S3     {s3.url}, buckets {', '.join(s3.buckets)}" if s3 else "S3     does not run (make cluster-up)"]
     if slurm is None:
-        return [*lines, "SLURM  does not run" + (" and is not installed" if missing_programs() else "")]
+        return [*lines, f"SLURM  does not run{f': {why}' if (why := why_not()) else ''}"]
     lines.append(f"SLURM  {slurm.nodes} nodes; shell: . {directory / 'env.sh'}")
     return lines + [f"  {line}" for tool in ("sinfo", "squeue") for line in call(slurm.directory, tool).splitlines()]
 

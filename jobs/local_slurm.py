@@ -89,14 +89,27 @@ def missing_programs() -> list[str]:
     return [name for name in PROGRAMS if not shutil.which(name, path=PATH)]
 
 
+def why_not() -> str | None:
+    """What keeps SLURM from running on this machine, and what to do about it; None where nothing does."""
+    if missing := missing_programs():
+        return f"SLURM is not installed here ({', '.join(missing)}); apt install {' '.join(PACKAGES)}"
+    name = socket.gethostname()
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError:  # its daemons would stand still for ten seconds at each look
+        hint = f"as root: echo 127.0.1.1 {name} >> /etc/hosts"
+        return f"SLURM looks up this machine's name, {name}, which has no address; {hint}"
+    return None
+
+
 def start_slurm(directory: Path, settings: Settings | None = None, timeout_s: float = 60.0) -> Slurm:
     """Start the cluster, or what of it does not run; returns when all nodes take jobs.
 
-    Raises UserError when the packages are missing or it does not come up, OtherSettings when it runs with others.
+    Raises UserError when it cannot run here or does not come up, OtherSettings when it runs with others.
     """
     directory, settings = directory.resolve(), settings or Settings()
-    if missing := missing_programs():
-        raise UserError(f"SLURM is not installed here ({', '.join(missing)}); apt install {' '.join(PACKAGES)}")
+    if (why := why_not()) is not None:
+        raise UserError(why)
     with daemons.exclusively(directory / "lock"):
         record = Record.load(directory)
         if record and record.alive() and record.settings != settings:

@@ -18,7 +18,6 @@ import pytest
 
 from jobs import local_s3, local_slurm, slurm_conf
 from jobs.daemons import Process, exclusively
-from jobs.local_slurm import PACKAGES
 
 unhurried = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.filter_too_much]
 hypothesis.settings.register_profile(  # a busy machine fails no test
@@ -93,8 +92,8 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedSlurm]:
 
 
 def skip_without_slurm() -> None:
-    if missing := local_slurm.missing_programs():
-        pytest.skip(f"SLURM is not installed ({', '.join(missing)}): apt install {' '.join(PACKAGES)}")
+    if (why := local_slurm.why_not()) is not None:
+        pytest.skip(why)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -234,6 +234,20 @@ def test_missing_programs_are_named_with_what_to_install(tmp_path: Path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_machine_whose_own_name_has_no_address_is_told_how_it_gets_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SLURM starts there, and then stands still for ten seconds again and again."""
+    monkeypatch.setattr(local_slurm, "missing_programs", list)
+    monkeypatch.setattr("socket.gethostname", lambda: "no-such-machine.invalid")
+    with pytest.raises(
+        UserError, match=r"no-such-machine\.invalid, which has no address; as root: echo 127\.0\.1\.1 no-such"
+    ):
+        local_slurm.start_slurm(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert "does not run: SLURM looks up" in cluster.status(tmp_path)[1]
+
+
 def test_what_runs_with_other_settings_is_told_by_the_difference() -> None:
     told = local_slurm._difference(Settings(nodes=2), Settings(nodes=4, grace_s=5))
     assert told == "SLURM runs with nodes 2, not 4, grace_s 30, not 5"

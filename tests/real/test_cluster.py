@@ -20,10 +20,7 @@ from jobs.site import load_site
 from jobs.slurm_conf import Settings
 
 pytestmark = pytest.mark.slow
-needs_slurm = pytest.mark.skipif(
-    bool(local_slurm.missing_programs()),
-    reason="SLURM is not installed: apt install slurmctld slurmd slurm-client munge",
-)
+needs_slurm = pytest.mark.skipif(local_slurm.why_not() is not None, reason=local_slurm.why_not() or "it can run")
 
 
 def s3_files(**changes: Any) -> s3fs.S3FileSystem:
