@@ -1,6 +1,7 @@
 """Files that appear whole or not at all: written beside their place, then renamed to it."""
 
 import contextlib
+import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,6 @@ def write_whole(path: Path, data: str | bytes, mode: int = 0o666) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with beside(path) as aside:
-        aside.touch(mode, exist_ok=False)
-        aside.write_bytes(data.encode() if isinstance(data, str) else data)
+        with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
         aside.replace(path)
