@@ -219,9 +219,10 @@ class WandbRows:
         rows: dict[int, dict[str, Any]] = {}
         if self._sent + 1 < first:
             for folder in attempt_folders(self._run.local.parent).values():
-                last = last_line(folder / "metrics.jsonl") if folder != self._run.local else None
+                path = folder / "metrics.jsonl"
+                last = last_line(path) if folder != self._run.local else None
                 if last is not None and last["result"]["step"] > self._sent:  # of days, one attempt alone is parsed
-                    rows |= {row["result"]["step"]: row for row in read_lines(folder / "metrics.jsonl")}
+                    rows |= {row["result"]["step"]: row for row in read_lines(path)}
         return [rows[step] for step in sorted(rows) if self._sent < step < first]
 
     def _open(self) -> Any:
