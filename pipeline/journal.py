@@ -190,6 +190,11 @@ def _lines(path: Path, start: int) -> Iterator[tuple[bytes, dict[str, Any]]]:
             lines = file.read().split(b"\n")
     except FileNotFoundError:
         return
+    yield from whole_lines(lines)
+
+
+def whole_lines(lines: Iterable[bytes]) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Those that hold an object, and what it is: of a machine that lost its power a line may be cut."""
     for line in lines:
         with suppress(ValueError):
             if isinstance(value := json.loads(line), dict):

@@ -4,7 +4,6 @@ A long run has a hundred megabytes of rows, and a page that is kept up to date l
 read stays read.
 """
 
-import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 
 from data_shards.store import Store
 from pipeline.goodput import End
-from pipeline.journal import standing
+from pipeline.journal import standing, whole_lines
 
 RESULT = ("loss", "lr", "grad_norm", "prototypes_used", "code_entropy")
 RUN = ("time", "step_s", "wait_s", "images_s")
@@ -48,15 +47,20 @@ class RowReader:
 
     def on_disk(self, files: Iterable[Path]) -> Rows:
         """Of the files of a run's attempts, which grow."""
-        self._parts = dict(map(self._grown, files))
+        grown = {}
+        for path in files:
+            with suppress(FileNotFoundError):  # put aside meanwhile, for a later run of the same name
+                name, part = self._grown(path)
+                grown[name] = part
+        self._parts = grown
         return self._all()
 
     def in_store(self, store: Store) -> Rows:
         """Of the segments in a run's folder, which stay as they are once they are there."""
         paths = [entry.path for entry in store.list("metrics")]
         waiting = {path: store.submit(store.read(path)) for path in paths if path not in self._parts}
-        read = {path: columns(_whole(segment.result().splitlines(True))) for path, segment in waiting.items()}
-        self._parts = {path: (0, read[path]) if path in read else self._parts[path] for path in paths}
+        new = {path: (0, _read(segment.result().splitlines())) for path, segment in waiting.items()}
+        self._parts = {path: new.get(path) or self._parts[path] for path in paths}
         return self._all()
 
     def _grown(self, path: Path) -> tuple[str, tuple[int, Rows]]:
@@ -72,7 +76,7 @@ class RowReader:
                         end += len(line)
                         yield line
 
-            rows = np.concatenate([known, columns(_whole(ended()))])
+            rows = np.concatenate([known, _read(ended())])
         return name, (end, rows)
 
     def _all(self) -> Rows:
@@ -86,12 +90,8 @@ def _end(row: np.void) -> End:
     return End(int(row["step"]), float(row["time"]), float(row["step_s"]))
 
 
-def _whole(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-    """Of a machine that lost its power a line may be cut."""
-    for line in lines:
-        with suppress(ValueError):
-            if isinstance(row := json.loads(line), dict):
-                yield row
+def _read(lines: Iterable[bytes]) -> Rows:
+    return columns(row for _, row in whole_lines(lines))
 
 
 def _values(row: dict[str, Any]) -> tuple[Any, ...]:

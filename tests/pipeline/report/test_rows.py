@@ -97,3 +97,7 @@ def test_a_segment_in_the_store_is_read_once(tmp_path: Path) -> None:
     assert store.counters.bytes_read - before == len(text([row(2), row(3)]))
     store.delete(["metrics/a01-000001.jsonl"])
     assert np.array_equal(reader.in_store(store)["step"], [2, 3])
+
+
+def test_a_file_that_is_put_aside_at_that_moment_has_no_rows(file: Path, tmp_path: Path) -> None:
+    assert RowReader().on_disk([tmp_path / "gone.jsonl", file])["step"].tolist() == [1, 2]
