@@ -19,7 +19,7 @@ DST ?=
 SWITCHES := AFRESH APPEND DALI_INDEX EVENTS FOLLOW FORCE FULL IGNORE_UNKNOWN IN_PLACE JSON KEEP_FEATURES NOW \
   PROBE VERIFY WATCH
 KNOWN := $(SWITCHES) PYTHON CONF RUN SET SITE SRC DST AGAINST BANK EVERY FAULT FROM HELD_OUT IMAGES_PER_S KEY LINES LIST N \
-  NEAR OUT SEED SIZE STEP STORE TO WORKERS
+  NEAR OUT SAMPLES SAMPLE_BYTES SEED SIZE STEP STORE TO WORKERS
 given := $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
 $(foreach name,$(filter-out $(KNOWN) MAKE% -% AWS_% PIP_% SLURM_% WANDB_%,$(given)),$(error $(name)= is read by no target; there are $(sort $(KNOWN))))
 $(foreach name,$(SWITCHES),$(if $(filter-out 1,$($(name))),$(error $(name)=$($(name)): say $(name)=1, or leave it out)))
@@ -107,8 +107,8 @@ config: .venv/stamp ## every key of a config, a site, a packing: its default, an
 	@$(FARSEER) config --key "$$KEY" $(call flag,JSON,json)
 
 .PHONY: plan
-plan: .venv/stamp ## what a run would do and cost, or why it cannot (CONF= SITE= SET= IMAGES_PER_S= JSON=1)
-	@$(FARSEER) plan "$(CONF)" $(site_option) --set "$$SET" $(if $(RUN),--run "$(RUN)") $(if $(IMAGES_PER_S),--images-per-s "$(IMAGES_PER_S)") $(call flag,JSON,json)
+plan: .venv/stamp ## what a run would do and cost, or why it cannot (CONF= SITE= SAMPLES= IMAGES_PER_S= JSON=1)
+	@$(FARSEER) plan "$(CONF)" $(site_option) --set "$$SET" $(if $(RUN),--run "$(RUN)") $(if $(IMAGES_PER_S),--images-per-s "$(IMAGES_PER_S)") $(if $(SAMPLES),--samples "$(SAMPLES)") $(if $(SAMPLE_BYTES),--sample-bytes "$(SAMPLE_BYTES)") $(call flag,JSON,json)
 
 .PHONY: submit
 submit: .venv/stamp ## start a run, or go on with it (CONF= RUN= SITE= SET=, FORCE=1; FROM=run@step or a file)

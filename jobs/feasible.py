@@ -1,12 +1,13 @@
 """Whether a run can work at all, asked before anything is spent; what cannot is refused, all reasons at once.
 
-Needs the store, for the manifest of the shards, and no SLURM.
+Needs the store, for the manifest of the shards where they are not assumed, and no SLURM.
 """
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from data_shards.order import Order
+from data_shards.errors import UserError
+from data_shards.order import Order, make_order
 from data_shards.order_limits import divisors
 from data_shards.store import Store
 from jobs.device_memory import Held, held_bytes
@@ -19,6 +20,13 @@ from pipeline.run import open_data
 CHECK_SECONDS = 20.0  # how long a store that does not answer is asked again before a run is refused
 
 
+class Assumed(NamedTuple):
+    """A shard set that is yet to be packed; bytes of a sample with its tar header, on average."""
+
+    samples: int
+    sample_bytes: int
+
+
 class Feasible(NamedTuple):
     """sample_bytes: on average; config: filled in; held: None where the site does not tell its memory."""
 
@@ -28,14 +36,17 @@ class Feasible(NamedTuple):
     held: Held | None
 
 
-def feasible(config: Config, site: Site) -> Feasible:
-    """Raises UserError with a line for each reason why the run cannot work there."""
+def feasible(config: Config, site: Site, assumed: Assumed | None = None) -> Feasible:
+    """Raises UserError with a line for each reason why the run cannot work there.
+
+    assumed: in the place of the config's data, which nobody asks for then.
+    """
     reasons = Reasons()
     reasons.lines += _wrong_without_data(config, site)
     held = held_bytes(config, site.ranks) if site.gpu_memory_gb is not None or site.memory_gb is not None else None
     if held is not None:
         reasons.lines += _too_large(config, site, held)
-    found = reasons.ask(lambda: _open(config))
+    found = reasons.ask(lambda: _open(config) if assumed is None else _assume(config, assumed))
     if found is not None:
         sample_bytes, order, config = found
         reasons.lines += _wrong_with_data(config, site, sample_bytes, order)
@@ -49,6 +60,15 @@ def _open(config: Config) -> tuple[float, Order, Config]:
         Store(source.url).check()  # gives up sooner than a read would
     shards, order, filled = open_data(config, CHECK_SECONDS)
     return shards.mean_bytes, order, filled
+
+
+def _assume(config: Config, assumed: Assumed) -> tuple[float, Order, Config]:
+    """The same of a set that is not there."""
+    if len(config.data.sets) > 1:
+        raise UserError(f"data.sources: SAMPLES= stands for one set, not for {len(config.data.sets)}; give data.url")
+    order = make_order(config.data, assumed.samples, assumed.sample_bytes, "not packed")
+    data = config.data.model_copy(update={"chunk_samples": order.chunk_samples})
+    return assumed.sample_bytes, order, config.model_copy(update={"data": data})
 
 
 def _wrong_without_data(config: Config, site: Site) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """What a run would do and cost, to read before anything is spent.
 
-Needs the store, for the manifest of the shards, and no SLURM. A speed that nobody gives is taken from earlier runs of
-the same site; each figure says where it comes from.
+Needs the store, for the manifest of the shards where they are not assumed, and no SLURM. A speed that nobody gives is
+taken from earlier runs of the same site; each figure says where it comes from.
 """
 
 import json
@@ -16,7 +16,7 @@ import yaml
 from data_shards.order import Order
 from data_shards.order_limits import divisors
 from jobs.device_memory import Held, held_bytes
-from jobs.feasible import feasible, node_bytes
+from jobs.feasible import Assumed, feasible, node_bytes
 from jobs.launch import script_text
 from jobs.site import Site
 from jobs.start import attempt_files
@@ -82,23 +82,33 @@ class Duration:
     time_limits: int  # restarts because the job's time was over
 
 
-def make_plan(config: Config, site: Site, run: str = "run", images_s: float | None = None) -> Plan:
-    """Raises UserError with a line for each reason why it cannot work. images_s: speed to assume, of all ranks."""
-    sample_bytes, order, config, checked = feasible(config, site)
+def make_plan(
+    config: Config,
+    site: Site,
+    run: str = "run",
+    images_s: float | None = None,
+    assumed: Assumed | None = None,
+) -> Plan:
+    """Raises UserError with a line for each reason why it cannot work.
+
+    images_s: speed to assume, of all ranks. assumed: a set to plan for that is not packed yet.
+    """
+    sample_bytes, order, config, checked = feasible(config, site, assumed)
     held, rate = checked or held_bytes(config, site.ranks), speed(config, site, images_s)
-    figures = [*_learning(config, site, sample_bytes, order), *_spending(config, site, sample_bytes, order, rate, held)]
+    figures = [*_learning(config, site, sample_bytes, order, assumed is not None)]
+    figures += [*_spending(config, site, sample_bytes, order, rate, held)]
     figures += _memory(config, site, sample_bytes, order, held)
     return Plan(config, tuple(figures), script_text(site, run, f"{config.store}/{run}"))
 
 
-def _learning(config: Config, site: Site, sample_bytes: float, order: Order) -> Iterator[Figure]:
+def _learning(config: Config, site: Site, sample_bytes: float, order: Order, assumed: bool) -> Iterator[Figure]:
     group, optim, batch = "LEARNS", config.optim, order.batch_size
     steps = config.train.length(order)
     images = steps * batch
     total = sample_bytes * order.samples
     rates = [rate * batch / 256 for rate in (optim.start_lr, optim.lr, optim.final_lr)]
     yield Figure(group, "fingerprint", config.fingerprint(), config.fingerprint())
-    where = ", ".join(source.url for source in config.data.sets)
+    where = "assumed" if assumed else ", ".join(source.url for source in config.data.sets)
     text = f"{where}: {order.samples:,} images of {bytes_text(sample_bytes)}, {bytes_text(total)} in all"
     yield Figure(group, "samples", order.samples, text)
     for part in order.parts:

@@ -6,7 +6,19 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from jobs.verbs import add_verb, duration, json_option, say, say_found, site_option, table, use_keys
+from data_shards.errors import UserError
+from jobs.verbs import (
+    above_zero,
+    add_verb,
+    duration,
+    json_option,
+    positive,
+    say,
+    say_found,
+    site_option,
+    table,
+    use_keys,
+)
 
 if TYPE_CHECKING:
     from data_shards.store import Store
@@ -15,6 +27,7 @@ if TYPE_CHECKING:
     from jobs.site import Site
     from pipeline.config import Config
 
+SAMPLE_BYTES = 120_000  # of a photograph 500 pixels wide
 WATCH_S = 2.0
 STORE_S = 30.0  # between two looks at the runs of other sites
 NO_RUNS = "no runs in {}; make submit CONF=... RUN=... starts one, STORE=s3://bucket/folder shows those of a store"
@@ -23,7 +36,9 @@ NO_RUNS = "no runs in {}; make submit CONF=... RUN=... starts one, STORE=s3://bu
 def run_verbs(verbs: Any) -> None:
     options = _plan_options(add_verb(verbs, "plan", plan, "what a run would do and cost, and whether it can work"))
     options.add_argument("--run", default="run", dest="name", help="its name, for the batch script that is shown")
-    options.add_argument("--images-per-s", type=float, help="speed to assume; by default that of earlier runs")
+    options.add_argument("--images-per-s", type=above_zero, help="speed to assume; by default that of earlier runs")
+    options.add_argument("--samples", type=positive, help="plan for a set of so many images, packed or not")
+    options.add_argument("--sample-bytes", type=positive, help=f"of each of these, on average ({SAMPLE_BYTES:,})")
     json_option(options)
     options = run_option(add_verb(verbs, "submit", submit, "check everything, then start a run or go on with it"))
     _plan_options(options)
@@ -74,11 +89,15 @@ def _plan_options(options: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def plan(options: argparse.Namespace) -> int:
+    from jobs.feasible import Assumed
     from jobs.plan import make_plan
 
     config, site = _config_and_site(options)
     site.activate()
-    made = make_plan(config, site, options.name, options.images_per_s)
+    if options.sample_bytes and not options.samples:
+        raise UserError("SAMPLE_BYTES= is of the images that SAMPLES= counts; give both")
+    assumed = Assumed(options.samples, options.sample_bytes or SAMPLE_BYTES) if options.samples else None
+    made = make_plan(config, site, options.name, options.images_per_s, assumed)
     say_found(options, made.to_json(), made.text())
     return 0
 

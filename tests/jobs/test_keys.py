@@ -1,6 +1,7 @@
 """The reference of keys says of each what the sections say."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,14 @@ def test_each_key_of_a_resolved_config_is_there_once_with_its_default() -> None:
 @pytest.mark.parametrize("file", sorted((ROOT / "conf").glob("*.yaml")), ids=lambda path: path.name)
 def test_each_key_of_the_configs_that_come_along_is_there(file: Path) -> None:
     assert set(dotted(yaml.safe_load(file.read_text()))) - {"extends"} <= KEYS.keys()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/BENCHMARKS.md", "docs/COMING_FROM_VISSL.md"])
+def test_each_key_that_a_page_names_is_there(page: str) -> None:
+    sections = "|".join(sorted({name.partition(".")[0] for name in KEYS if "." in name}))
+    named = set(re.findall(rf"(?:`|SET=\")((?:{sections})\.[a-z_]+)(?:`|=)", (ROOT / page).read_text()))
+    assert named
+    assert named <= KEYS.keys()
 
 
 def test_a_note_is_the_comment_beside_the_field_or_above_it_with_what_may_be_chosen() -> None:

@@ -13,6 +13,7 @@ from data_shards.index import Manifest
 from data_shards.store import Store
 from jobs.cli import main
 from jobs.device_memory import held_bytes
+from jobs.feasible import Assumed
 from jobs.plan import RESTART_S, make_plan, takes
 from jobs.site import ROOT, Site
 from pipeline.config import Config, load
@@ -200,6 +201,36 @@ def test_without_any_speed_the_plan_says_so_and_how_to_assume_one(tmp_path):
     plan = make_plan(small(put_set(tmp_path, 1000, 4000)), site(tmp_path))
     assert "days" not in plan.to_json()
     assert "IMAGES_PER_S=" in "\n".join(plan.text())
+
+
+def test_a_set_that_is_not_packed_yet_is_planned_for_without_a_store(tmp_path):
+    nowhere, here = small("s3://no-such-bucket/set"), site(tmp_path)
+    made = make_plan(nowhere, here, assumed=Assumed(1000, 4000))
+    packed = make_plan(small(put_set(tmp_path, 1000, 4000)), here)
+    assert made.to_json() | {"config": {}} == packed.to_json() | {"config": {}}
+    assert "assumed: 1,000 images of 4 kB, 4 MB in all" in "\n".join(made.text())
+    with pytest.raises(UserError, match=r"the set of 100 samples has 12"):
+        make_plan(nowhere, here, assumed=Assumed(100, 4000))
+    several = small("null", "data.sources=[{url: 's3://a'}, {url: 's3://b'}]")
+    with pytest.raises(UserError, match=r"data\.sources: SAMPLES= stands for one set, not for 2"):
+        make_plan(several, here, assumed=Assumed(1000, 4000))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--sample-bytes", "4000"], "SAMPLE_BYTES= is of the images that SAMPLES= counts; give both"),
+        (["--samples", "0"], "'0' is no whole number above 0"),
+        (["--images-per-s", "0"], "'0' is no number above 0"),
+        (["--images-per-s", "nan"], "'nan' is no number above 0"),
+        (["--images-per-s", "fast"], "'fast' is no number above 0"),
+    ],
+)
+def test_what_cannot_be_assumed_is_said_in_a_line(options, said, tmp_path, capsys):
+    place = tmp_path / "here.yaml"
+    place.write_text(f"shared_dir: {tmp_path}/shared\nexecutor: local\n")
+    assert main(["plan", str(ROOT / "conf/demo.yaml"), "--site", str(place), *options]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_the_mistakes_of_config_and_site_are_told_together(tmp_path, capsys):
