@@ -106,7 +106,7 @@ def submit(options: argparse.Namespace) -> int:
     from jobs.submit import submit as start
 
     config, site = _config_and_site(options, " checkpoint.force=true" if options.force else "")
-    return _submitted(start(config, site, options.name, origin=options.origin), site.name)
+    return _submitted(start(config, site, options.name, origin=options.origin), options.site)
 
 
 def resume(options: argparse.Namespace) -> int:
@@ -117,7 +117,7 @@ def resume(options: argparse.Namespace) -> int:
 
     site = load_site(options.site)
     job = Job.of(site, options.name)
-    return _submitted(start(load(job.run_dir / "config.yaml"), site, options.name), site.name)
+    return _submitted(start(load(job.run_dir / "config.yaml"), site, options.name), options.site)
 
 
 def status(options: argparse.Namespace) -> int:
