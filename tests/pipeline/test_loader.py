@@ -16,7 +16,7 @@ from skimage import data as photographs
 from data_shards.reader import Sample
 from pipeline.augment import AugmentSettings, CropSettings, Draws, draw
 from pipeline.loader import COMPARED_ONE_IN, Batch, Loader, LoaderSettings, compared, render
-from pipeline.pixels import Encoded, Graph, UndecodableError, digests, fault
+from pipeline.pixels import Encoded, Graph, UndecodableError, digests, failure
 
 SEED, BATCH, LANES, STEPS = 3, 8, 4, 5
 AUGMENT = AugmentSettings(
@@ -285,12 +285,12 @@ def test_a_gpu_that_is_full_or_broken_is_no_image_that_does_not_decode() -> None
             f"{DALIS}CUDA runtime API error cudaErrorIllegalAddress (700):\nan illegal memory access was encountered"
         ),
     )
-    assert isinstance(fault(full, gpu), torch.OutOfMemoryError)
-    assert fault(broken, gpu) is broken
-    damaged = fault(RuntimeError(f"{DALIS}Failed to decode sample #3: nvJPEG error: bad JPEG"), gpu)
+    assert isinstance(failure(full, gpu), torch.OutOfMemoryError)
+    assert failure(broken, gpu) is broken
+    damaged = failure(RuntimeError(f"{DALIS}Failed to decode sample #3: nvJPEG error: bad JPEG"), gpu)
     assert isinstance(damaged, UndecodableError)
     assert str(damaged) == "does not decode: Failed to decode sample #3: nvJPEG error: bad JPEG"
-    assert isinstance(fault(full, cpu), UndecodableError)
+    assert isinstance(failure(full, cpu), UndecodableError)
 
 
 @pytest.mark.parametrize("count", [1, 16, 64, 3000])

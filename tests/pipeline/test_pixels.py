@@ -1,0 +1,68 @@
+"""Batches as large as those of a real run, of which one image is no image."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage import data as photographs
+
+from pipeline.augment import AugmentSettings, CropSettings, draw
+from pipeline.pixels import Encoded, Graph, UndecodableError
+
+AUGMENT = AugmentSettings(crops=(CropSettings(size=16, count=1, scale=(0.3, 1.0)),))
+MANY, HEIGHT, WIDTH = 256, 50, 60  # DALI reads the headers of 32 and more in several threads
+
+
+def encode(kind: str) -> bytes:
+    photo = Image.fromarray(photographs.astronaut()).crop((100, 0, 100 + WIDTH, HEIGHT))
+    photo.save(file := io.BytesIO(), kind)
+    return file.getvalue()
+
+
+JPEG = encode("JPEG")
+UNREADABLE = {
+    "garbage": b"\xff\xd8garbage",
+    "a page": b"<html><body>503 Slow Down</body></html>",
+    "nothing": b"",
+    "a JPEG's first bytes": JPEG[:60],
+    "a PNG's first bytes": encode("PNG")[:20],
+    "a GIF": encode("GIF"),
+}
+
+
+def encoded(images: list[bytes], size: tuple[int, int] = (HEIGHT, WIDTH)) -> Encoded:
+    sizes = np.full((len(images), 2), size)
+    return Encoded(images, sizes, draw(AUGMENT, 0, np.zeros(len(images), np.int64), np.arange(len(images)), *sizes.T))
+
+
+@pytest.mark.parametrize("dali_cuts", [False, True])
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_an_image_without_a_header_fails_its_batch_and_no_other(kind: str, dali_cuts: bool) -> None:
+    good = encoded([JPEG] * MANY)
+    batches = [good]
+    for place in (0, 17, 100, MANY - 1):
+        images = [JPEG] * MANY
+        images[place] = UNREADABLE[kind]
+        batches += [encoded(images), good]
+    fed = iter(batches)
+    graph = Graph(
+        AUGMENT, [16], MANY, torch.device("cpu"), threads=2, depth=2, feed=lambda: next(fed), dali_cuts=dali_cuts
+    )
+    graph.schedule()
+    (first,) = graph.collect(good)
+    for broken, whole in zip(batches[1::2], batches[2::2], strict=True):
+        graph.schedule()
+        with pytest.raises(UndecodableError, match=r"^does not decode: "):
+            graph.collect(broken)
+        graph.schedule()
+        (crops,) = graph.collect(whole)
+        assert torch.equal(crops, first)
+
+
+def test_no_size_that_an_index_says_makes_an_image_of_what_is_none() -> None:
+    graph = Graph(AUGMENT, [16], MANY, torch.device("cpu"))
+    for size in ((1, 1), (1, 2), (2, 1)):
+        with pytest.raises(UndecodableError, match=r"^does not decode: "):
+            graph.run(encoded([b"garbage"] * MANY, size))
