@@ -111,11 +111,11 @@ def cutting(work: list[Encoded], device: torch.device, _: float | None) -> Calla
     return run
 
 
-@pipeline_def(enable_conditionals=True)
+@pipeline_def
 def cut_graph(decoded: list[Any], arguments: Callable[[], list[Any]]) -> Any:
     place = "cpu" if isinstance(decoded[0], np.ndarray) else "gpu"
     images = fn.external_source(source=lambda: decoded, batch=True, device=place)
-    nodes = fn.external_source(source=arguments, num_outputs=5 * len(SIZES), batch=True)
+    nodes = fn.external_source(source=arguments, num_outputs=4 * len(SIZES), batch=True)
     return tuple(crops_of(images, nodes, SIZES))
 
 

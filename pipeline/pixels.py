@@ -1,33 +1,36 @@
 """From encoded images and draws to finished crops.
 
 DALI decodes, on a CPU or a GPU. On a GPU its graph also cuts, resizes and flips each crop in one antialiased step, and
-blurs where that was drawn; on a CPU pipeline.crops does, faster. DALI draws no random number. It has no limit on the
-size of an image either: packing has, and the reader's checksums see to it that the bytes are those that were packed.
+blurs; on a CPU pipeline.crops does, faster. DALI draws no random number. It has no limit on the size of an image
+either: packing has, the reader's checksums see to it that the bytes are those that were packed, and none is decoded
+whose header says another size than the index.
 """
 
 import re
-import sys
+import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 import google_crc32c
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from nvidia import nvimgcodec
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import pipeline_def
+from nvidia.nvimgcodec import CodeStream
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from pipeline.augment import AugmentSettings, Draws, blur_kernels, philox
 from pipeline.crops import from_crops, from_images
+
+NEEDLESS = "nvidia-dali-cuda120 is no longer shipped"  # with cuFFT and NPP, of which no node here asks anything
+warnings.filterwarnings("ignore", NEEDLESS)
 
 
 class UndecodableError(Exception):
@@ -84,7 +87,6 @@ class Graph:
             device_id=device.index if device.type == "cuda" else None,
             prefetch_queue_depth=depth,
         )
-        _remove_generated()
 
     def schedule(self) -> None:
         self._pipeline.schedule_run()
@@ -116,7 +118,7 @@ class Graph:
         return self.collect(batch)
 
     def _inputs(self, batch: Encoded) -> list[Any]:
-        """What DALI is fed: n encoded images, and five arguments a crop where it cuts."""
+        """What DALI is fed: n encoded images, and four arguments a crop where it cuts."""
         faults = list(map(_fault, batch.images, batch.sizes))
         self._faults.append(next(filter(None, faults), None))
         shown = [_blank(batch.sizes[i]) if fault else batch.images[i] for i, fault in enumerate(faults)]
@@ -132,11 +134,11 @@ def _fault(image: Any, size: NDArray[np.int64]) -> str | None:
     a box beyond the image.
     """
     try:
-        stream = nvimgcodec.CodeStream(image)
+        stream = CodeStream(image)
         found = stream.height, stream.width
     except RuntimeError as error:
         return f"does not decode: {error}"
-    return None if sorted(found) == sorted(size) else _of_another_size(found, size)  # EXIF may turn it
+    return None if sorted(found) == sorted(size) else _of_another_size(found, size.tolist())  # EXIF may turn it
 
 
 def _of_another_size(found: Sequence[int], size: Sequence[int]) -> str:
@@ -149,20 +151,13 @@ def _blank(size: NDArray[np.int64]) -> bytes:
     return b"P6 %d %d 255\n" % (width, height) + bytes(3 * height * width)
 
 
-def _remove_generated() -> None:
-    """DALI keeps what it makes of `define` in temporary files, which it removes when a process ends well, alone."""
-    for name, module in [*sys.modules.items()]:
-        if name.startswith("__autograph_generated_file") and module.__file__:
-            Path(module.__file__).unlink(missing_ok=True)
-
-
-@pipeline_def(enable_conditionals=True)  # it writes this function anew: the plainer, the better
+@pipeline_def
 def define(sizes: list[int], feed: Callable[[], list[Any]], device: str, hardware_jpeg: float) -> Any:
     """The images as they are when there are no sizes, else the crops; and the images' shapes.
 
     device: that decodes, cpu or mixed.
     """
-    encoded, *arguments = fn.external_source(source=feed, num_outputs=1 + 5 * len(sizes), batch=True)
+    encoded, *arguments = fn.external_source(source=feed, num_outputs=1 + 4 * len(sizes), batch=True)
     images = fn.decoders.image(
         encoded,
         device=device,
@@ -175,27 +170,30 @@ def define(sizes: list[int], feed: Callable[[], list[Any]], device: str, hardwar
 
 
 def crops_of(images: Any, arguments: Sequence[Any], sizes: list[int]) -> list[Any]:
-    """The part of the graph that cuts, flips and blurs: nodes of uint8 crops. arguments: `crop_arguments` as nodes."""
+    """The part of the graph that cuts, flips and blurs: nodes of uint8 crops. arguments: `crop_arguments` as nodes.
+
+    Where no blur was drawn the kernel changes nothing. To pass such crops by would cost a GPU more: its host waits
+    for each filter of a batch that was split by a condition, and copies crop by crop to join it again.
+    """
     pixels = []
     for k, size in enumerate(sizes):
-        start, end, blurred, across, down = arguments[5 * k : 5 * k + 5]
+        start, end, across, down = arguments[4 * k : 4 * k + 4]
         crop = fn.resize(images, roi_start=start, roi_end=end, size=[size, size], antialias=True)
-        if blurred:
-            # gaussian_blur takes 6 to 8 times as long on a CPU
-            crop = fn.filter(fn.filter(crop, across, border="clamp"), down, border="clamp")  # type: ignore[arg-type]
+        for kernel in (across, down):
+            crop = fn.filter(crop, kernel, border="clamp")  # type: ignore[arg-type]
         pixels.append(crop)
     return pixels
 
 
 def crop_arguments(draws: list[Draws], augment: AugmentSettings) -> list[Any]:
-    """Five of each crop, for `crops_of`. A box that is read from right to left comes out flipped."""
+    """Four of each crop, for `crops_of`. A box that is read from right to left comes out flipped."""
     radius = ceil(3 * augment.sigma[1])  # the same for all batches: a longer kernel may round otherwise
     arguments: list[Any] = []
     for crop in draws:
         start, end = crop.box[:, :2].astype(np.float32), (crop.box[:, :2] + crop.box[:, 2:]).astype(np.float32)
         start[crop.flip, 1], end[crop.flip, 1] = end[crop.flip, 1], start[crop.flip, 1]
         kernels = blur_kernels(crop.sigma, radius)
-        arguments += [start, end, crop.sigma > 0, kernels[:, None, :], kernels[:, :, None]]
+        arguments += [start, end, kernels[:, None, :], kernels[:, :, None]]
     return arguments
 
 
@@ -227,7 +225,10 @@ def _weights(length: int, device: torch.device) -> Tensor:
     return torch.from_numpy((philox(places, (0, 0))[0] | np.uint64(1)).astype(np.uint32).view(np.int32)).to(device)
 
 
-_FULL = re.compile(r"out of memory|CUDA allocation failed|cudaErrorMemoryAllocation|CUDA_ERROR_OUT_OF_MEMORY|bad_alloc")
+_FULL = re.compile(
+    r"out of memory|Can't allocate \d+ bytes on device|CUDA allocation failed|cudaErrorMemoryAllocation|"
+    "CUDA_ERROR_OUT_OF_MEMORY|bad_alloc"
+)
 _BROKEN = re.compile(r"CUDA (runtime |driver )?API error|cudaError|CUDA_ERROR")
 
 

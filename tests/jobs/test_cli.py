@@ -51,7 +51,8 @@ def test_a_site_that_does_not_exist_is_one_line_and_exit_code_2(capsys):
 
 
 def test_what_to_type_next_names_the_site_as_it_was_named(site, capsys, monkeypatch):
-    monkeypatch.setattr("jobs.submit.submit", lambda config, where, run, **_: Job(run, where.run_dir(run), "file:///r", "7"))
+    job = Job("first", Path("/shared/first"), "file:///runs/first", "7")
+    monkeypatch.setattr("jobs.submit.submit", lambda *_, **__: job)
     config = str(ROOT / "conf" / "demo.yaml")
     assert main(["submit", config, "--run", "first", "--site", site]) == 0
     assert f"make logs RUN=first SITE={site} FOLLOW=1, make status SITE={site}, make" in capsys.readouterr().out
