@@ -64,6 +64,12 @@ class Watch(pl.Callback):
         self._finish_step()
         self.module.stop = self.stopping is not None
 
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The host's part of the next batch, while a GPU works on this one."""
+        self._watchdog.now("data")
+        self.loader.prepare()
+        self._watchdog.now("step")
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
@@ -137,7 +143,7 @@ class Watch(pl.Callback):
                 preempted=int(session.request.preempted),
                 terminated=int(session.request.terminated),
             ),
-            wait_s=grown["batch_wait_s"],  # in this time: Lightning asks for a batch a step ahead
+            wait_s=grown["batch_wait_s"],  # in this time, for the batch of the next step
         )
 
     def _finish_step(self) -> None:

@@ -121,6 +121,8 @@ class Loader:
         self._reader, self._augment, self._seed, self._settings = reader, augment, seed, settings
         self._graph_type = graph
         self._next_step, self._end_step = start_step, end_step
+        self._length = end_step - start_step
+        self._prepared: Batch | None = None
         self._sizes = [crop.size for crop in augment.crops for _ in range(crop.count)]
         self._device = device_of(settings.device)
         self._pending: deque[Work] = deque()  # scheduled, not yet asked for
@@ -149,10 +151,24 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         return self
 
+    def __len__(self) -> int:
+        """How many batches there are in all. Lightning, which is told, asks for none before its turn."""
+        return self._length
+
     def __next__(self) -> Batch:
-        started = time.perf_counter()
-        if self._next_step == self._end_step and not self._pending:
+        self.prepare()
+        batch, self._prepared = self._prepared, None
+        if batch is None:
             raise StopIteration
+        return batch
+
+    def prepare(self) -> None:
+        """Make the next batch, if there is one, before it is asked for: while a GPU is busy with a step."""
+        if self._prepared is None and (self._pending or self._next_step < self._end_step):
+            self._prepared = self._make()
+
+    def _make(self) -> Batch:
+        started = time.perf_counter()
         graph = self._graph or self._open()
         work = self._pending.popleft()
         crops = self._collect(graph, work)
@@ -166,7 +182,7 @@ class Loader:
 
     def close(self) -> None:
         """Let go of DALI's threads and buffers; the reader is its owner's to close."""
-        self._graph = self._spare = self._host = None
+        self._graph = self._spare = self._host = self._prepared = None
         self._pending.clear()
         self._replay.clear()
 

@@ -93,6 +93,7 @@ class Watchdog:
         self._patience, self._leave = {**patience, "start": settings.start_s}, leave
         self._step, self._at = 0, "start"
         self._moved = self._excused = time.monotonic()
+        self._ended: float | None = None  # when the last step has
         self._seconds: deque[float] = deque(maxlen=100)
         self._number = 0
         self._closed = threading.Event()
@@ -102,16 +103,16 @@ class Watchdog:
     def step(self, number: int) -> None:
         """A step has ended; the rank is at the next one."""
         now = time.monotonic()
-        if self._at == "step":
-            self._seconds.append(now - self._moved)
-        self._step, self._at, self._moved = number, "step", now
+        if self._ended is not None:
+            self._seconds.append(now - self._ended)
+        self._step, self._at, self._moved, self._ended = number, "step", now, now
 
     def now(self, at: str) -> None:
-        """From here on the rank is at something that takes its own time, until the next step ends.
+        """From here on the rank is at something that takes its own time, until it is at something else.
 
-        The first step is part of the start.
+        The first step, with its data, is part of the start.
         """
-        if (self._at, at) != ("start", "step"):
+        if self._at != "start" or at not in ("step", "data"):
             self._at, self._moved = at, time.monotonic()
 
     def close(self) -> None:

@@ -152,6 +152,21 @@ def test_one_bit_of_a_crop_changes_its_samples_digest_alone(straight: list[Batch
     assert (digests(before) != digests(after)).nonzero().flatten().tolist() == [5]
 
 
+def test_a_batch_that_was_prepared_is_handed_out_in_its_turn(tiles: list[bytes], straight: list[Batch]) -> None:
+    loader = Loader(MemoryReader(tiles, sizes_of(tiles)), AUGMENT, SEED, 1, STEPS, CPU)
+    assert len(loader) == STEPS - 1
+    batches = []
+    loader.prepare()
+    loader.prepare()  # it has one already
+    for batch in loader:
+        batches.append(batch)
+        waited = loader.counters["batch_wait_s"]
+        loader.prepare()  # after the last one there is none
+        assert (loader.counters["batch_wait_s"] > waited) == (batch.step < STEPS - 1)
+    assert all(map(same, batches, straight[1:]))
+    assert len(batches) == len(loader)
+
+
 def test_undecodable_samples_are_replaced_as_if_the_reader_had_known_them(tiles: list[bytes]) -> None:
     """Every kind of damage, alone and together, two batches in a row, and a replacement that is bad as well."""
     sizes, damaged = sizes_of(tiles), list(tiles)

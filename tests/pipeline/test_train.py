@@ -23,6 +23,7 @@ from pipeline.batchnorm import GroupBatchNorm
 from pipeline.commit import Place
 from pipeline.config import Config
 from pipeline.journal import read_events, read_metrics
+from pipeline.loader import Loader
 from pipeline.module import Net, SwAV
 from pipeline.ranks import Ranks
 from pipeline.regnet import RegNet
@@ -84,6 +85,35 @@ def test_every_save_is_made_while_lightning_holds_the_weights_on_their_device(ti
     (seen,) = distributed.run(1, statuses_at_saves, values, str(tmp_path / "first"))
     assert seen == [TrainerStatus.RUNNING.value] * 3  # steps 5, 10 and 12
     assert len(Store(f"{values['store']}/first").list("checkpoints/step-000000012-a1")) > 2
+
+
+def order_of_a_step(rank: int, values: dict[str, Any], folder: str) -> list[str]:
+    """What is done in the third step, up to the batch of the fourth."""
+    done = list[str]()
+
+    def noted(kind: type, name: str, what: str) -> None:
+        original = getattr(kind, name)
+        setattr(kind, name, lambda self, *args, **more: done.append(what) or original(self, *args, **more))
+
+    noted(Net, "finish_backward", "backward")
+    noted(Loader, "_make", "batch")
+    noted(torch.optim.AdamW, "step", "optimizer")
+    noted(Net, "forward", "forward")
+    launch = Launch(folder, f"{values['store']}/first", 0, 0, 1, 1, "127.0.0.1", 0)
+    session = Session(Config.model_validate(values), launch, StopRequest())
+    with closing(session.watchdog):
+        assert session.train() == "finished"
+    steps = " ".join(done).split("forward")
+    assert len(steps) == 13
+    return steps[3].split()
+
+
+@pytest.mark.slow
+def test_the_next_batch_is_made_between_backward_and_the_optimizers_step(tiles: str, tmp_path: Path) -> None:
+    """There a GPU still works on what it has been given, and the host has nothing else to do."""
+    values = config(tiles, tmp_path) | {"optim": {"name": "adamw", "lr": 0.001}}
+    (done,) = distributed.run(1, order_of_a_step, values, str(tmp_path / "first"))
+    assert done == ["batch", "backward", "optimizer"]
 
 
 def garbage_of_a_rank(rank: int, values: dict[str, Any], folder: str) -> tuple[bool, int]:

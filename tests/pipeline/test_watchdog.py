@@ -158,7 +158,8 @@ def test_a_run_that_never_takes_its_first_step_hangs(watched: Watched) -> None:
 
 def test_the_first_step_has_the_time_of_a_start_to_its_end(watched: Watched) -> None:
     (only,) = watched.start(1, WatchdogSettings(floor_s=0.1, start_s=20.0, beat_s=0.1))
-    only.now("step")  # as the trainer says before each step
+    for at in ("step", "data", "step"):  # as the trainer says of each step
+        only.now(at)
     assert wait_until(lambda: watched.beats() > 15, DEADLINE_S)  # ten times the floor
     assert watched.hangs == {}
 
