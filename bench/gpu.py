@@ -98,9 +98,9 @@ def decoding(work: list[Encoded], device: torch.device, share: float | None) -> 
 
 def cutting(work: list[Encoded], device: torch.device, _: float | None) -> Callable[[], object]:
     """Crops"""
-    decoded: list[Any] = [np.array(Image.open(io.BytesIO(image))) for image in work[0].images]
+    decoded: Any = np.stack([Image.open(io.BytesIO(image)) for image in work[0].images])
     if device.type == "cuda":
-        decoded = [torch.from_numpy(image).to(device) for image in decoded]
+        decoded = torch.from_numpy(decoded).to(device)  # as one: a list would be copied image by image
     fed, asked = cycle(work), cycle(work)
     graph = cut_graph(decoded, lambda: crop_arguments(next(fed).draws, AUGMENT), **options(device))
 
@@ -112,8 +112,8 @@ def cutting(work: list[Encoded], device: torch.device, _: float | None) -> Calla
 
 
 @pipeline_def
-def cut_graph(decoded: list[Any], arguments: Callable[[], list[Any]]) -> Any:
-    place = "cpu" if isinstance(decoded[0], np.ndarray) else "gpu"
+def cut_graph(decoded: Any, arguments: Callable[[], list[Any]]) -> Any:
+    place = "cpu" if isinstance(decoded, np.ndarray) else "gpu"
     images = fn.external_source(source=lambda: decoded, batch=True, device=place)
     nodes = fn.external_source(source=arguments, num_outputs=4 * len(SIZES), batch=True)
     return tuple(crops_of(images, nodes, SIZES))
