@@ -390,6 +390,22 @@ def test_a_gpu_makes_nearly_the_crops_of_a_cpu_and_outlives_garbage(tiles: list[
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_batch_that_was_made_while_the_gpu_had_work_was_not_waited_for(tiles: list[bytes]) -> None:
+    settings, matrix = LoaderSettings(device="cuda"), torch.randn(8192, 8192, device="cuda")
+    loader = Loader(MemoryReader(tiles, sizes_of(tiles)), AUGMENT, SEED, 0, STEPS, settings)
+    next(loader)
+    waited = []
+    for kernels in (0, 100, 0):  # a hundred take some seconds
+        torch.cuda.synchronize()
+        for _ in range(kernels):
+            matrix @ matrix
+        before = loader.counters["batch_wait_s"]
+        next(loader)
+        waited.append(loader.counters["batch_wait_s"] > before)
+    assert waited == [True, False, True]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_jpeg_engine_of_a_gpu_gives_the_same_crops_while_a_long_kernel_runs(tiles: list[bytes]) -> None:
     """The engine has been seen to write when it is called and not when its stream gets there."""
     sizes, matrix = sizes_of(tiles), torch.randn(8192, 8192, device="cuda")
