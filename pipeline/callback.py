@@ -39,6 +39,7 @@ class Watch(pl.Callback):
         self.stopping: Outcome | None = None
         self._found = found
         self._quarantine = found.extra["quarantine"] if found else []
+        self._told = 0  # of the loader's bad samples, how many are in it
         self._skipped = 0
         self._started = time.perf_counter()
         self._last: tuple[StepResult, dict[str, Any]] | None = None
@@ -113,10 +114,11 @@ class Watch(pl.Callback):
         Its quarantine: the bad samples that this attempt began with, and those that any rank has found since.
         """
         self._finish_step()
-        session, bad = self.session, [[b.id, b.step, b.reason] for b in self.loader.bad]
-        found = [entry for of_rank in session.ranks.exchange(bad) for entry in of_rank]
-        quarantine = sorted({tuple(entry) for entry in (*self._quarantine, *found)})
-        extra = {"quarantine": quarantine, "removed": session.removed.hash}
+        session, new = self.session, [[b.id, b.step, b.reason] for b in self.loader.bad[self._told :]]
+        self._told += len(new)
+        found = [entry for of_rank in session.ranks.exchange(new) for entry in of_rank]
+        self._quarantine = sorted({tuple(entry) for entry in (*self._quarantine, *found)})
+        extra = {"quarantine": self._quarantine, "removed": session.removed.hash}
         session.checkpoints.save(self.module.step, self.module.state(), extra)
 
     def _begin(self, result: StepResult, batch: Batch) -> None:

@@ -306,14 +306,16 @@ def retain(store: Store, newest: Place, fingerprint: str, keep: Retention, damag
 
 def _superfluous(store: Store, checkpoints: Survey, newest: Place, fingerprint: str, keep: Retention,
                  damaged: set[Place], busy: set[Place]) -> list[Place]:  # fmt: skip
-    existing = committed(checkpoints)
-    ours = [place for place in existing if place not in damaged and place.attempt <= newest.attempt]
-    ours = [place for place in ours if _has_fingerprint(store, place, fingerprint)]
+    existing, stays = committed(checkpoints), keep.for_ever(store)
+    ours = list[Place]()  # of those that stay for ever, of which there are more and more, only what is among the last
+    for place in existing:
+        counts = place not in damaged and place.attempt <= newest.attempt
+        needed = len(ours) < keep.last or not stays(place)
+        if counts and needed and _has_fingerprint(store, place, fingerprint):
+            ours.append(place)
     uncommitted = [place for place in checkpoints if place not in existing and place not in busy]
     abandoned = [place for place in uncommitted if place.attempt < newest.attempt or place < newest]
-    old = ours[keep.last :]
-    stays = keep.for_ever(store) if old else bool
-    candidates = {*(place for place in old if not stays(place)), *abandoned}
+    candidates = {*ours[keep.last :], *abandoned}
     return sorted(place for place in candidates if place.attempt <= newest.attempt)
 
 

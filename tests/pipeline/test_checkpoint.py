@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from data_shards.errors import BadHost, UserError
 from data_shards.store import Denied, Store, StoreError, Unavailable
-from pipeline import sender
+from pipeline import commit, sender
 from pipeline.checkpoint import Checkpointer, CheckpointSettings, order_for
-from pipeline.commit import File, Manifest, NoRoom, Part
+from pipeline.commit import File, Manifest, NoRoom, Part, Place, Retention
 from pipeline.snapshot import deal
 from pipeline.weights import point
 from tests.pipeline.distributed import run
@@ -374,6 +374,18 @@ def test_every_mth_and_those_that_were_evaluated_stay_for_ever(tmp_path: Path) -
     for step in range(1, 8):
         attempt.commit(step)
     until(lambda: folders(tmp_path) == [f"step-00000000{step}-a1" for step in (2, 4, 6, 7)])
+
+
+def test_what_stays_for_ever_is_not_read_again_at_each_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempt, looked = Attempt(tmp_path, keep=2, keep_every=1), list[int]()
+    for step in range(1, 8):
+        attempt.commit(step)
+    attempt.checkpoints.tidy(20)
+    read = commit.read_manifest
+    monkeypatch.setattr(commit, "read_manifest", lambda store, place: looked.append(place.step) or read(store, place))
+    commit.retain(attempt.store, Place(7, 1), "f1", Retention(2, 1), set(), set(), fence=lambda: None)
+    assert looked == [7, 6]
+    assert len(folders(tmp_path)) == 7
 
 
 def test_a_deletion_that_fails_is_told_and_done_after_the_next_save(tmp_path: Path) -> None:

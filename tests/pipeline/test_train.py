@@ -183,6 +183,27 @@ def quarantines(rank: int, values: dict[str, Any], folder: str) -> list[Any]:
     return [known.extra["quarantine"], second.ranks.told, last.extra["quarantine"]]
 
 
+def told_by_saves(rank: int, values: dict[str, Any], folder: str) -> list[Any]:
+    """What is exchanged at the saves of a run that finds a bad image at its first step, and its last quarantine."""
+    launch = Launch(folder, f"{values['store']}/once", 0, 0, 1, 1, "127.0.0.1", 0)
+    session = Session(Config.model_validate(values), launch, StopRequest())
+    session.ranks = recording = Recording(0, 1, None)
+    with closing(session.watchdog):
+        assert session.train() == "finished"
+    last = session.checkpoints.newest()
+    assert last is not None
+    return [recording.told, last.extra["quarantine"]]
+
+
+@pytest.mark.slow
+def test_a_bad_sample_is_told_to_the_other_ranks_at_one_save_and_kept_by_all(tiles: str, tmp_path: Path) -> None:
+    values = config(tiles, tmp_path)
+    values["data"]["url"], sample = spoilt(tiles, tmp_path / "spoilt", values)
+    ((told, last),) = distributed.run(1, told_by_saves, values, str(tmp_path / "once"))
+    assert [[entry[0] for entry in save] for save in told] == [[sample], [], []]  # at steps 5, 10 and 12
+    assert [entry[0] for entry in last] == [sample]
+
+
 def spoilt(tiles: str, folder: Path, values: dict[str, Any]) -> tuple[str, int]:
     """A copy of the set in which an image of the first step is damaged, and its id."""
     shutil.copytree(tiles.removeprefix("file://"), folder)
