@@ -10,8 +10,13 @@ import re
 import struct
 import zlib
 from collections.abc import Iterator
+from itertools import takewhile
 
 _ORIENTATION, _SHORT = 0x0112, 3
+# What DALI's parser looks at besides, texts and numbers (with how many bytes they take): where one of them lies beyond
+# the end, it reads nothing at all.
+_TEXTS = {0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x8298}
+_NUMBERS = {0x011A: 8, 0x011B: 8, 0x013E: 16, 0x013F: 48, 0x0211: 24, 0x0214: 48}
 _EOI, _SOS = 0xD9, 0xDA
 _NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # in coded data, which escapes its own 0xFF by 0x00
 _PNG_KEPT = {b"IHDR", b"PLTE", b"tRNS", b"gAMA", b"cHRM", b"sRGB", b"iCCP", b"cICP", b"sBIT", b"pHYs", b"IDAT", b"IEND"}
@@ -25,10 +30,10 @@ def orientation(data: bytes, kind: str) -> tuple[int, bool]:
     kind: Pillow's name of the format.
     """
     blocks = list(_blocks(data, kind))
-    found = _entry(blocks[0]) if blocks else (_SHORT, 1)
-    if found is None:
-        return 1, False
-    return (found[1] if found[1] in range(1, 9) else 1), len(blocks) < 2 and found[0] == _SHORT
+    if not blocks:
+        return 1, not (kind == "WEBP" and _webp_says_exif(data))
+    turned, agreed = _turned(blocks[0])
+    return turned, agreed and len(blocks) == 1 and not (kind == "WEBP" and _is_behind_an_odd_chunk(data))
 
 
 def without_exif(data: bytes, kind: str, turned: int) -> bytes:
@@ -68,29 +73,44 @@ def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 def _blocks(data: bytes, kind: str) -> Iterator[bytes]:
     """The TIFFs that EXIF consists of."""
     if kind in ("JPEG", "MPO"):
-        found = (data[start + 4 : end] for marker, start, end in jpeg_segments(data) if marker == 0xE1)
+        head = takewhile(lambda segment: segment[0] != _SOS, jpeg_segments(data))  # nobody looks behind a scan
+        found = (data[start + 4 : end] for marker, start, end in head if marker == 0xE1)
         yield from (block[6:] for block in found if block.startswith(b"Exif\0\0"))
     elif kind == "PNG":
-        yield from (data[start + 8 : end - 4] for name, start, end in _png_chunks(data) if name == b"eXIf")
-    elif kind == "WEBP":
-        found = (data[start + 8 : end] for name, start, end in _webp_chunks(data) if name == b"EXIF")
+        yield from (data[start + 8 : end - 4] for name, start, end in png_chunks(data) if name == b"eXIf")
+    elif kind == "WEBP" and _webp_says_exif(data):  # else nobody looks for it
+        found = (data[start + 8 : end] for name, start, end in webp_chunks(data) if name == b"EXIF")
         yield from (block.removeprefix(b"Exif\0\0") for block in found)
 
 
-def _entry(block: bytes) -> tuple[int, int] | None:
-    """Type and value of the orientation in a TIFF; the usual one where it has none; None where it is broken."""
+def _turned(block: bytes) -> tuple[int, bool]:
+    """The orientation in a TIFF, the usual one where it has none or is broken, and whether all decoders read it so."""
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(block[:4])
-    found = (_SHORT, 1)
+    found, agreed = list[int](), True
     try:
         (at,) = struct.unpack_from(f"{order}I", block, 4)
         (count,) = struct.unpack_from(f"{order}H", block, at)
-        for number in range(count):
-            tag, kind, _, value, _ = struct.unpack_from(f"{order}HHIHH", block, at + 2 + 12 * number)
+        for entry in range(at + 2, at + 2 + 12 * count, 12):
+            tag, kind, length, value, _ = struct.unpack_from(f"{order}HHIHH", block, entry)
             if tag == _ORIENTATION:
-                found = kind, value
+                found.append(value)
+                agreed &= kind == _SHORT
+            elif tag in _NUMBERS or (tag in _TEXTS and length > 4):
+                (place,) = struct.unpack_from(f"{order}I", block, entry + 8)
+                agreed &= place + _NUMBERS.get(tag, length) <= len(block)
     except struct.error:  # also when a directory has fewer entries than it says
-        return None
-    return found
+        return 1, False
+    return (found[-1] if found and found[-1] in range(1, 9) else 1), agreed and len(found) < 2
+
+
+def _webp_says_exif(data: bytes) -> bool:
+    return data[12:16] == b"VP8X" and len(data) > 20 and bool(data[20] & _WEBP_HAS_EXIF)
+
+
+def _is_behind_an_odd_chunk(data: bytes) -> bool:
+    """Whether EXIF in a WebP is: DALI's parser does not pass over the byte that fills such a one up."""
+    before = takewhile(lambda chunk: chunk[0] != b"EXIF", webp_chunks(data))
+    return any(struct.unpack_from("<I", data, start + 4)[0] % 2 for _, start, _ in before)
 
 
 def _only_orientation(turned: int) -> bytes:
@@ -115,7 +135,7 @@ def _jpeg(data: bytes, exif: bytes) -> Iterator[bytes]:
 
 def _png(data: bytes, exif: bytes) -> Iterator[bytes]:
     name = b""
-    for name, start, end in _png_chunks(data):
+    for name, start, end in png_chunks(data):
         if name in _PNG_KEPT:
             yield data[start:end]
         if name == b"IHDR" and exif:
@@ -124,26 +144,28 @@ def _png(data: bytes, exif: bytes) -> Iterator[bytes]:
         raise ValueError("PNG without its end")
 
 
-def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Name, start and end of each, also of one whose end lies beyond the file's."""
     at, name = 8, b""
-    while at + 12 <= len(data) and name != b"IEND":
+    while at + 8 <= len(data) and name != b"IEND":
         size, name = struct.unpack_from(">I4s", data, at)
         yield name, at, at + 12 + size
         at += 12 + size
 
 
 def _webp(data: bytes, exif: bytes) -> Iterator[bytes]:
-    for name, start, end in _webp_chunks(data):
+    for name, start, end in webp_chunks(data):
         if name == b"VP8X":
             flags = data[start + 8] & ~(_WEBP_HAS_EXIF | _WEBP_HAS_XMP) | (_WEBP_HAS_EXIF if exif else 0)
             yield data[start : start + 8] + bytes([flags]) + data[start + 9 : end]
+            if exif:  # before any chunk of odd length, see above
+                yield b"EXIF" + struct.pack("<I", len(exif)) + exif
         elif name in _WEBP_KEPT:
             yield data[start:end]
-    if exif:
-        yield b"EXIF" + struct.pack("<I", len(exif)) + exif
 
 
-def _webp_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+def webp_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """The same of a WebP."""
     at = 12
     while at + 8 <= len(data):
         name, size = struct.unpack_from("<4sI", data, at)

@@ -3,9 +3,9 @@ not trusted.
 
 Limits on bytes and pixels are checked before anything is decoded; then the image is decoded once, in full. What passes
 is stored as it came: DALI and Pillow gave equal pixels and sizes, EXIF orientation applied, for each kind that is
-accepted so. Others are converted: what is lossy already (AVIF, JPEG 2000) to JPEG, the rest (GIF, PNM, TIFF of unusual
-modes) to PNG. EXIF that decoders read differently is dropped but for the orientation. One that stands in XMP alone is
-not applied, as it is not by DALI.
+accepted so. Others are converted: what is lossy already (AVIF, JPEG 2000) to JPEG, the rest (GIF, BMP, PNM, TIFF of
+unusual modes) to PNG. EXIF that decoders read differently is dropped but for the orientation. One that stands in XMP
+alone is not applied, as it is not by DALI.
 """
 
 import hashlib
@@ -24,8 +24,8 @@ from data_shards.phash import eight_bits, perceptual_hash
 from data_shards.section import Section
 
 # What Pillow calls a format, and the extension that stands for it in a shard. MPO: a JPEG with more pictures behind it.
-KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif"}
-CONVERTED = {"GIF": "PNG", "PPM": "PNG", "AVIF": "JPEG", "JPEG2000": "JPEG"}
+KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "TIFF": "tif"}
+CONVERTED = {"GIF": "PNG", "BMP": "PNG", "PPM": "PNG", "AVIF": "JPEG", "JPEG2000": "JPEG"}
 JPEG_QUALITY = 90  # of what is encoded here
 JPEG_SCANS = 256  # DALI's limit too: each scan of a progressive JPEG costs a pass over all pixels
 PILLOW_MAX_PIXELS = 178_956_970  # above, Pillow itself refuses
@@ -145,6 +145,8 @@ def _target(image: Image.Image, rules: Rules) -> str | None:
         return "JPEG"
     if kind == "TIFF" and (rules.drop_exif or image.mode not in _TIFF_KEPT):
         return "PNG"
+    if kind == "JPEG" and image.mode == "CMYK" and "adobe_transform" not in image.info:
+        return "JPEG"  # without Adobe's mark decoders do not agree on which end of a channel is ink
     return CONVERTED.get(kind)
 
 

@@ -26,6 +26,8 @@ from nvidia.nvimgcodec import CodeStream
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from data_shards.exif import orientation
+from data_shards.kinds import kind_of
 from pipeline.augment import AugmentSettings, Draws, blur_kernels, philox
 from pipeline.crops import from_crops, from_images
 
@@ -44,7 +46,7 @@ class Encoded:
     images: bytes. sizes: (n, 2), heights and widths as they should be. draws: one a crop, equal sizes side by side.
     """
 
-    images: Sequence[Any]
+    images: Sequence[bytes]
     sizes: NDArray[np.int64]
     draws: list[Draws]
 
@@ -126,19 +128,32 @@ class Graph:
         return [encoded, *(crop_arguments(batch.draws, self._augment) if self._dali_cuts else [])]
 
 
-def _fault(image: Any, size: NDArray[np.int64]) -> str | None:
-    """What is wrong with an image by its header, as the parser reads it that DALI asks too; 10 us.
+def _fault(image: bytes, size: NDArray[np.int64]) -> str | None:
+    """What is wrong with an image by its header, as the parser reads it that DALI asks too; 20 us.
 
     DALI must not meet such a one. In a batch of 32 images or more, whose headers it reads in several threads, one that
     it cannot read ends the process (2.4: the error leaves the frame that the other threads still work on), and so does
     a box beyond the image.
     """
+    kind = kind_of(image)
+    if kind is None:
+        return "does not decode: no whole file of a kind that is packed"
     try:
         stream = CodeStream(image)
-        found = stream.height, stream.width
-    except RuntimeError as error:
+        found, channels, samples = (stream.height, stream.width), stream.num_channels, str(stream.dtype)
+    except (RuntimeError, TypeError) as error:  # the latter: of samples of no known type
         return f"does not decode: {error}"
-    return None if sorted(found) == sorted(size) else _of_another_size(found, size.tolist())  # EXIF may turn it
+    if not channels or samples not in ("uint8", "uint16"):
+        return f"does not decode: {channels} channels of {samples}"
+    if found == (wanted := tuple(size.tolist())) or (found[::-1] == wanted and _is_turned(image, kind)):
+        return None
+    return _of_another_size(found, wanted)
+
+
+def _is_turned(image: bytes, kind: str) -> bool:
+    """Whether DALI shows the picture with its sides exchanged."""
+    turned, agreed = orientation(image, kind)
+    return kind == "TIFF" or (turned >= 5 and agreed)  # a TIFF's orientation is no EXIF
 
 
 def _of_another_size(found: Sequence[int], size: Sequence[int]) -> str:

@@ -63,7 +63,6 @@ ACCEPTED: list[tuple[str, Callable[[], bytes], str]] = [
     ("PNG with a palette", lambda: encoded("PNG", picture(mode="P")), "png"),
     ("PNG with alpha", lambda: encoded("PNG", picture(mode="RGBA")), "png"),
     ("WebP", lambda: encoded("WEBP"), "webp"),
-    ("BMP", lambda: encoded("BMP"), "bmp"),
     ("TIFF", lambda: encoded("TIFF"), "tif"),
     ("TIFF by LZW", lambda: encoded("TIFF", compression="tiff_lzw"), "tif"),
 ]
@@ -251,7 +250,23 @@ def small_photo(mode: str = "RGB") -> Image.Image:
     return photographs()[1].resize((64, 40)).convert(mode)
 
 
+def bmp_of_16_bits() -> bytes:
+    """Five bits a channel, as `BI_RGB` has them, which nvimgcodec takes for an image of no channel."""
+    pixels = np.random.default_rng(0).integers(0, 2**15, (40, 64)).astype("<u2").tobytes()
+    header = struct.pack("<IiiHHIIiiII", 40, 64, 40, 1, 16, 0, len(pixels), 0, 0, 0, 0)
+    return b"BM" + struct.pack("<IHHI", 54 + len(pixels), 0, 0, 54) + header + pixels
+
+
+def cmyk_without_adobes_mark() -> bytes:
+    data = encoded("JPEG", small_photo("CMYK"))
+    at = data.index(b"\xff\xee")
+    return data[:at] + data[at + 16 :]
+
+
 CONVERSIONS: list[tuple[str, Callable[[], bytes], str]] = [
+    ("BMP", lambda: encoded("BMP", small_photo()), "png"),
+    ("BMP of 16 bits", bmp_of_16_bits, "png"),
+    ("CMYK JPEG without Adobe's mark", cmyk_without_adobes_mark, "jpg"),
     ("AVIF", lambda: encoded("AVIF", small_photo()), "jpg"),
     ("JPEG 2000", lambda: encoded("JPEG2000", small_photo()), "jpg"),
     ("PPM", lambda: encoded("PPM", small_photo()), "png"),
@@ -391,6 +406,32 @@ def jpeg_with(*blocks: bytes) -> bytes:
     return data[:2] + b"".join(segments) + data[2:]
 
 
+def jpeg_with_exif_behind_its_scan() -> bytes:
+    data, one = encoded("JPEG", small_photo()), block(6)
+    return data[:-2] + b"\xff\xe1" + struct.pack(">H", 8 + len(one)) + b"Exif\0\0" + one + data[-2:]
+
+
+def block_with_a_make(orientation: int, at: int) -> bytes:
+    """EXIF of which the maker's name lies at a place of it."""
+    make = struct.pack(">HHIHH", 0x010F, 2, 8, 0, at)
+    turned = struct.pack(">HHIHH", 0x0112, 3, 1, orientation, 0)
+    return struct.pack(">2sHIH", b"MM", 42, 8, 2) + make + turned + bytes(4) + b"Makers\0\0"
+
+
+def twice(orientation: int) -> bytes:
+    entry = struct.pack(">HHIHH", 0x0112, 3, 1, orientation, 0)
+    return struct.pack(">2sHIH", b"MM", 42, 8, 2) + entry * 2 + bytes(4)
+
+
+def webp_with(exif: bytes | None, says: bool, odd: bool) -> bytes:
+    """With EXIF, or a word that there is some, behind a chunk of odd length or an even one."""
+    data = encoded("WEBP", small_photo(), exif=block(1), icc_profile=bytes(131 if odd else 130))
+    head, chunks = bytearray(data[12:30]), data[30 : data.index(b"EXIF")]
+    head[8] = head[8] & ~0x08 | (0x08 if says else 0)
+    body = b"WEBP" + head + chunks + (b"" if exif is None else b"EXIF" + struct.pack("<I", len(exif)) + exif)
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
 def png_with(block: bytes, before: bytes) -> bytes:
     data = encoded("PNG", small_photo())
     at = data.index(before) - 4
@@ -413,6 +454,14 @@ UNUSUAL_EXIF: list[tuple[str, Callable[[], bytes], int, bool]] = [
     ("PNG, before the pixels", lambda: png_with(block(6), b"IDAT"), 6, False),
     ("PNG, behind the pixels", lambda: png_with(block(6), b"IEND"), 6, False),
     ("WebP", lambda: encoded("WEBP", small_photo(), exif=block(6)), 6, False),
+    ("a maker's name", lambda: jpeg_with(block_with_a_make(6, at=38)), 6, False),
+    ("a maker's name beyond its end", lambda: jpeg_with(block_with_a_make(6, at=39)), 6, True),
+    ("two orientations", lambda: jpeg_with(twice(6)), 6, True),
+    ("behind the scan", jpeg_with_exif_behind_its_scan, 1, False),
+    ("WebP, behind an even chunk", lambda: webp_with(block(6), says=True, odd=False), 6, False),
+    ("WebP, behind an odd chunk", lambda: webp_with(block(6), says=True, odd=True), 6, True),
+    ("WebP that says nothing of it", lambda: webp_with(block(6), says=False, odd=False), 1, False),
+    ("WebP that says there is some", lambda: webp_with(None, says=True, odd=False), 1, True),
 ]
 
 

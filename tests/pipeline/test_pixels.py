@@ -1,6 +1,7 @@
 """Batches as large as those of a real run, of which one image is no image."""
 
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -29,6 +30,13 @@ UNREADABLE = {
     "a JPEG's first bytes": JPEG[:60],
     "a PNG's first bytes": encode("PNG")[:20],
     "a GIF": encode("GIF"),
+    "a BMP of no channel": b"BM"
+    + struct.pack("<IHHI", 54 + 2 * HEIGHT * WIDTH, 0, 0, 54)
+    + struct.pack("<IiiHHIIiiII", 40, WIDTH, HEIGHT, 1, 16, 0, 2 * HEIGHT * WIDTH, 0, 0, 0, 0)
+    + bytes(2 * HEIGHT * WIDTH),
+    "a JPEG 2000": encode("JPEG2000"),  # whose parser some files end the process in
+    "a PNG of a chunk that would be 2 GB": encode("PNG")[:33] + b"\x7f\xff\xff\xffIDAT" + encode("PNG")[41:],
+    "a WebP of a chunk that would be 2 GB": encode("WEBP")[:16] + b"\xfe\xff\xff\x7f" + encode("WEBP")[20:],
 }
 
 
@@ -59,6 +67,14 @@ def test_an_image_without_a_header_fails_its_batch_and_no_other(kind: str, dali_
         graph.schedule()
         (crops,) = graph.collect(whole)
         assert torch.equal(crops, first)
+
+
+@pytest.mark.parametrize("dali_cuts", [False, True])
+def test_a_picture_that_the_index_has_turned_and_dali_does_not_fails_its_batch(dali_cuts: bool) -> None:
+    """Boxes would lie beyond it."""
+    graph = Graph(AUGMENT, [16], 1, torch.device("cpu"), dali_cuts=dali_cuts)
+    with pytest.raises(UndecodableError, match=f"^decodes to {HEIGHT} x {WIDTH} pixels, not {WIDTH} x {HEIGHT}$"):
+        graph.run(encoded([JPEG], (WIDTH, HEIGHT)))
 
 
 def test_no_size_that_an_index_says_makes_an_image_of_what_is_none() -> None:
