@@ -32,7 +32,7 @@ def orientation(data: bytes, kind: str) -> tuple[int, bool]:
     blocks = list(_blocks(data, kind))
     if not blocks:
         return 1, not (kind == "WEBP" and _webp_says_exif(data))
-    turned, agreed = _turned(blocks[0])
+    turned, agreed = turned_by(blocks[0])
     return turned, agreed and len(blocks) == 1 and not (kind == "WEBP" and _is_behind_an_odd_chunk(data))
 
 
@@ -83,8 +83,11 @@ def _blocks(data: bytes, kind: str) -> Iterator[bytes]:
         yield from (block.removeprefix(b"Exif\0\0") for block in found)
 
 
-def _turned(block: bytes) -> tuple[int, bool]:
-    """The orientation in a TIFF, the usual one where it has none or is broken, and whether all decoders read it so."""
+def turned_by(block: bytes) -> tuple[int, bool]:
+    """The orientation in a TIFF, as EXIF is one; the usual one where it has none or is broken.
+
+    And whether all decoders read it so, where it is EXIF.
+    """
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(block[:4])
     found, agreed = list[int](), True
     try:

@@ -26,7 +26,7 @@ from nvidia.nvimgcodec import CodeStream
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from data_shards.exif import orientation
+from data_shards.exif import orientation, turned_by
 from data_shards.kinds import kind_of
 from pipeline.augment import AugmentSettings, Draws, blur_kernels, philox
 from pipeline.crops import from_crops, from_images
@@ -77,7 +77,7 @@ class Graph:
         self._augment, self._device = augment, device
         self._dali_cuts = dali_cuts or device.type == "cuda"
         self._single: list[Encoded] = []
-        self._faults: deque[str | None] = deque()  # of each batch in work: what one of its headers is wrong in
+        self._faults: deque[str | None] = deque()  # of each batch in work: what is wrong with a header
         self._pool = ThreadPoolExecutor(threads) if threads > 1 and not self._dali_cuts else None
         self._pipeline: Any = define(
             sizes if self._dali_cuts else [],
@@ -152,8 +152,8 @@ def _fault(image: bytes, size: NDArray[np.int64]) -> str | None:
 
 def _is_turned(image: bytes, kind: str) -> bool:
     """Whether DALI shows the picture with its sides exchanged."""
-    turned, agreed = orientation(image, kind)
-    return kind == "TIFF" or (turned >= 5 and agreed)  # a TIFF's orientation is no EXIF
+    turned, agreed = (turned_by(image)[0], True) if kind == "TIFF" else orientation(image, kind)
+    return turned >= 5 and agreed
 
 
 def _of_another_size(found: Sequence[int], size: Sequence[int]) -> str:

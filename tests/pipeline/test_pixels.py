@@ -2,6 +2,7 @@
 
 import io
 import struct
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +17,9 @@ AUGMENT = AugmentSettings(crops=(CropSettings(size=16, count=1, scale=(0.3, 1.0)
 MANY, HEIGHT, WIDTH = 256, 50, 60  # DALI reads the headers of 32 and more in several threads
 
 
-def encode(kind: str) -> bytes:
+def encode(kind: str, **options: Any) -> bytes:
     photo = Image.fromarray(photographs.astronaut()).crop((100, 0, 100 + WIDTH, HEIGHT))
-    photo.save(file := io.BytesIO(), kind)
+    photo.save(file := io.BytesIO(), kind, **options)
     return file.getvalue()
 
 
@@ -70,11 +71,14 @@ def test_an_image_without_a_header_fails_its_batch_and_no_other(kind: str, dali_
 
 
 @pytest.mark.parametrize("dali_cuts", [False, True])
-def test_a_picture_that_the_index_has_turned_and_dali_does_not_fails_its_batch(dali_cuts: bool) -> None:
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_a_picture_that_the_index_has_turned_and_dali_does_not_fails_its_batch(kind: str, dali_cuts: bool) -> None:
     """Boxes would lie beyond it."""
-    graph = Graph(AUGMENT, [16], 1, torch.device("cpu"), dali_cuts=dali_cuts)
+    graph, turned = Graph(AUGMENT, [16], 1, torch.device("cpu"), dali_cuts=dali_cuts), Image.Exif()
     with pytest.raises(UndecodableError, match=f"^decodes to {HEIGHT} x {WIDTH} pixels, not {WIDTH} x {HEIGHT}$"):
-        graph.run(encoded([JPEG], (WIDTH, HEIGHT)))
+        graph.run(encoded([encode(kind)], (WIDTH, HEIGHT)))
+    turned[0x0112] = 6
+    graph.run(encoded([encode(kind, exif=turned)], (WIDTH, HEIGHT)))
 
 
 def test_no_size_that_an_index_says_makes_an_image_of_what_is_none() -> None:
