@@ -81,6 +81,45 @@ def test_a_picture_that_the_index_has_turned_and_dali_does_not_fails_its_batch(k
     graph.run(encoded([encode(kind, exif=turned)], (WIDTH, HEIGHT)))
 
 
+def files() -> list[bytes]:
+    """Of each kind, also of those that no shard has."""
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    jpegs: list[dict[str, Any]] = [{}, {"progressive": True}, {"exif": turned, "subsampling": 0}]
+    made = [encode("JPEG", **options) for options in jpegs]
+    made += [encode("WEBP", **options) for options in ({}, {"lossless": True, "exif": turned})]
+    made += [encode("TIFF", **options) for options in ({}, {"compression": "tiff_lzw"}, {"tiffinfo": turned})]
+    return [*made, encode("PNG"), encode("PNG", exif=turned), *map(encode, ("BMP", "GIF", "JPEG2000", "PPM"))]
+
+
+def spoilt(data: bytes, draw: np.random.Generator) -> bytes:
+    """Cut, or some bytes of it others, most of them near its beginning, where headers are."""
+    if draw.random() < 0.2:
+        return data[: draw.integers(len(data))]
+    changed = bytearray(data)
+    for _ in range(draw.integers(1, 6)):
+        near = min(len(data), 300 if draw.random() < 0.8 else len(data))
+        changed[draw.integers(near)] = draw.choice([0, 1, 2, 3, 4, 8, 16, 127, 128, 255, draw.integers(256)])
+    return bytes(changed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dali_cuts", [False, True])
+def test_no_bytes_that_come_in_the_place_of_an_image_end_the_process(dali_cuts: bool) -> None:
+    whole, places, failed = files(), np.random.default_rng(0), 0
+    graph = Graph(AUGMENT, [16], 64, torch.device("cpu"), threads=2, dali_cuts=dali_cuts)
+    for _ in range(100):
+        images = [JPEG] * 64
+        for place in places.choice(64, places.integers(1, 40), replace=False):
+            images[place] = spoilt(whole[places.integers(len(whole))], places)
+        try:
+            graph.run(encoded(images))
+        except UndecodableError:
+            failed += 1
+    assert failed > 90
+    assert len(graph.run(encoded([JPEG] * 64))) == 1
+
+
 def test_no_size_that_an_index_says_makes_an_image_of_what_is_none() -> None:
     graph = Graph(AUGMENT, [16], MANY, torch.device("cpu"))
     for size in ((1, 1), (1, 2), (2, 1)):
