@@ -37,16 +37,17 @@ def orientation(data: bytes, kind: str) -> tuple[int, bool]:
 
 
 def without_exif(data: bytes, kind: str, turned: int) -> bytes:
-    """The same picture with that orientation and nothing besides. Raises ValueError when the file is broken."""
+    """The same picture with that orientation and nothing besides. Raises ValueError when the file is broken.
+
+    kind: JPEG, MPO, PNG or WEBP.
+    """
     kept = b"" if turned == 1 else _only_orientation(turned)
     if kind in ("JPEG", "MPO"):
         return b"".join(_jpeg(data, kept))
     if kind == "PNG":
         return data[:8] + b"".join(_png(data, kept))
-    if kind == "WEBP":
-        body = b"WEBP" + b"".join(_webp(data, kept))
-        return b"RIFF" + struct.pack("<I", len(body)) + body
-    return data  # BMP has nothing of the kind
+    body = b"WEBP" + b"".join(_webp(data, kept))
+    return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
 def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:

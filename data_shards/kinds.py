@@ -8,7 +8,7 @@ from data_shards.exif import png_chunks, webp_chunks
 _STARTS = {
     b"\xff\xd8\xff": "JPEG",
     b"\x89PNG\r\n\x1a\n": "PNG",
-    b"BM": "BMP",
+    b"BM": "BMP",  # is packed no more, and in older shards
     **dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), "TIFF"),
 }
 

@@ -15,7 +15,7 @@ from jobs.reasons import Reasons
 from jobs.site import Site
 from jobs.verbs import bytes_text
 from pipeline.config import SAVING, Config
-from pipeline.run import open_data
+from pipeline.run import filled_in, open_data
 
 CHECK_SECONDS = 20.0  # how long a store that does not answer is asked again before a run is refused
 
@@ -67,8 +67,7 @@ def _assume(config: Config, assumed: Assumed) -> tuple[float, Order, Config]:
     if len(config.data.sets) > 1:
         raise UserError(f"data.sources: SAMPLES= stands for one set, not for {len(config.data.sets)}; give data.url")
     order = make_order(config.data, assumed.samples, assumed.sample_bytes, "not packed")
-    data = config.data.model_copy(update={"chunk_samples": order.chunk_samples})
-    return assumed.sample_bytes, order, config.model_copy(update={"data": data})
+    return assumed.sample_bytes, order, filled_in(config, order)
 
 
 def _wrong_without_data(config: Config, site: Site) -> Iterator[str]:

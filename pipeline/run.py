@@ -129,8 +129,13 @@ def open_data(
     shards = mixed(sets, config.data.shares)
     parts = parts_of(sets, config.data.shares) if len(sets) > 1 else ()
     order = make_order(config.data, shards.manifest.samples, shards.mean_bytes, shards.manifest.layout_id, parts)
+    return shards, order, filled_in(config, order)
+
+
+def filled_in(config: Config, order: Order) -> Config:
+    """The config with what depended on the data."""
     data = config.data.model_copy(update={"chunk_samples": order.chunk_samples})
-    return shards, order, config.model_copy(update={"data": data})
+    return config.model_copy(update={"data": data})
 
 
 def _open(store: Store, layout_id: str | None) -> ShardSet:
