@@ -1,7 +1,9 @@
-"""Real photographs for tests, from packages that ship them, cut into small tiles."""
+"""Real photographs for tests, from packages that ship them, cut into small tiles; and what is no photograph."""
 
+import struct
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 
@@ -25,6 +27,13 @@ def write_tiles(folder: Path, count: int, side: int = 72) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         photo.crop(box).save(path, quality=90)
     return folder
+
+
+def bmp_of_16_bits(width: int, height: int) -> bytes:
+    """Noise with five bits a channel, as `BI_RGB` has them, which nvimgcodec takes for an image of no channel."""
+    pixels = np.random.default_rng(0).integers(0, 2**15, (height, width)).astype("<u2").tobytes()
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 16, 0, len(pixels), 0, 0, 0, 0)
+    return b"BM" + struct.pack("<IHHI", 54 + len(pixels), 0, 0, 54) + header + pixels
 
 
 def _boxes(photo: Image.Image, side: int) -> list[tuple[int, int, int, int]]:

@@ -21,7 +21,7 @@ from data_shards.exif import jpeg_segments
 from data_shards.exif import orientation as exif_orientation
 from data_shards.images import Refused, Rules, examine
 from data_shards.phash import perceptual_hash
-from tests.photos import photographs
+from tests.photos import bmp_of_16_bits, photographs
 
 LIMITS = Rules(min_side=16, max_pixels=10_000)
 
@@ -250,13 +250,6 @@ def small_photo(mode: str = "RGB") -> Image.Image:
     return photographs()[1].resize((64, 40)).convert(mode)
 
 
-def bmp_of_16_bits() -> bytes:
-    """Five bits a channel, as `BI_RGB` has them, which nvimgcodec takes for an image of no channel."""
-    pixels = np.random.default_rng(0).integers(0, 2**15, (40, 64)).astype("<u2").tobytes()
-    header = struct.pack("<IiiHHIIiiII", 40, 64, 40, 1, 16, 0, len(pixels), 0, 0, 0, 0)
-    return b"BM" + struct.pack("<IHHI", 54 + len(pixels), 0, 0, 54) + header + pixels
-
-
 def cmyk_without_adobes_mark() -> bytes:
     data = encoded("JPEG", small_photo("CMYK"))
     at = data.index(b"\xff\xee")
@@ -265,7 +258,7 @@ def cmyk_without_adobes_mark() -> bytes:
 
 CONVERSIONS: list[tuple[str, Callable[[], bytes], str]] = [
     ("BMP", lambda: encoded("BMP", small_photo()), "png"),
-    ("BMP of 16 bits", bmp_of_16_bits, "png"),
+    ("BMP of 16 bits", lambda: bmp_of_16_bits(64, 40), "png"),
     ("CMYK JPEG without Adobe's mark", cmyk_without_adobes_mark, "jpg"),
     ("AVIF", lambda: encoded("AVIF", small_photo()), "jpg"),
     ("JPEG 2000", lambda: encoded("JPEG2000", small_photo()), "jpg"),

@@ -1,7 +1,6 @@
 """Batches as large as those of a real run, of which one image is no image."""
 
 import io
-import struct
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from skimage import data as photographs
 
 from pipeline.augment import AugmentSettings, CropSettings, draw
 from pipeline.pixels import Encoded, Graph, UndecodableError
+from tests.photos import bmp_of_16_bits
 
 AUGMENT = AugmentSettings(crops=(CropSettings(size=16, count=1, scale=(0.3, 1.0)),))
 MANY, HEIGHT, WIDTH = 256, 50, 60  # DALI reads the headers of 32 and more in several threads
@@ -23,7 +23,8 @@ def encode(kind: str, **options: Any) -> bytes:
     return file.getvalue()
 
 
-JPEG = encode("JPEG")
+JPEG, TURNED = encode("JPEG"), Image.Exif()
+TURNED[0x0112] = 6
 UNREADABLE = {
     "garbage": b"\xff\xd8garbage",
     "a page": b"<html><body>503 Slow Down</body></html>",
@@ -31,10 +32,7 @@ UNREADABLE = {
     "a JPEG's first bytes": JPEG[:60],
     "a PNG's first bytes": encode("PNG")[:20],
     "a GIF": encode("GIF"),
-    "a BMP of no channel": b"BM"
-    + struct.pack("<IHHI", 54 + 2 * HEIGHT * WIDTH, 0, 0, 54)
-    + struct.pack("<IiiHHIIiiII", 40, WIDTH, HEIGHT, 1, 16, 0, 2 * HEIGHT * WIDTH, 0, 0, 0, 0)
-    + bytes(2 * HEIGHT * WIDTH),
+    "a BMP of no channel": bmp_of_16_bits(WIDTH, HEIGHT),
     "a JPEG 2000": encode("JPEG2000"),  # whose parser some files end the process in
     "a PNG of a chunk that would be 2 GB": encode("PNG")[:33] + b"\x7f\xff\xff\xffIDAT" + encode("PNG")[41:],
     "a WebP of a chunk that would be 2 GB": encode("WEBP")[:16] + b"\xfe\xff\xff\x7f" + encode("WEBP")[20:],
@@ -71,22 +69,19 @@ def test_an_image_without_a_header_fails_its_batch_and_no_other(kind: str) -> No
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_a_picture_that_the_index_has_turned_and_dali_does_not_fails_its_batch(kind: str, dali_cuts: bool) -> None:
     """Boxes would lie beyond it."""
-    graph, turned = Graph(AUGMENT, [16], 1, torch.device("cpu"), dali_cuts=dali_cuts), Image.Exif()
+    graph = Graph(AUGMENT, [16], 1, torch.device("cpu"), dali_cuts=dali_cuts)
     with pytest.raises(UndecodableError, match=f"^decodes to {HEIGHT} x {WIDTH} pixels, not {WIDTH} x {HEIGHT}$"):
         graph.run(encoded([encode(kind)], (WIDTH, HEIGHT)))
-    turned[0x0112] = 6
-    graph.run(encoded([encode(kind, exif=turned)], (WIDTH, HEIGHT)))
+    graph.run(encoded([encode(kind, exif=TURNED)], (WIDTH, HEIGHT)))
 
 
 def files() -> list[bytes]:
     """Of each kind, also of those that no shard has."""
-    turned = Image.Exif()
-    turned[0x0112] = 6
-    jpegs: list[dict[str, Any]] = [{}, {"progressive": True}, {"exif": turned, "subsampling": 0}]
+    jpegs: list[dict[str, Any]] = [{}, {"progressive": True}, {"exif": TURNED, "subsampling": 0}]
     made = [encode("JPEG", **options) for options in jpegs]
-    made += [encode("WEBP", **options) for options in ({}, {"lossless": True, "exif": turned})]
-    made += [encode("TIFF", **options) for options in ({}, {"compression": "tiff_lzw"}, {"tiffinfo": turned})]
-    return [*made, encode("PNG"), encode("PNG", exif=turned), *map(encode, ("BMP", "GIF", "JPEG2000", "PPM"))]
+    made += [encode("WEBP", **options) for options in ({}, {"lossless": True, "exif": TURNED})]
+    made += [encode("TIFF", **options) for options in ({}, {"compression": "tiff_lzw"}, {"tiffinfo": TURNED})]
+    return [*made, encode("PNG"), encode("PNG", exif=TURNED), *map(encode, ("BMP", "GIF", "JPEG2000", "PPM"))]
 
 
 def spoilt(data: bytes, draw: np.random.Generator) -> bytes:

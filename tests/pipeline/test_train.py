@@ -62,6 +62,17 @@ def config(tiles: str, folder: Path, **efficiency: Any) -> dict[str, Any]:
     }
 
 
+def alone(values: dict[str, Any], folder: str) -> Session:
+    """A start of the run with that folder, of one rank."""
+    launch = Launch(folder, f"{values['store']}/{Path(folder).name}", 0, 0, 1, 1, "127.0.0.1", 0)
+    return Session(Config.model_validate(values), launch, StopRequest())
+
+
+def finish(session: Session) -> None:
+    with closing(session.watchdog):
+        assert session.train() == "finished"
+
+
 def statuses_at_saves(rank: int, values: dict[str, Any], folder: str) -> list[str]:
     """What Lightning is about whenever the state is asked for, in a run that ends between two checkpoints."""
     seen, state = [], SwAV.state
@@ -71,10 +82,7 @@ def statuses_at_saves(rank: int, values: dict[str, Any], folder: str) -> list[st
         return state(module)
 
     SwAV.state = watched  # type: ignore[method-assign]
-    launch = Launch(folder, f"{values['store']}/first", 0, 0, 1, 1, "127.0.0.1", 0)
-    session = Session(Config.model_validate(values), launch, StopRequest())
-    with closing(session.watchdog):
-        assert session.train() == "finished"
+    finish(alone(values, folder))
     return seen
 
 
@@ -99,10 +107,7 @@ def order_of_a_step(rank: int, values: dict[str, Any], folder: str) -> list[str]
     noted(Loader, "_make", "batch")
     noted(torch.optim.AdamW, "step", "optimizer")
     noted(Net, "forward", "forward")
-    launch = Launch(folder, f"{values['store']}/first", 0, 0, 1, 1, "127.0.0.1", 0)
-    session = Session(Config.model_validate(values), launch, StopRequest())
-    with closing(session.watchdog):
-        assert session.train() == "finished"
+    finish(alone(values, folder))
     steps = " ".join(done).split("forward")
     assert len(steps) == 13
     return steps[3].split()
@@ -119,10 +124,7 @@ def test_the_next_batch_is_made_between_backward_and_the_optimizers_step(tiles: 
 def garbage_of_a_rank(rank: int, values: dict[str, Any], folder: str) -> tuple[bool, int]:
     """Whether garbage is collected after a run that began without, and how many objects are left out of it."""
     gc.disable()
-    launch = Launch(folder, f"{values['store']}/first", 0, 0, 1, 1, "127.0.0.1", 0)
-    session = Session(Config.model_validate(values), launch, StopRequest())
-    with closing(session.watchdog):
-        assert session.train() == "finished"
+    finish(alone(values, folder))
     return gc.isenabled(), gc.get_freeze_count()
 
 
@@ -137,10 +139,8 @@ def test_garbage_is_collected_while_training_and_not_looked_for_among_libraries(
 def finished_again(rank: int, values: dict[str, Any], folder: str) -> tuple[list[str], list[str]]:
     """What lies on the disk, and the events, when a run that has finished is started once more."""
     for _ in range(2):
-        launch = Launch(folder, f"{values['store']}/again", 0, 0, 1, 1, "127.0.0.1", 0)
-        session = Session(Config.model_validate(values), launch, StopRequest())
-        with closing(session.watchdog):
-            assert session.train() == "finished"
+        session = alone(values, folder)
+        finish(session)
     left = [str(path) for path in Path(folder).rglob("*.safetensors")]
     return left, [event["event"] for event in read_events(session.store) if event["attempt"] == 2]
 
@@ -167,12 +167,11 @@ class Recording(Ranks):
 
 def quarantines(rank: int, values: dict[str, Any], folder: str) -> list[Any]:
     """The quarantine at the end of a start and at that of the next, and what was exchanged in this one."""
-    launch, preempted = Launch(folder, f"{values['store']}/bad", 0, 0, 1, 1, "127.0.0.1", 0), StopRequest()
-    preempted.preempted = True
-    first = Session(Config.model_validate(values), launch, preempted)
+    first = alone(values, folder)
+    first.request.preempted = True
     with closing(first.watchdog):
         assert first.train() == "preempted"
-    second = Session(Config.model_validate(values), launch, StopRequest())
+    second = alone(values, folder)
     second.ranks = Recording(0, 1, None)
     with closing(second.watchdog):
         known = second.checkpoints.newest()
@@ -185,11 +184,9 @@ def quarantines(rank: int, values: dict[str, Any], folder: str) -> list[Any]:
 
 def told_by_saves(rank: int, values: dict[str, Any], folder: str) -> list[Any]:
     """What is exchanged at the saves of a run that finds a bad image at its first step, and its last quarantine."""
-    launch = Launch(folder, f"{values['store']}/once", 0, 0, 1, 1, "127.0.0.1", 0)
-    session = Session(Config.model_validate(values), launch, StopRequest())
+    session = alone(values, folder)
     session.ranks = recording = Recording(0, 1, None)
-    with closing(session.watchdog):
-        assert session.train() == "finished"
+    finish(session)
     last = session.checkpoints.newest()
     assert last is not None
     return [recording.told, last.extra["quarantine"]]
@@ -331,10 +328,7 @@ def test_more_ranks_than_a_process_may_open_files_for_are_refused_in_words(tiles
 
 
 def one_step(rank: int, values: dict[str, Any], folder: str) -> None:
-    launch = Launch(folder, f"{values['store']}/new", 0, 0, 1, 1, "127.0.0.1", 0)
-    session = Session(Config.model_validate(values), launch, StopRequest())
-    with closing(session.watchdog):
-        assert session.train() == "finished"
+    finish(alone(values, folder))
 
 
 @pytest.mark.slow
@@ -374,8 +368,7 @@ def out_of_memory(rank: int, values: dict[str, Any], folder: str) -> list[str]:
     said = []
     for checkpointing in (False, True):
         efficiency = {"activation_checkpointing": checkpointing}
-        launch = Launch(folder, f"{values['store']}/full", 0, 0, 1, 1, "127.0.0.1", 0)
-        session = Session(Config.model_validate({**values, "efficiency": efficiency}), launch, StopRequest())
+        session = alone({**values, "efficiency": efficiency}, folder)
         with closing(session.watchdog), pytest.raises(UserError) as error:
             session.train()
         assert error.value.passing  # what else is on that GPU may have gone by the next start
