@@ -219,7 +219,7 @@ def _blocks(entering: int, stage: Stage, se_ratio: float) -> nn.Sequential:
 
 @torch.no_grad()
 def _initialise(trunk: nn.Module, zero_init_last: bool) -> None:
-    """He's normal rule over what leaves a convolution, as the published trunks; batch norm starts as the identity."""
+    """He's normal rule over what leaves a group of a convolution, as timm's; batch norm starts as the identity."""
     for module in trunk.modules():
         if isinstance(module, nn.Conv2d):
             leaving = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
