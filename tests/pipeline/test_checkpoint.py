@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data_shards.errors import BadHost, UserError
-from data_shards.store import Denied, Store, StoreError, Unavailable
+from data_shards.store import AlreadyExists, Denied, Store, StoreError, Unavailable
 from pipeline import commit, sender
 from pipeline.checkpoint import Checkpointer, CheckpointSettings, order_for
 from pipeline.commit import File, Manifest, NoRoom, Part, Place, Retention
@@ -625,6 +625,10 @@ def cut_save(attempt: Attempt, writes: int, state: dict[str, Tensor], extra: dic
     assert cut.wait(30)
 
 
+def puts(attempt: Attempt) -> list[str]:
+    return [line for line in attempt.store.log if line.startswith("put")]
+
+
 silent_end = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
 
@@ -635,9 +639,9 @@ def test_a_save_cut_between_any_two_writes_is_completed_from_the_nodes_disk_or_t
     tmp_path: Path, writes: int, disk_survives: bool
 ) -> None:
     attempt = Attempt(tmp_path).commit(1)
-    done = len(attempt.store.log)
+    done = len(puts(attempt))
     cut_save(attempt, writes, numbered(2), {"mark": 2})
-    assert len([line for line in attempt.store.log[done:] if line.startswith("put")]) == writes
+    assert len(puts(attempt)) - done == writes
     later = Attempt(tmp_path, 2, local=None if disk_survives else tmp_path / "another disk")
     found = later.checkpoints.newest()
     assert found is not None
@@ -675,6 +679,63 @@ def test_a_damaged_leftover_is_not_sent(tmp_path: Path) -> None:
     assert later.found_step() == 1
     assert "has sha256" in later.line("leftover damaged")
     assert not leftover.exists()
+
+
+@silent_end
+def test_of_two_whole_leftovers_the_newer_one_is_completed_alone(tmp_path: Path) -> None:
+    for number in (1, 2):
+        cut_save(Attempt(tmp_path, number), 0, numbered(2), {"of": number})
+    later = Attempt(tmp_path, 3)
+    found = later.checkpoints.newest()
+    assert found is not None
+    assert found.extra == {"of": 2}
+    assert not [line for line in puts(later) if "step-000000002-a1" in line]
+
+
+@silent_end
+def test_a_part_that_the_store_has_is_not_sent_again(tmp_path: Path) -> None:
+    cut_save(Attempt(tmp_path), 2, numbered(2), {})
+    later = Attempt(tmp_path, 2)
+    assert later.found_step() == 2
+    assert puts(later) == ["put checkpoints/step-000000002-a1/MANIFEST.json"]
+
+
+@silent_end
+@pytest.mark.parametrize("writes", [0, 2])
+def test_what_another_config_left_is_not_completed(tmp_path: Path, writes: int) -> None:
+    cut_save(Attempt(tmp_path, fingerprint="another"), writes, numbered(2), {})
+    later = Attempt(tmp_path, 2)
+    assert later.found_step() is None
+    assert puts(later) == []
+
+
+@silent_end
+def test_a_leftover_of_one_of_two_ranks_is_no_checkpoint(tmp_path: Path) -> None:
+    cut_save(Attempt(tmp_path), 0, numbered(2), {})
+    (part,) = tmp_path.glob("local/**/rank-0.json")
+    part.write_bytes(replace(Part.decode(part.read_bytes()), world_size=2).encode())
+    later = Attempt(tmp_path, 2)
+    assert later.found_step() is None
+    assert puts(later) == []
+
+
+@silent_end
+def test_a_start_that_a_later_one_has_overtaken_leaves_what_that_one_saves_alone(tmp_path: Path) -> None:
+    cut_save(Attempt(tmp_path, 2), 0, numbered(2), {})
+    overtaken = Attempt(tmp_path, 1)
+    assert overtaken.found_step() is None
+    assert puts(overtaken) == []
+    assert [*tmp_path.glob("local/**/step-000000002-a2/rank-0/rank-0.json")]
+
+
+def test_a_manifest_is_put_once_and_again_only_as_it_is(tmp_path: Path) -> None:
+    store, place = Store(f"file://{tmp_path}"), Place(1, 1)
+    first, other = (Part(0, 1, "f", (), extra={"mark": mark}) for mark in (1, 2))
+    manifest = commit.put_manifest(store, place, [first], lambda: None)
+    assert commit.put_manifest(store, place, [first], lambda: None) == manifest
+    with pytest.raises(AlreadyExists):
+        commit.put_manifest(store, place, [other], lambda: None)
+    assert commit.read_manifest(store, place) == manifest
 
 
 def test_ranks_make_their_folders_while_another_one_removes_the_empty_parent(tmp_path: Path) -> None:
