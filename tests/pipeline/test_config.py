@@ -182,8 +182,8 @@ def test_the_record_of_an_older_run_is_read_whatever_a_new_start_is_refused_for(
 
 
 # Learning rates at step 0, at the end of the warm-up and at the end of the run. SwAV: scripts of its repository, batch
-# 4096 and 256; SEER: arXiv 2103.01988, batch 8192, and for 128GF half of that, constant by its weights' name. VISSL, which
-# 128GF and 10B were trained with, starts from the rate of one node's images.
+# 4096 and 256; SEER: arXiv 2103.01988, batch 8192, and for 128GF half of that, constant by its weights' name. VISSL, by
+# which 128GF and 10B were trained, starts from the rate of one node's images.
 PUBLISHED = {
     "swav_regnety_160.yaml": (0.3, 4.8, 0.0048),
     "swav_regnety_016.yaml": (0.6, 0.6, 0.0006),

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.batchnorm import GroupBatchNorm
 from pipeline.config import Config
 from pipeline.loader import Batch
 from pipeline.module import StepResult, SwAV
@@ -175,6 +176,12 @@ def test_in_bf16_the_prototypes_learn_in_fp32_all_the_same() -> None:
     rounded = [(gradient == gradient.bfloat16().float()).float().mean() for gradient in seen]
     assert len(rounded) == 2
     assert max(rounded) < 0.1, "a product in bf16 has no more bits than that"
+
+
+@pytest.mark.parametrize(("lanes", "groups"), [(1, 4), (2, 2), (None, 1)])
+def test_batch_norm_sees_as_many_lanes_as_the_config_says(lanes: int | None, groups: int) -> None:
+    norms = [part for part in swav(model={"batch_norm_lanes": lanes}).modules() if isinstance(part, GroupBatchNorm)]
+    assert {norm.parts for norm in norms} == {groups}
 
 
 def test_crops_made_on_the_host_go_to_the_device_in_their_layout() -> None:
