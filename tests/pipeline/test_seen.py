@@ -161,3 +161,23 @@ def test_without_a_checkpoint_there_is_no_answer(data: str, tmp_path: Path) -> N
     Run.start(store, tmp_path / "local", filled, shards)
     with pytest.raises(UserError, match="no checkpoint yet"):
         seen(store, "000000-000000")
+
+
+def test_of_several_sets_an_image_is_found_in_each_that_has_it(tmp_path: Path) -> None:
+    tiles, stores = write_tiles(tmp_path / "tiles", COUNT), [Store((tmp_path / name).as_uri()) for name in "ab"]
+    for number, store in enumerate(stores):
+        pack(tiles, store, PackSettings(seed=number, shard_bytes=40_000), workers=1)
+    order = config(stores[0].url).data.model_dump() | {"url": None, "sources": [{"url": one.url} for one in stores]}
+    run_store = Store((tmp_path / "run").as_uri())
+    shards, given, filled = open_data(Config.model_validate({"data": order, "train": {"steps": STEPS}}))
+    run = Run.start(run_store, tmp_path / "local", filled, shards)
+    part = commit.Part(0, 1, "fingerprint", (), {"quarantine": []})
+    commit.put_manifest(run_store, commit.Place(STEPS, run.attempt), [part], lambda: None)
+
+    source = shards.sets[1].table().to_pylist()[20]["source"]
+    keys = [next(row["key"] for row in one.table().to_pylist() if row["source"] == source) for one in shards.sets]
+    images = seen(run_store, source).images
+    assert [(image.url, image.key) for image in images] == [(s.url, key) for s, key in zip(stores, keys, strict=True)]
+    for image in images:
+        assert image.shown == tuple(step + 1 for step in range(STEPS) if image.id in given.batch(step).flatten())
+    assert images[1].id == COUNT + 20
