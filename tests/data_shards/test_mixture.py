@@ -204,6 +204,18 @@ def test_a_mixture_s_layout_is_that_of_its_sets_and_shares() -> None:
     assert len(set(ids)) == 4
 
 
+def test_a_mixture_is_known_again_by_what_it_was_called_before() -> None:
+    manifest = Mixture([shard_set("a", (9,), "A"), shard_set("b", (5,), "B")], (1, 2)).manifest
+    assert manifest.layout_id == "7f9cdcddc607edcdbdb8b1ea745c6969"  # in the records of runs
+    assert manifest.contents_id == "e7849ee7c8a8178efe2bd14b43296014"
+
+
+def test_each_shard_s_index_is_that_of_its_set() -> None:
+    sets = [shard_set("a", (9, 4), "A"), shard_set("b", (5,), "B")]
+    joined = Mixture(sets, (1, 1))
+    assert [joined.index(shard) for shard in range(3)] == [sets[0].index(0), sets[0].index(1), sets[1].index(0)]
+
+
 def test_bytes_of_a_sample_are_by_the_shares_not_by_the_sizes() -> None:
     sets = [shard_set("a", (1000,), "A", mean=100), shard_set("b", (10,), "B", mean=500)]
     assert Mixture(sets, (3, 1)).mean_bytes == 200
