@@ -187,6 +187,7 @@ def test_ids_and_shards_of_a_set_follow_those_of_the_one_before_and_wrap_around_
             shard, place = one.locate(sample)
             assert joined.locate(samples + sample) == (shards + shard, place)
             assert joined.tar(shards + shard) == (one.store, shard_path(shard))
+            assert joined.index(shards + shard) == one.index(shard)
             assert joined.shard_name(shards + shard) == f"{one.store.url}/{shard_path(shard)}"
             expected = [(shards + span.shard, span.first, span.count) for span in one.spans(sample, length)]
             found = [(span.shard, span.first, span.count) for span in joined.spans(samples + sample, length)]
@@ -208,12 +209,6 @@ def test_a_mixture_is_known_again_by_what_it_was_called_before() -> None:
     manifest = Mixture([shard_set("a", (9,), "A"), shard_set("b", (5,), "B")], (1, 2)).manifest
     assert manifest.layout_id == "7f9cdcddc607edcdbdb8b1ea745c6969"  # in the records of runs
     assert manifest.contents_id == "e7849ee7c8a8178efe2bd14b43296014"
-
-
-def test_each_shard_s_index_is_that_of_its_set() -> None:
-    sets = [shard_set("a", (9, 4), "A"), shard_set("b", (5,), "B")]
-    joined = Mixture(sets, (1, 1))
-    assert [joined.index(shard) for shard in range(3)] == [sets[0].index(0), sets[0].index(1), sets[1].index(0)]
 
 
 def test_bytes_of_a_sample_are_by_the_shares_not_by_the_sizes() -> None:
