@@ -10,7 +10,6 @@ in blocks; beside one matrix of all similarities, from which the best are taken.
 Writes evaluate_images_vs_pil, probe_vs_sklearn and neighbours_vs_whole (how many times as fast) into var/bench.json.
 """
 
-import argparse
 import io
 import os
 import statistics
@@ -24,8 +23,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from bench.figures import keep
-from bench.loader import HEIGHT, WIDTH, photographs
+from bench.figures import keep, options
+from bench.images import HEIGHT, WIDTH, photographs
 from pipeline.augment import AugmentSettings
 from pipeline.evaluate.extract import SHARE
 from pipeline.evaluate.knn import nearest
@@ -38,11 +37,10 @@ BANK, ASKED, CHANNELS, CLASSES, DECAY = 20_000, 1_000, 256, 100, 0.01
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    rounds = options(__doc__, rounds=5).rounds
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
-    rounds, (bank, labels), (asked, _) = parser.parse_args().rounds, features(BANK, 1), features(ASKED, 2)
+    (bank, labels), (asked, _) = features(BANK, 1), features(ASKED, 2)
     figures = {
         "evaluate_images_vs_pil": ratio(rounds, *lookers(photographs(64))),
         "probe_vs_sklearn": ratio(1, lambda: solve(bank, labels, CLASSES, DECAY), lambda: by_sklearn(bank, labels)),

@@ -13,35 +13,32 @@ included, stand beside it. Writes loader_s3_vs_webdataset, loader_s3_images_cpu_
 a second of one processor), loader_s3_images_s and webdataset_s3_images_s (by the clock) into var/bench.json.
 """
 
-import argparse
 import contextlib
-import io
 import multiprocessing
 import os
 import random
 import signal
 import statistics
 import sys
-import tarfile
-import tempfile
 import time
 from collections.abc import Callable, Iterator
+from itertools import cycle
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import botocore.session
-import google_crc32c
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from bench.figures import keep
-from bench.loader import AUGMENT, BATCH, HEIGHT, WIDTH, augmented, photographs
-from data_shards.index import RECORD, Manifest, ShardSet, index_path, shard_path
+from bench.figures import keep, options
+from bench.images import photographs
+from bench.loader import AUGMENT, BATCH, augmented
+from bench.s3 import put_set, served
+from data_shards.index import ShardSet, shard_path
 from data_shards.store import Store
-from jobs import local_s3
 
 SET = "s3://shards/bench"
 SHARDS, SHARD_SAMPLES = 8, 320  # 8 x 15 MB
@@ -50,45 +47,18 @@ CORES = {0, 1}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=8)
-    given = parser.parse_args()
+    given = options(__doc__, rounds=8)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that server and sides end with it
-    with tempfile.TemporaryDirectory() as folder:
-        os.sched_setaffinity(0, CORES)
-        server = local_s3.start_s3(Path(folder))
-        try:
-            local_s3.activate(server.environment())
-            build(Store(SET))
-            figures = compare(given.rounds)
-        finally:
-            server.stop()
+    os.sched_setaffinity(0, CORES)
+    with served():
+        put_set(Store(SET), cycle(photographs(64)), SHARDS, SHARD_SAMPLES)
+        figures = compare(given.rounds)
     keep(figures)
     sys.stdout.write(
         f"from S3 to batches, images a processor second: Farseer {figures['loader_s3_images_cpu_s']}, webdataset "
         f"with PIL {figures['webdataset_s3_images_cpu_s']}, ratio {figures['loader_s3_vs_webdataset']}; "
         f"by the clock on two cores {figures['loader_s3_images_s']} and {figures['webdataset_s3_images_s']}\n"
     )
-
-
-def build(store: Store) -> None:
-    """The photographs of bench.loader over and over, as a shard set."""
-    images, sizes = photographs(64), []
-    for number in range(SHARDS):
-        buffer, index = io.BytesIO(), np.zeros(SHARD_SAMPLES, dtype=RECORD)
-        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for i in range(SHARD_SAMPLES):
-                data = images[i % len(images)]
-                info = tarfile.TarInfo(f"{number:06d}-{i:06d}.jpg")
-                info.size = len(data)
-                index[i] = (buffer.tell() + 512, len(data), google_crc32c.value(data), WIDTH, HEIGHT)
-                tar.addfile(info, io.BytesIO(data))
-        store.put(shard_path(number), buffer.getvalue())
-        store.put(index_path(number), index.tobytes())
-        sizes.append(buffer.tell())
-    samples = (SHARD_SAMPLES,) * SHARDS
-    Manifest("bench", "bench", sum(samples), samples, tuple(sizes), settings={}, refused={}).save(store)
-    store.close()
 
 
 def compare(rounds: int) -> dict[str, float]:

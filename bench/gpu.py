@@ -30,7 +30,8 @@ from PIL import Image
 from torch.utils.dlpack import from_dlpack
 
 from bench.figures import FIGURES
-from bench.loader import AUGMENT, HEIGHT, WIDTH, photographs
+from bench.images import HEIGHT, WIDTH, photographs
+from bench.loader import AUGMENT
 from pipeline.augment import draw
 from pipeline.crops import from_crops
 from pipeline.pixels import Encoded, Graph, crop_arguments, crops_of, define

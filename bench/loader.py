@@ -12,7 +12,6 @@ and resized (bilinear), flipped, jittered in random order, made grey, blurred an
 stacking makes the batch.
 """
 
-import argparse
 import io
 import math
 import multiprocessing
@@ -29,18 +28,17 @@ import torch
 from PIL import Image, ImageEnhance, ImageFilter
 from torch import Tensor
 
-from bench.figures import keep
+from bench.figures import keep, options
+from bench.images import HEIGHT, WIDTH, photographs
 from data_shards.reader import Sample
 from pipeline.augment import AugmentSettings
 
-BATCH, HEIGHT, WIDTH = 32, 375, 500
+BATCH = 32
 AUGMENT = AugmentSettings()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=12)
-    figures = compare(parser.parse_args().rounds)
+    figures = compare(options(__doc__, rounds=12).rounds)
     keep(figures)
     sys.stdout.write(
         f"on one core: Farseer's loader {figures['loader_images_s']} images/s, the PIL loader "
@@ -87,26 +85,6 @@ def serve(end: Connection, batches: Callable[[list[bytes]], Iterator[list[Tensor
         now = time.process_time()
         end.send(now - since)
         since = now
-
-
-def photographs(count: int) -> list[bytes]:
-    """500 x 375 JPEGs of about 45 KB, cut from the photographs that scikit-image and scikit-learn ship."""
-    from skimage import data
-    from sklearn.datasets import load_sample_images
-
-    arrays = [data.astronaut(), data.chelsea(), data.coffee(), data.rocket(), *load_sample_images().images]
-    rng = random.Random(0)
-    images = []
-    for k in range(count):
-        photo = Image.fromarray(arrays[k % len(arrays)])
-        scale = rng.uniform(0.75, 1) * min(photo.width / WIDTH, photo.height / HEIGHT)
-        width, height = int(WIDTH * scale), int(HEIGHT * scale)
-        left, top = rng.randint(0, photo.width - width), rng.randint(0, photo.height - height)
-        cut = photo.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS, box=(left, top, left + width, top + height))
-        file = io.BytesIO()
-        cut.save(file, "JPEG", quality=90)
-        images.append(file.getvalue())
-    return images
 
 
 class MemoryReader:

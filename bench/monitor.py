@@ -8,7 +8,6 @@ work beside shorter steps, so the milliseconds stand beside the share. Writes mo
 monitor_ms into var/bench.json.
 """
 
-import argparse
 import os
 import statistics
 import sys
@@ -20,8 +19,8 @@ from typing import Any
 
 import torch
 
-from bench.figures import keep
-from bench.loader import photographs
+from bench.figures import keep, options
+from bench.images import photographs
 from bench.step import LANES, config_with
 from data_shards.pack import PackSettings, pack
 from data_shards.store import Store
@@ -34,9 +33,7 @@ PHOTOGRAPHS = 200
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=60)
-    figures = measure(parser.parse_args().steps)
+    figures = measure(options(__doc__, steps=60).steps)
     keep(figures)
     sys.stdout.write(
         f"watching takes {figures['monitor_ms']} ms of a step, {figures['monitor_share']:.2%} of it on this machine\n"

@@ -8,24 +8,21 @@ at that step to having the batch, of a set of 128 MB. Writes open_s_1e9, open_mb
 order_ms_random_step, first_batch_s_step_100 and first_batch_s_step_1e6 into var/bench.json.
 """
 
-import multiprocessing
 import os
 import random
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 from bench.figures import keep
-from bench.stream import CHUNK_SAMPLES, build
+from bench.images import random_images
+from bench.s3 import fresh, put_set, served
+from bench.stream import CHUNK_SAMPLES, SHARD_SAMPLES
 from data_shards.index import Manifest, ShardSet
 from data_shards.order import Order
 from data_shards.reader import Reader, ReaderSettings
 from data_shards.store import Store
-from jobs import local_s3
 
 SAMPLES, SHARDS, LANES, BATCH = 10**9, 100_000, 512, 8192
 HUGE, SMALL = "s3://shards/huge", "s3://shards/small"
@@ -33,17 +30,12 @@ TURNS = 5
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        server = local_s3.start_s3(Path(folder))
-        try:
-            local_s3.activate(server.environment())
-            put_huge_manifest()
-            build(Store(SMALL), shards=1)
-            opened = [fresh(opening) for _ in range(TURNS)]
-            ids = [fresh(steps) for _ in range(TURNS)]
-            resumed = [(fresh(first_batch, 100)[0], fresh(first_batch, 10**6)[0]) for _ in range(TURNS)]
-        finally:
-            server.stop()
+    with served():
+        put_huge_manifest()
+        put_set(Store(SMALL), random_images(), 1, SHARD_SAMPLES)
+        opened = [fresh(opening) for _ in range(TURNS)]
+        ids = [fresh(steps) for _ in range(TURNS)]
+        resumed = [(fresh(first_batch, 100)[0], fresh(first_batch, 10**6)[0]) for _ in range(TURNS)]
     figures = {
         "open_s_1e9": round(statistics.median(seconds for seconds, _ in opened), 2),
         "open_mb_1e9": round(statistics.median(mb for _, mb in opened), 1),
@@ -69,21 +61,6 @@ def put_huge_manifest() -> None:
         counts[k + 1] += moved
     sizes = tuple(count * rng.randint(45_000, 55_000) for count in counts)
     Manifest("huge", "huge", SAMPLES, tuple(counts), sizes, settings={}, refused={}).save(Store(HUGE))
-
-
-def fresh(work: Callable[..., tuple[float, float]], *arguments: int) -> tuple[float, float]:
-    """What `work` measures, in a process of its own."""
-    end, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=_send, args=(theirs, work, arguments), daemon=True)
-    process.start()
-    theirs.close()
-    found: tuple[float, float] = end.recv()
-    process.join()
-    return found
-
-
-def _send(end: Connection, work: Callable[..., tuple[float, float]], arguments: tuple[int, ...]) -> None:
-    end.send(work(*arguments))
 
 
 def opening() -> tuple[float, float]:

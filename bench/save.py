@@ -7,7 +7,6 @@ arrives, as it does while training. Writes save_stall_vs_copy (the median of the
 save_copy_s into var/bench.json.
 """
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.figures import keep
+from bench.figures import keep, options
 from data_shards.store import Store
 from pipeline.checkpoint import Checkpointer, CheckpointSettings
 
@@ -25,10 +24,7 @@ LARGEST_MIB = 32  # of a tensor, halved again and again for the others
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mib", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=9)
-    given = parser.parse_args()
+    given = options(__doc__, mib=512, rounds=9)
     state = state_of(given.mib)
     with tempfile.TemporaryDirectory() as folder:
         saves, copies = measure(state, Path(folder), given.rounds)

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 from bench.figures import keep
+from bench.s3 import served
 from data_shards.store import Store
-from jobs import local_s3
 from jobs.daemons import Process
 from jobs.elsewhere import elsewhere
 from jobs.runs import Job, statuses
@@ -39,18 +39,13 @@ def on_disk() -> None:
 
 
 def in_store() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        server = local_s3.start_s3(Path(folder) / "s3")
-        try:
-            local_s3.activate(server.environment())
-            store = Store("s3://runs/team")
-            for number in range(ELSEWHERE):
-                put_run(store.at(f"run{number}"))
-            begun = time.process_time()
-            found, _ = elsewhere([], [store.url])
-            seconds = time.process_time() - begun
-        finally:
-            local_s3.stop_s3(Path(folder) / "s3")
+    with served():
+        store = Store("s3://runs/team")
+        for number in range(ELSEWHERE):
+            put_run(store.at(f"run{number}"))
+        begun = time.process_time()
+        found, _ = elsewhere([], [store.url])
+        seconds = time.process_time() - begun
     assert [one.step for one in found] == [SEGMENTS] * ELSEWHERE
     print(
         f"status of {ELSEWHERE} runs in a store: {seconds:.2f} s of a core, {1000 * seconds / ELSEWHERE:.0f} ms a run"

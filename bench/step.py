@@ -11,7 +11,6 @@ Writes step_vs_original (the median of the rounds' ratios), step_cpu_s, original
 checkpointing_memory (with activation checkpointing, as a share of without) into var/bench.json.
 """
 
-import argparse
 import copy
 import os
 import statistics
@@ -30,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from bench.figures import keep
+from bench.figures import keep, options
 from jobs.device_memory import held_bytes
 from pipeline.config import Config
 from pipeline.loader import Batch
@@ -44,9 +43,7 @@ LR, MOMENTUM, DECAY, TRUST, SMALL = 0.1, 0.9, 1e-6, 1e-3, 1e-8
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=8)
-    figures = compare(parser.parse_args().rounds)
+    figures = compare(options(__doc__, rounds=8).rounds)
     keep(figures)
     sys.stdout.write(
         f"a step takes {figures['step_cpu_s']} s, one in the original manner {figures['original_step_cpu_s']} s, ratio "

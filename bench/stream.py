@@ -8,9 +8,6 @@ out batches. Processor time is the client's alone, user and system. Writes strea
 ratios), stream_mb_s, curl_mb_s, stream_cpu_s_gb and curl_cpu_s_gb into var/bench.json.
 """
 
-import argparse
-import io
-import multiprocessing
 import os
 import random
 import resource
@@ -18,24 +15,21 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tarfile
-import tempfile
 import time
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
 import botocore.session
-import google_crc32c
-import numpy as np
 
-from bench.figures import keep
-from data_shards.index import RECORD, Manifest, ShardSet, index_path, shard_path
+from bench.figures import keep, options
+from bench.images import random_images
+from bench.s3 import fresh, put_set, served
+from data_shards.index import ShardSet, shard_path
 from data_shards.order import Order
 from data_shards.reader import Reader, ReaderSettings
 from data_shards.store import Store
-from jobs import local_s3
 
+SET = "s3://shards/bench"
 SHARDS, SHARD_SAMPLES = 4, 2960  # 4 x 133 MB, as a set of photographs of 45 kB has them
 CHUNK_SAMPLES, BATCH = 185, 256
 EPOCHS = 5
@@ -50,19 +44,11 @@ class Turn(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--connections", type=int, default=16)
-    given = parser.parse_args()
+    given = options(__doc__, rounds=5, connections=16)
     if shutil.which("curl") is None:
         sys.exit("bench.stream: curl, the peer, is not installed; as root: apt install curl")
-    with tempfile.TemporaryDirectory() as folder:
-        server = local_s3.start_s3(Path(folder))
-        try:
-            local_s3.activate(server.environment())
-            figures = compare(given.rounds, given.connections, Path(folder))
-        finally:
-            server.stop()
+    with served() as folder:
+        figures = compare(given.rounds, given.connections, folder)
     keep(figures)
     sys.stdout.write(
         f"on {len(CORES)} cores with {given.connections} connections: the reader {figures['stream_mb_s']} MB/s "
@@ -74,9 +60,9 @@ def main() -> None:
 def compare(rounds: int, connections: int, folder: Path) -> dict[str, float]:
     """The figures, from `rounds` turns of each after one that warms up."""
     os.sched_setaffinity(0, CORES)
-    shards = build(Store("s3://shards/bench"))
-    urls = curl_config(shards, folder / "curl.txt")
-    turns = [(ours(connections), curl(urls, connections)) for _ in range(rounds + 1)][1:]
+    put_set(Store(SET), random_images(), SHARDS, SHARD_SAMPLES)
+    urls = curl_config(ShardSet.open(Store(SET)), folder / "curl.txt")
+    turns = [(Turn(*fresh(read, connections)), curl(urls, connections)) for _ in range(rounds + 1)][1:]
     reader, peer = zip(*turns, strict=True)
     return {
         "stream_vs_curl": round(statistics.median(r.mb_s / c.mb_s for r, c in turns), 2),
@@ -87,40 +73,10 @@ def compare(rounds: int, connections: int, folder: Path) -> dict[str, float]:
     }
 
 
-def build(store: Store, shards: int = SHARDS) -> ShardSet:
-    """A shard set of random bytes in the sizes of photographs."""
-    rng, sizes = random.Random(0), []
-    for number in range(shards):
-        buffer, index = io.BytesIO(), np.zeros(SHARD_SAMPLES, dtype=RECORD)
-        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for i in range(SHARD_SAMPLES):
-                info = tarfile.TarInfo(f"{number:06d}-{i:06d}.jpg")
-                info.size = rng.randint(20_000, 70_000)
-                data = rng.randbytes(info.size)
-                index[i] = (buffer.tell() + 512, len(data), google_crc32c.value(data), 500, 375)
-                tar.addfile(info, io.BytesIO(data))
-        store.put(shard_path(number), buffer.getvalue())
-        store.put(index_path(number), index.tobytes())
-        sizes.append(buffer.tell())
-    samples = (SHARD_SAMPLES,) * shards
-    Manifest("bench", "bench", sum(samples), samples, tuple(sizes), settings={}, refused={}).save(store)
-    store.close()
-    return ShardSet(store, Manifest.load(store))
-
-
-def ours(connections: int) -> Turn:
-    """A fetch by the reader, in a fresh process."""
-    end, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=read, args=(theirs, connections), daemon=True)
-    process.start()
-    turn = end.recv()
-    process.join()
-    return Turn(*turn)
-
-
-def read(end: Connection, connections: int) -> None:
+def read(connections: int) -> tuple[float, float]:
+    """A fetch by the reader."""
     os.sched_setaffinity(0, CORES)
-    shards = ShardSet.open(Store("s3://shards/bench", connections=connections))
+    shards = ShardSet.open(Store(SET, connections=connections))
     samples = shards.manifest.samples
     order = Order(samples, CHUNK_SAMPLES, 16, 1, BATCH, 0, "bench")
     settings = ReaderSettings(prefetch_bytes=2**29, connections=connections)
@@ -128,9 +84,8 @@ def read(end: Connection, connections: int) -> None:
     with Reader(shards, order, range(1), 0, settings) as reader:
         for step in range(EPOCHS * samples // BATCH):
             reader.batch(step)
-        bytes_read = reader.counters["bytes_read"]
-    seconds, cpu_s = time.monotonic() - begun, time.process_time() - cpu
-    end.send((bytes_read / 1e6 / seconds, cpu_s / (bytes_read / 1e9)))
+        gb = reader.counters["bytes_read"] / 1e9
+    return gb * 1e3 / (time.monotonic() - begun), (time.process_time() - cpu) / gb
 
 
 def curl_config(shards: ShardSet, path: Path) -> Path:
