@@ -164,12 +164,14 @@ def verify(options: argparse.Namespace) -> int:
 def preview(options: argparse.Namespace) -> int:
     from data_shards.store import Store
     from jobs.site import ROOT
-    from pipeline.report.preview import preview as write
+    from pipeline.report.preview import gather
+    from pipeline.report.preview_page import write_preview
 
     use_keys(options.site)
     store = Store(options.target)
     path = Path(options.to) if options.to else ROOT / "var" / f"preview-{_file_name(store.url)}.html"
-    found = write(store, path)
+    found = gather(store)
+    write_preview(path, found)
     line = f"{found.url}: {len(found.shown)} of {found.manifest.samples:,} images shown in {path}"
     say_found(options, {"url": found.url, "page": str(path), "samples": found.manifest.samples}, [line])
     return 0

@@ -12,7 +12,7 @@ from pipeline.evaluate.score import Score
 from pipeline.goodput import Goodput
 from pipeline.report.charts import Mark, Series, key, line_chart, thinned, trend
 from pipeline.report.data import ReportData
-from pipeline.report.document import write_document
+from pipeline.report.document import header, section, write_document
 from pipeline.report.figures import (
     Points,
     clock,
@@ -135,10 +135,9 @@ def _title(runs: Sequence[Brief]) -> str:
 
 def _head(runs: Sequence[Brief], time: float) -> Markup:
     rows = [(key(run.run, f"run-{n}"), run.state, *run.figures) for n, run in enumerate(runs)]
-    return element(
-        "header",
-        element("p", f"Farseer, as of {clock(time)}", class_="eyebrow"),
-        element("h1", _title(runs)),
+    return header(
+        f"Farseer, as of {clock(time)}",
+        _title(runs),
         table(rows, HEAD, "runs"),
         *(element("p", key(run.run, f"run-{n}"), ": ", run.look) for n, run in enumerate(runs) if run.look),
     )
@@ -149,9 +148,8 @@ def _curves(runs: Sequence[Brief]) -> Markup:
         return element("p", "No run has made a step yet.")
     one_k = len({run.ln_k for run in runs}) == 1
     reference = (runs[0].ln_k, f"ln K = {runs[0].ln_k:.2f}, guessing") if one_k else None
-    return element(
-        "section",
-        element("h2", "Training"),
+    return section(
+        "Training",
         element("p", "All charts are over steps; point at one to read them all."),
         _chart(LOSS, runs, reference=reference, size="large"),
         element("div", *(_chart(curve, runs) for curve in CURVES), class_="charts"),
@@ -192,10 +190,10 @@ def _differences(runs: Sequence[Brief]) -> Markup:
     if not rows:
         return join()
     head = ("Key", *(key(run.run, f"run-{n}") for n, run in enumerate(runs)))
-    return element("section", element("h2", "What sets them apart"), table(rows, head))
+    return section("What sets them apart", table(rows, head))
 
 
 def _happened(runs: Sequence[Brief]) -> Markup:
     lists = (element("ul", *(element("li", text) for text in reversed(run.happened)), class_="plain") for run in runs)
     told = (folded(run.run, times(len(run.happened), "line"), of) for run, of in zip(runs, lists, strict=True))
-    return element("section", element("h2", "What happened"), element("div", *told, class_="more"))
+    return section("What happened", element("div", *told, class_="more"))

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from data_shards.merge import Refusal
 from pipeline.evaluate.score import Score
 from pipeline.evaluate.table import Evaluation
 from pipeline.report.rows import Rows
@@ -26,15 +27,6 @@ class Example:
     clean: bytes
     distorted: bytes
     found: dict[str, Sequence[Neighbour]]  # column -> the nearest first
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """An image that was not packed."""
-
-    source: str
-    reason: str
-    detail: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """A page as one file: its styles and scripts inside, and the browser told to load nothing from anywhere."""
 
+import base64
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -31,6 +32,26 @@ def write_document(
     foot = element("footer", "This page is one file and needs no network.")
     body = element("body", element("main", *sections, foot), *scripts)
     write_whole(path, join(Markup("<!doctype html>\n"), element("html", head, body, lang="en")))
+
+
+def header(eyebrow: str, title: str, *parts: str) -> Markup:
+    """The top of a page: what it is, of what, and the few things that stand there."""
+    return element("header", element("p", eyebrow, class_="eyebrow"), element("h1", title), *parts)
+
+
+def lead(sentence: str) -> Markup:
+    """What came out, in words."""
+    return element("p", sentence, class_="lead")
+
+
+def section(title: str, *parts: str) -> Markup:
+    return element("section", element("h2", title), *parts)
+
+
+def image(data: bytes, kind: str, words: str) -> Markup:
+    """An encoded picture (kind: webp or jpeg), inside the page; words for those who do not see it."""
+    source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return element("img", src=source, alt=words, loading="lazy")
 
 
 def figures(told: Iterable[tuple[str, str, str]]) -> Markup:

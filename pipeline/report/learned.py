@@ -1,11 +1,11 @@
 """What the model saw and what it learned: crops, the evaluation as bars and as numbers, nearest neighbours."""
 
-import base64
 import math
 
 from pipeline.evaluate.table import Evaluation, Row
 from pipeline.report.charts import bars
 from pipeline.report.data import Example, Neighbour, ReportData
+from pipeline.report.document import image, section
 from pipeline.report.figures import listed, percent
 from pipeline.report.markup import Markup, element, join
 
@@ -27,13 +27,8 @@ def seen(data: ReportData) -> Markup:
         f"Images of the first step: each whole, then its crops as the trunk got them, {sizes}. "
         "The loss asks that all crops of an image fall to the same prototypes."
     )
-    pictures = (
-        element("img", src=_uri(crop, "webp"), alt=f"Image {n} and its crops", loading="lazy")
-        for n, crop in enumerate(data.crops, start=1)
-    )
-    return element(
-        "section", element("h2", "What the model saw"), element("p", told), element("div", *pictures, class_="crops")
-    )
+    pictures = (image(crop, "webp", f"Image {n} and its crops") for n, crop in enumerate(data.crops, start=1))
+    return section("What the model saw", element("p", told), element("div", *pictures, class_="crops"))
 
 
 def learned(data: ReportData) -> Markup:
@@ -42,9 +37,8 @@ def learned(data: ReportData) -> Markup:
         return join()
     names = {**COLUMNS, "chance": "Guessing"}
     about = "Per cent right, with the standard error that so many tiles bring. Bold: the best of a row."
-    return element(
-        "section",
-        element("h2", "What it has learned"),
+    return section(
+        "What it has learned",
         element("p", _protocol(data.evaluation)),
         element("ul", *(element("li", name, class_=key) for key, name in names.items()), class_="legend"),
         bars([(row.title, f"{row.tiles:,} tiles", _bars_of(row), row.chance) for row in data.evaluation.rows]),
@@ -66,9 +60,8 @@ def neighbours(data: ReportData) -> Markup:
         f"then the nearest training tiles are looked up. From the right photograph: {right}."
     )
     head = (element("div", text) for text in ("Held out, and distorted", *TRUNKS.values()))
-    return element(
-        "section",
-        element("h2", "Nearest neighbours"),
+    return section(
+        "Nearest neighbours",
         element("p", told),
         element("div", element("div", *head, class_="example head"), *map(_example, data.examples), class_="panel"),
     )
@@ -137,10 +130,5 @@ def _found(neighbour: Neighbour) -> Markup:
     return _tile(neighbour.image, f"{verdict}: {neighbour.label}", verdict, sign)
 
 
-def _tile(image: bytes, alt: str, verdict: str = "", *more: Markup) -> Markup:
-    shown = element("img", src=_uri(image, "jpeg"), alt=alt, loading="lazy")
-    return element("span", shown, *more, class_=f"tile {verdict}".strip(), title=alt)
-
-
-def _uri(image: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
+def _tile(tile: bytes, alt: str, verdict: str = "", *more: Markup) -> Markup:
+    return element("span", image(tile, "jpeg", alt), *more, class_=f"tile {verdict}".strip(), title=alt)

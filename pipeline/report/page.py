@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.report.data import ReportData
-from pipeline.report.document import figures, write_document
+from pipeline.report.document import figures, header, lead, write_document
 from pipeline.report.figures import (
     date,
     done,
@@ -20,7 +20,7 @@ from pipeline.report.figures import (
     wait_percent,
 )
 from pipeline.report.learned import learned, neighbours, seen
-from pipeline.report.markup import Markup, element
+from pipeline.report.markup import Markup
 from pipeline.report.provenance import images, run
 from pipeline.report.scores import scores
 from pipeline.report.training import training
@@ -38,13 +38,7 @@ def _scores(data: ReportData) -> Markup:
 
 def _head(data: ReportData) -> Markup:
     began = f" of {date(data.events[0]['time'])}" if data.events else ""
-    return element(
-        "header",
-        element("p", f"Farseer, a pretraining run{began}", class_="eyebrow"),
-        element("h1", data.run),
-        element("p", _summary(data), class_="lead"),
-        figures(_figures(data)),
-    )
+    return header(f"Farseer, a pretraining run{began}", data.run, lead(_summary(data)), figures(_figures(data)))
 
 
 def _summary(data: ReportData) -> str:

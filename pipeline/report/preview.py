@@ -9,7 +9,6 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -150,12 +149,3 @@ def thumbnail(image: bytes) -> bytes:
     out = io.BytesIO()
     upright.save(out, "WEBP", quality=78)
     return out.getvalue()
-
-
-def preview(store: Store, path: Path) -> Preview:
-    """Write the page of a set to `path`. Raises UserError when there is no set."""
-    from pipeline.report.preview_page import write_preview
-
-    found = gather(store)
-    write_preview(path, found)
-    return found

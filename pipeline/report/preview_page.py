@@ -1,13 +1,12 @@
 """The page of a shard set: pictures first, then charts, what was refused, and how it was packed."""
 
-import base64
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.report.document import figures, write_document
+from pipeline.report.document import figures, header, image, lead, section, write_document
 from pipeline.report.figures import date, listed, number, times
 from pipeline.report.histogram import histogram, ratio, shares, size
 from pipeline.report.markup import Markup, element
@@ -19,7 +18,7 @@ MOST_LABELS = 20
 
 def write_preview(path: Path, preview: Preview) -> None:
     """Write the page: one file, complete in itself."""
-    sections = (section(preview) for section in (_head, _sheet, _charts, _refused, _packing))
+    sections = (part(preview) for part in (_head, _sheet, _charts, _refused, _packing))
     write_document(path, _name(preview), sections, ("style.css", "preview.css"))
 
 
@@ -28,13 +27,8 @@ def _name(preview: Preview) -> str:
 
 
 def _head(preview: Preview) -> Markup:
-    return element(
-        "header",
-        element("p", f"Farseer, a shard set as of {date(preview.time)}", class_="eyebrow"),
-        element("h1", _name(preview)),
-        element("p", _summary(preview), class_="lead"),
-        figures(_figures(preview)),
-    )
+    eyebrow = f"Farseer, a shard set as of {date(preview.time)}"
+    return header(eyebrow, _name(preview), lead(_summary(preview)), figures(_figures(preview)))
 
 
 def _summary(preview: Preview) -> str:
@@ -72,25 +66,19 @@ def _short(count: int) -> str:
 
 def _sheet(preview: Preview) -> Markup:
     told = f"{times(len(preview.shown), 'image')}, sampled evenly; point at one, or tap it, to see which it is."
-    return element(
-        "section",
-        element("h2", "Images"),
-        element("p", told),
-        element("div", *map(_shot, preview.shown), class_="sheet"),
-    )
+    return section("Images", element("p", told), element("div", *map(_shot, preview.shown), class_="sheet"))
 
 
 def _shot(shown: Shown) -> Markup:
     """A picture in its own proportions; its words appear at the bottom of the window."""
     aspect = min(2.6, max(0.45, shown.width / shown.height)) if shown.height else 1.0
-    source = f"data:image/webp;base64,{base64.b64encode(shown.picture).decode()}"
     words = (
         element("b", shown.source or shown.key),
         element("span", " · ".join(filter(None, [shown.label, shown.source and shown.key]))),
         element("span", f"{shown.width:,} \u00d7 {shown.height:,}, {shown.format}, {size(shown.size)}"),
     )
     picture = (
-        element("img", src=source, alt=shown.source or shown.key, loading="lazy")
+        image(shown.picture, "webp", shown.source or shown.key)
         if shown.picture
         else element("em", f"cannot be shown: {shown.why}")
     )
@@ -107,7 +95,7 @@ def _charts(preview: Preview) -> Markup:
         f"Of {counted:,} images, from {sampled.shards:,} of {shards:,} shards, evenly spaced."
     )  # fmt: skip
     if not counted:
-        return element("section", element("h2", "Sizes and kinds"), element("p", "Every place that was read is empty."))
+        return section("Sizes and kinds", element("p", "Every place that was read is empty."))
     sides = [sampled.column(name) for name in ("width", "height")]
     kinds = dict(sampled.formats.most_common())
     charts = [
@@ -118,9 +106,8 @@ def _charts(preview: Preview) -> Markup:
         shares("Formats", kinds, counted),
         *_labels(preview, counted),
     ]  # fmt: skip
-    return element(
-        "section",
-        element("h2", "Sizes and kinds"),
+    return section(
+        "Sizes and kinds",
         element("p", f"{told} Sizes are as images are seen, after EXIF's orientation; their axes are logarithmic."),
         element("div", *charts, class_="charts"),
     )
@@ -153,12 +140,11 @@ def _refused(preview: Preview) -> Markup:
     reasons = sorted(preview.manifest.refused.items(), key=lambda one: -one[1])
     total = sum(count for _, count in reasons)
     if not total:
-        return element("section", element("h2", "Refused"), element("p", "No image was refused."))
+        return section("Refused", element("p", "No image was refused."))
     rows = [(one.source, one.reason, one.detail) for one in preview.refused]
     listing = table(rows, ("Source", "Reason", "What was found"))
-    return element(
-        "section",
-        element("h2", "Refused"),
+    return section(
+        "Refused",
         element("p", f"{times(total, 'source')} did not become a sample. All are listed in {preview.url}/refused/."),
         shares("Reasons", dict(reasons), total),
         element("div", folded("Which", f"the first {len(rows):,}", listing), class_="more") if rows else "",
@@ -175,4 +161,4 @@ def _packing(preview: Preview) -> Markup:
     ]
     if manifest.tars:
         facts.insert(1, ("Shards lie in", manifest.tars[0].rpartition("/")[0]))
-    return element("section", element("h2", "How it was packed"), table(facts))
+    return section("How it was packed", table(facts))

@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from pipeline.report.data import ReportData
+from pipeline.report.document import section
 from pipeline.report.figures import clock, done, duration, last_step, listed, times
 from pipeline.report.markup import Markup, element
 
@@ -15,9 +16,8 @@ def images(data: ReportData) -> Markup:
     told = f"{times(len(data.refused), 'image')} refused when the shards were packed:"
     rows = [(refusal.source, refusal.reason, refusal.detail) for refusal in data.refused]
     authors = element("ul", *(element("li", text) for text in data.authors), class_="plain")
-    return element(
-        "section",
-        element("h2", "Data"),
+    return section(
+        "Data",
         element("p", told if rows else "No image was refused when the shards were packed."),
         table(rows, ("Image", "Reason", "What was found")) if rows else "",
         element("div", folded("Whose the photographs are", "authors and licences", authors), class_="more")
@@ -30,9 +30,8 @@ def run(data: ReportData) -> Markup:
     """Facts, config, packages, events."""
     config = yaml.safe_dump(data.config, sort_keys=False, allow_unicode=True)
     packages = {name: version for place in data.environments[-1:] for name, version in place["packages"].items()}
-    return element(
-        "section",
-        element("h2", "The run"),
+    return section(
+        "The run",
         table([fact for fact in _facts(data) if fact[1]]),
         element(
             "div",

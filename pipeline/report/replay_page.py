@@ -1,11 +1,10 @@
 """The page of one step of a run: its images, each with the crops that the model saw."""
 
-import base64
 from pathlib import Path
 
 from pipeline.augment import AugmentSettings
 from pipeline.replay import Replayed, Shown
-from pipeline.report.document import figures, write_document
+from pipeline.report.document import figures, header, image, lead, section, write_document
 from pipeline.report.markup import Markup, element
 from pipeline.report.pictures import crop_strips
 
@@ -13,17 +12,11 @@ from pipeline.report.pictures import crop_strips
 def write_replay(path: Path, replayed: Replayed) -> None:
     """Write the page: one file, complete in itself."""
     title = f"{replayed.run.rpartition('/')[2]}, step {replayed.step:,}"
-    head = element(
-        "header",
-        element("p", "Farseer, a step made again", class_="eyebrow"),
-        element("h1", title),
-        element("p", f"{replayed.lines()[1]}.", class_="lead"),
-        figures(_figures(replayed)),
-    )
+    summary = lead(f"{replayed.lines()[1]}.")
+    head = header("Farseer, a step made again", title, summary, figures(_figures(replayed)))
     told = "Each image whole, then its crops as the trunk got them."
     pictures = element("div", *(_picture(shown, replayed.augment) for shown in replayed.shown), class_="crops")
-    images = element("section", element("h2", "Images"), element("p", told), pictures)
-    write_document(path, title, (head, images), ("style.css",))
+    write_document(path, title, (head, section("Images", element("p", told), pictures)), ("style.css",))
 
 
 def _figures(replayed: Replayed) -> list[tuple[str, str, str]]:
@@ -38,5 +31,4 @@ def _picture(shown: Shown, augment: AugmentSettings) -> Markup:
     (strip,) = crop_strips(shown.crops, [shown.image], augment.mean, augment.std)
     stood_in = f", in the place of {', '.join(map(str, shown.replaced))}" if shown.replaced else ""
     name = f"{shown.name} (lane {shown.lane}{stood_in})"
-    source = f"data:image/webp;base64,{base64.b64encode(strip).decode()}"
-    return element("figure", element("img", src=source, alt=name, loading="lazy"), element("figcaption", name))
+    return element("figure", image(strip, "webp", name), element("figcaption", name))

@@ -20,7 +20,7 @@ from pipeline.evaluate.views import render_distorted
 from pipeline.goodput import goodput
 from pipeline.journal import read_events
 from pipeline.loader import LoaderSettings, render
-from pipeline.report.data import Example, Neighbour, Refusal, ReportData
+from pipeline.report.data import Example, Neighbour, ReportData
 from pipeline.report.figures import duration, percent, times
 from pipeline.report.page import write_report
 from pipeline.report.pictures import crop_strips, picture, thumbnail
@@ -57,7 +57,7 @@ def report_run(
         scores=read_scores(store),
         crops=first_crops(config, read_record(store), bank) if bank_url == config.data.url else (),
         examples=examples(evaluation, bank, held_out, config),
-        refused=[refusal for url in (bank_url, held_out_url) for refusal in refusals(Store(url))],
+        refused=[refusal for url in (bank_url, held_out_url) for refusal in read_refused(Store(url))],
         environments=environments(store),
         authors=authors,
         facts={
@@ -97,11 +97,6 @@ def examples(evaluation: Evaluation, bank: Tiles, held_out: Tiles, config: Confi
         )
         for entry, image in zip(evaluation.neighbours, distorted, strict=True)
     ]
-
-
-def refusals(store: Store) -> list[Refusal]:
-    """What was refused when this set was packed."""
-    return [Refusal(*one) for one in read_refused(store)]
 
 
 def environments(store: Store) -> list[dict[str, Any]]:

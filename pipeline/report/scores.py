@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from pipeline.evaluate.score import TITLES, Score
 from pipeline.report.charts import Series, key, line_chart
+from pipeline.report.document import section
 from pipeline.report.figures import percent
 from pipeline.report.markup import Markup, element, join
 from pipeline.report.provenance import table
@@ -23,7 +24,7 @@ def scores(runs: Sequence[tuple[str, Sequence[Score]]], last_step: int) -> Marku
         return join()
     names = [name for name, _ in runs]
     parts = (part for question, found in asked.items() for part in _answers(question, found, names, last_step))
-    return element("section", element("h2", "Evaluation"), *parts)
+    return section("Evaluation", *parts)
 
 
 def _answers(

@@ -1,9 +1,11 @@
 """How the training went: curves over steps, with what happened to the run."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from pipeline.report.charts import Mark, Series, line_chart, trend
 from pipeline.report.data import ReportData
+from pipeline.report.document import section
 from pipeline.report.figures import column, last_step, listed, ln_k, pace, waits
 from pipeline.report.markup import Markup, element, join
 
@@ -14,13 +16,12 @@ def training(data: ReportData) -> Markup:
     """The section; nothing when there are no rows."""
     if not data.rows.size:
         return join()
-    charts = (_lr_chart(data), _images_chart(data), _wait_chart(data), _usage_chart(data))
-    return element(
-        "section",
-        element("h2", "Training"),
+    loss, *small = _charts(data)
+    return section(
+        "Training",
         element("p", _in_words(data), " All charts are over steps; point at one to read them all."),
-        _loss_chart(data),
-        element("div", *charts, class_="charts"),
+        loss,
+        element("div", *small, class_="charts"),
     )
 
 
@@ -41,49 +42,29 @@ def _in_words(data: ReportData) -> str:
     return f"The run was {listed(told)}." if told else "The run was never interrupted."
 
 
-def _common(data: ReportData) -> dict[str, Any]:
-    return {"marks": marks(data), "last_step": last_step(data)}
-
-
-def _smoothed(steps: list[int], values: list[float]) -> list[Series]:
-    return [Series("each step", steps, values, "raw"), Series("moving mean", steps, trend(values))]
-
-
-def _loss_chart(data: ReportData) -> Markup:
-    k = data.config["swav"]["prototypes"]
-    return line_chart(
-        "Loss",
-        _smoothed(*column(data, "loss")),
-        reference=(ln_k(data), f"ln {k} = {ln_k(data):.2f}, guessing"),
-        size="large",
-        about=f"Cross-entropy over K = {k} prototypes. A collapsed run stays on the dashed line.",
-        **_common(data),
-    )
-
-
-def _lr_chart(data: ReportData) -> Markup:
-    series = [Series("rate", *column(data, "lr"))]
-    return line_chart("Learning rate", series, from_zero=True, **_common(data))
-
-
-def _images_chart(data: ReportData) -> Markup:
-    return line_chart("Images a second", _smoothed(*pace(data)), from_zero=True, about=_WITHOUT_FIRST, **_common(data))
-
-
-def _wait_chart(data: ReportData) -> Markup:
+def _charts(data: ReportData) -> Iterator[Markup]:
+    """The loss, large, then the small ones."""
+    common: dict[str, Any] = {"marks": marks(data), "last_step": last_step(data)}
+    k, guessing = data.config["swav"]["prototypes"], ln_k(data)
+    reference = (guessing, f"ln {k} = {guessing:.2f}, guessing")
+    about = f"Cross-entropy over K = {k} prototypes. A collapsed run stays on the dashed line."
+    loss = _smoothed(*column(data, "loss"))
+    yield line_chart("Loss", loss, reference=reference, size="large", about=about, **common)
+    small = {"from_zero": True, **common}
+    yield line_chart("Learning rate", [Series("rate", *column(data, "lr"))], **small)
+    yield line_chart("Images a second", _smoothed(*pace(data)), about=_WITHOUT_FIRST, **small)
     about = f"Share of a step, of the rank that waits longest. {_WITHOUT_FIRST}"
-    return line_chart(
-        "Waiting for data", _smoothed(*waits(data)), from_zero=True, unit=" %", about=about, **_common(data)
-    )
-
-
-def _usage_chart(data: ReportData) -> Markup:
-    series = [
+    yield line_chart("Waiting for data", _smoothed(*waits(data)), unit=" %", about=about, **small)
+    usage = [
         Series("in use", *column(data, "prototypes_used", 100)),
         Series("entropy of a code, of ln K", *column(data, "code_entropy", 100), "second"),
     ]
     about = "In use: first choice of some image of a step. A collapse shows here first: few are, or codes are at 100 %."
-    return line_chart("Prototypes", series, from_zero=True, unit=" %", about=about, **_common(data))
+    yield line_chart("Prototypes", usage, unit=" %", about=about, **small)
+
+
+def _smoothed(steps: list[int], values: list[float]) -> list[Series]:
+    return [Series("each step", steps, values, "raw"), Series("moving mean", steps, trend(values))]
 
 
 _WITHOUT_FIRST = "Without the first step of each start."

@@ -15,9 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
+from data_shards.merge import Refusal
 from pipeline.evaluate.table import COLUMNS, Evaluation, Row
 from pipeline.report.charts import Axis, Series, thinned, trend
-from pipeline.report.data import Example, Neighbour, Refusal, ReportData
+from pipeline.report.data import Example, Neighbour, ReportData
 from pipeline.report.page import write_report
 from pipeline.report.pictures import crop_strips, picture, thumbnail
 from pipeline.report.rows import columns

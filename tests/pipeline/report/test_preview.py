@@ -15,7 +15,8 @@ from data_shards.pack import PackSettings, pack
 from data_shards.store import Store
 from pipeline.report import preview as module
 from pipeline.report.histogram import histogram, ratio, shares, size
-from pipeline.report.preview import gather, preview, thumbnail
+from pipeline.report.preview import gather, thumbnail
+from pipeline.report.preview_page import write_preview
 from tests.photos import photographs, write_tiles
 from tests.pipeline.test_report import Node, Tree
 
@@ -41,7 +42,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Store:
 @pytest.fixture(scope="module")
 def page(packed: Store, tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("page") / "folder" / "preview.html"
-    preview(packed, path)
+    write_preview(path, gather(packed))
     return path.read_text()
 
 
@@ -115,7 +116,8 @@ def test_a_large_set_is_sampled_and_the_page_says_so(
     monkeypatch.setattr(module, "SHOWN", 3)
     shards = len(ShardSet.open(packed).manifest.shard_samples)
     before = packed.counters.bytes_read
-    found = preview(packed, tmp_path / "page.html")
+    found = gather(packed)
+    write_preview(tmp_path / "page.html", found)
     read = packed.counters.bytes_read - before
     assert found.sampled.shards <= 5 < shards
     assert f"from {found.sampled.shards} of {shards} shards" in (tmp_path / "page.html").read_text()
@@ -127,7 +129,7 @@ def test_a_damaged_image_is_said_to_be_one(packed: Store, tmp_path: Path) -> Non
     for entry in packed.list():
         store.put(entry.path, packed.get(entry.path))
     store.put(shard_path(0), bytes(len(store.get(shard_path(0)))))
-    preview(store, tmp_path / "page.html")
+    write_preview(tmp_path / "page.html", gather(store))
     shots = Tree((tmp_path / "page.html").read_text()).root.all("figure", "shot")
     broken = [shot for shot in shots if shot.all("em")]
     assert broken
@@ -137,7 +139,7 @@ def test_a_damaged_image_is_said_to_be_one(packed: Store, tmp_path: Path) -> Non
 
 def test_where_there_is_no_set_the_user_is_told_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no shard set"):
-        preview(Store(f"file://{tmp_path}/none"), tmp_path / "page.html")
+        gather(Store(f"file://{tmp_path}/none"))
     assert not (tmp_path / "page.html").exists()
 
 
