@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data_shards.errors import one_line
 from data_shards.index import Manifest, ShardSet, table_path
@@ -133,6 +133,8 @@ def _shown(shards: ShardSet, shard: int, row: dict[str, Any]) -> Shown:
     picture, why = b"", ""
     try:
         picture = thumbnail(store.get(path, row["offset"], row["offset"] + row["size"]))
+    except UnidentifiedImageError:
+        why = "no image is at its place in the shard"
     except Exception as error:  # noqa: BLE001  # a page is still worth having, and it says which image is damaged
         why = one_line(error)[:200]
     return Shown(

@@ -133,7 +133,7 @@ def test_a_damaged_image_is_said_to_be_one(packed: Store, tmp_path: Path) -> Non
     shots = Tree((tmp_path / "page.html").read_text()).root.all("figure", "shot")
     broken = [shot for shot in shots if shot.all("em")]
     assert broken
-    assert all("cannot be shown" in shot.text for shot in broken)
+    assert all("cannot be shown: no image is at its place in the shard" in shot.text for shot in broken)
     assert len(broken) < len(shots)
 
 
