@@ -7,7 +7,7 @@ from typing import Any
 
 from data_shards.errors import UserError
 from jobs.run_verbs import newest_job, run_folder, run_option
-from jobs.verbs import add_verb, complain, json_option, positive, progress, say, say_found, site_option
+from jobs.verbs import ProgressLine, add_verb, complain, json_option, output, positive, say, say_found, site_option
 
 WATCH_S = 30  # between two pages of a dashboard
 
@@ -70,26 +70,23 @@ def evaluate(options: argparse.Namespace) -> int:
         options.workers,
         options.keep_features,
     )
-    followed = asked.follow(lambda: newest_job(options), options.every, progress()) if options.every else None
-    for exam, score in followed or [asked.answer(options.step, progress())]:
+    followed = asked.follow(lambda: newest_job(options), options.every, ProgressLine()) if options.every else None
+    for exam, score in followed or [asked.answer(options.step, ProgressLine())]:
         say_found(options, score, lines(score, exam.history()))
     return 0
 
 
 def _wandb_folder(options: argparse.Namespace) -> Path:
     """The run's own, where `sync` looks; of a run that another site knows, one here."""
-    from jobs.site import ROOT
-
-    return ROOT / "var" / "evaluate" / _name(options) if "://" in options.name else newest_job(options).run_dir
+    return output(None, f"evaluate/{_name(options)}") if "://" in options.name else newest_job(options).run_dir
 
 
 def report(options: argparse.Namespace) -> int:
-    from jobs.site import ROOT
     from pipeline.evaluate.run import evaluate_run
     from pipeline.report.run import report_run
 
     store = run_folder(options)
-    page = Path(options.to) if options.to else ROOT / "var" / f"report-{_name(options)}.html"
+    page = output(options.to, f"report-{_name(options)}.html")
     found = evaluate_run(store, options.bank, options.held_out)
     say(*found.text(), f"report: {report_run(store, options.bank, options.held_out, found, page)}")
     return 0
@@ -97,10 +94,9 @@ def report(options: argparse.Namespace) -> int:
 
 def export(options: argparse.Namespace) -> int:
     from data_shards.store import Store
-    from jobs.site import ROOT
     from pipeline.export import export_run
 
-    to = options.to or str(ROOT / "var" / "export" / _name(options))
+    to = options.to or str(output(None, f"export/{_name(options)}"))
     target = Store(to if "://" in to else f"file://{Path(to).expanduser().absolute()}")
     found = export_run(run_folder(options), target, options.step)
     say_found(options, found, found.lines())
@@ -109,12 +105,12 @@ def export(options: argparse.Namespace) -> int:
 
 def dashboard(options: argparse.Namespace) -> int:
     from jobs.dashboard import briefs
-    from jobs.site import ROOT, load_site
+    from jobs.site import load_site
     from pipeline.report.dashboard import write_dashboard
     from pipeline.report.figures import times
     from pipeline.report.rows import RowReader
 
-    site, page = load_site(options.site), Path(options.to or ROOT / "var" / "dashboard.html")
+    site, page = load_site(options.site), output(options.to, "dashboard.html")
     site.activate()
     readers = dict[str, RowReader]()
     while True:
@@ -132,12 +128,11 @@ def dashboard(options: argparse.Namespace) -> int:
 
 def replay(options: argparse.Namespace) -> int:
     """Exit code 1 when the step's images or crops are not those of its row."""
-    from jobs.site import ROOT
     from pipeline.replay import replay as again
     from pipeline.report.replay_page import write_replay
 
-    page = Path(options.to) if options.to else ROOT / "var" / f"replay-{_name(options)}-{options.step}.html"
-    found = again(run_folder(options), options.step, options.device, progress())
+    page = output(options.to, f"replay-{_name(options)}-{options.step}.html")
+    found = again(run_folder(options), options.step, options.device, ProgressLine())
     write_replay(page, found)
     say(*found.lines(), f"page: {page}")
     return 1 if found.same_batch is False or found.same_crops is False else 0

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_shards.errors import UserError
 from jobs.run_verbs import run_folder, run_option
-from jobs.verbs import Verb, add_verb, json_option, progress, say_found, site_option, use_keys
+from jobs.verbs import ProgressLine, Verb, add_verb, json_option, output, say_found, site_option, use_keys
 
 if TYPE_CHECKING:
     from data_shards.pack import PackSettings, SourceOptions
@@ -69,14 +69,14 @@ def _set_verb(verbs: Any, name: str, function: Verb, text: str) -> argparse.Argu
 
 def shards(options: argparse.Namespace) -> int:
     from data_shards.pack import prepare, report
-    from data_shards.store import Store
 
-    use_keys(options.site)
     settings, source_options = parse_settings(options.set + (" dali_index=true" if options.dali_index else ""))
     if options.in_place:
         return _in_place(options, settings)
-    start, dst = time.monotonic(), Store(options.target)
-    plan = prepare(options.source, dst, settings, options=source_options, append=options.append, progress=progress())
+    start, dst = time.monotonic(), _store(options)
+    plan = prepare(
+        options.source, dst, settings, options=source_options, append=options.append, progress=ProgressLine()
+    )
     if plan is not None:
         _pack(options, dst, plan)
     found = report(dst, time.monotonic() - start, already_there=plan is None)
@@ -87,12 +87,12 @@ def shards(options: argparse.Namespace) -> int:
 
 def _in_place(options: argparse.Namespace, settings: "PackSettings") -> int:
     from data_shards.adopt import index_shards
-    from data_shards.store import Store
 
     if options.append or options.dali_index:
         raise UserError("IN_PLACE=1 indexes tars as they are: leave out APPEND=1 and DALI_INDEX=1")
-    store = Store(options.target)
-    report, about = index_shards(options.source, store, settings, progress=progress(), workers=options.workers)
+    report, about = index_shards(
+        options.source, _store(options), settings, progress=ProgressLine(), workers=options.workers
+    )
     lines = [*report.refused_lines(), f"{report.url}: {report.summary()}", about]
     say_found(options, {**asdict(report), "about": about}, lines)
     return 0
@@ -105,11 +105,11 @@ def _pack(options: argparse.Namespace, dst: "Store", plan: "Plan") -> None:
 
     site = load_site(options.site) if options.site and options.workers else None
     if site is None or site.executor == "local":
-        finish(dst, plan, workers=options.workers, progress=progress())
+        finish(dst, plan, workers=options.workers, progress=ProgressLine())
         return
     from jobs.pack_array import pack_array
 
-    pack_array(site, dst, plan, options.workers, progress())
+    pack_array(site, dst, plan, options.workers, ProgressLine())
 
 
 def parse_settings(text: str) -> "tuple[PackSettings, SourceOptions]":
@@ -142,16 +142,12 @@ def parse_settings(text: str) -> "tuple[PackSettings, SourceOptions]":
 
 
 def verify(options: argparse.Namespace) -> int:
-    from data_shards.store import Store
     from data_shards.verify import verify as check
-    from jobs.site import ROOT
 
-    use_keys(options.site)
-    folder = ROOT / "var" / "verify"
-    store = Store(options.target, connections=VERIFY_CONNECTIONS)
+    store = _store(options, connections=VERIFY_CONNECTIONS)
     how = {"full": options.full, "workers": options.workers, "afresh": options.afresh}
-    report = check(store, notes=folder, **how, progress=progress())
-    out = Path(options.out) if options.out else folder / f"{_file_name(store.url)}.txt"
+    report = check(store, notes=output(None, "verify"), **how, progress=ProgressLine())
+    out = output(options.out, f"verify/{_file_name(store.url)}.txt")
     if report.keys:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text("".join(f"{key}\n" for key in report.keys))
@@ -162,14 +158,11 @@ def verify(options: argparse.Namespace) -> int:
 
 
 def preview(options: argparse.Namespace) -> int:
-    from data_shards.store import Store
-    from jobs.site import ROOT
     from pipeline.report.preview import gather
     from pipeline.report.preview_page import write_preview
 
-    use_keys(options.site)
-    store = Store(options.target)
-    path = Path(options.to) if options.to else ROOT / "var" / f"preview-{_file_name(store.url)}.html"
+    store = _store(options)
+    path = output(options.to, f"preview-{_file_name(store.url)}.html")
     found = gather(store)
     write_preview(path, found)
     line = f"{found.url}: {len(found.shown)} of {found.manifest.samples:,} images shown in {path}"
@@ -183,18 +176,16 @@ def dedup(options: argparse.Namespace) -> int:
     from data_shards.dedup import DedupSettings
     from data_shards.dedup import dedup as find
     from data_shards.store import Store
-    from jobs.site import ROOT
 
-    use_keys(options.site)
-    store = Store(options.target)
+    store = _store(options)
     against = [Store(url) for url in options.against]
-    folder = Path(options.out) if options.out else ROOT / "var" / "dedup" / store.url.partition("://")[2].strip("/")
+    folder = output(options.out, f"dedup/{store.url.partition('://')[2].strip('/')}")
     try:
         settings = DedupSettings(distance=options.distance, memory_bytes=int(options.memory_gib * 2**30))
     except ValidationError as error:
         wrong = error.errors()[0]
         raise UserError(f"dedup: {wrong['loc'][0]} {wrong['input']}: {wrong['msg']}") from None
-    report = find(store, folder, settings, against=against, progress=progress())
+    report = find(store, folder, settings, against=against, progress=ProgressLine())
     say_found(options, report, report.lines())
     return 1 if report.leaks else 0
 
@@ -202,15 +193,13 @@ def dedup(options: argparse.Namespace) -> int:
 def remove(options: argparse.Namespace) -> int:
     from data_shards.index import ShardSet
     from data_shards.removed import remove as add
-    from data_shards.store import Store
 
-    use_keys(options.site)
-    shards = ShardSet.open(Store(options.target))
+    shards = ShardSet.open(_store(options))
     how = {"ignore_unknown": options.ignore_unknown, "force": options.force}
     path = Path("/dev/stdin" if options.list == "-" else options.list)
     try:
         with path.open(encoding="utf-8", errors="backslashreplace") as lines:  # as the tables write such names
-            report = add(shards, lines, **how, progress=progress())
+            report = add(shards, lines, **how, progress=ProgressLine())
     except OSError as error:
         raise UserError(f"LIST={path}: {error.strerror}; give a file of keys, sources or sha256, one a line") from None
     say_found(options, report, [report.summary()])
@@ -219,10 +208,8 @@ def remove(options: argparse.Namespace) -> int:
 
 def compact(options: argparse.Namespace) -> int:
     from data_shards.compact import compact as erase
-    from data_shards.store import Store
 
-    use_keys(options.site)
-    report = erase(Store(options.target), progress())
+    report = erase(_store(options), ProgressLine())
     say_found(options, report, [report.summary()])
     return 0
 
@@ -230,9 +217,17 @@ def compact(options: argparse.Namespace) -> int:
 def seen(options: argparse.Namespace) -> int:
     from pipeline.seen import seen as look
 
-    found = look(run_folder(options), options.image, progress())
+    found = look(run_folder(options), options.image, ProgressLine())
     say_found(options, found, found.lines())
     return 0
+
+
+def _store(options: argparse.Namespace, **how: int) -> "Store":
+    """Of the set, by the keys of the site."""
+    from data_shards.store import Store
+
+    use_keys(options.site)
+    return Store(options.target, **how)
 
 
 def _file_name(url: str) -> str:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from data_shards.errors import UserError
@@ -68,12 +69,19 @@ def above_zero(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
 
 
+def output(to: str | None, name: str) -> Path:
+    """Where the user wants it, else in `var`."""
+    from jobs.site import ROOT
+
+    return Path(to or ROOT / "var" / name)
+
+
 def json_option(options: argparse.ArgumentParser) -> None:
     options.add_argument("--json", action="store_true", help="for scripts")
 
 
 class ProgressLine:
-    """A line on stderr: how far, how fast, how long it will take.
+    """How a verb that takes a while shows that it goes on: a line on stderr, how far, how fast, how long it will take.
 
     On a terminal it is written over, a few times a second; elsewhere there is a new one every EVERY_S, the first after
     so long. Speed and time left are of what was done since the first call for the same `what`.
@@ -135,11 +143,6 @@ def bytes_text(number: float) -> str:
         if number >= size:
             return f"{number / size:.3g} {unit}"
     return f"{number:.0f} bytes"
-
-
-def progress() -> ProgressLine:
-    """How a verb that takes a while shows that it goes on."""
-    return ProgressLine()
 
 
 def table(head: Sequence[str], rows: Any) -> list[str]:
