@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.blame import START_LINE, blame, excluded, kind, last_words, lost, out_of_memory, suspects
+from jobs.blame import START_LINE, blame, blamed, excluded, kind, last_words, lost, out_of_memory, suspects
 from jobs.start import Failure, Start
 
 LOG = f"""{START_LINE} 0 of job 7 on node1,node2
@@ -59,6 +59,19 @@ def test_a_host_that_srun_has_lost_is_suspect_and_not_the_one_that_srun_ended_fo
     assert suspects(start, [failure("node2")]) == {}
 
 
+def test_a_node_that_the_step_does_not_have_is_nobody(start: Start) -> None:
+    said(
+        start, f"{START_LINE} 1 of job 7 on node1,node2\nsrun: error: Cannot communicate with node 2.  Aborting job.\n"
+    )
+    assert lost(start) is None
+
+
+def test_a_log_that_is_no_text_in_places_is_read_all_the_same(start: Start) -> None:
+    with (start.run_dir / "logs" / "7_0_log.out").open("ab") as log:
+        log.write(b"\xff\xfe\n")
+    assert last_words(start) == ("node2", "Killed")
+
+
 def test_a_job_that_asked_for_too_little_memory_is_no_fault_of_its_host(start: Start) -> None:
     said(
         start,
@@ -99,7 +112,8 @@ def test_a_list_that_cannot_be_read_or_holds_something_else_takes_nothing_from_t
         blame(tmp_path, "a", {"node2": "x"})
     (tmp_path / "hosts-another.jsonl").mkdir()  # as good as a file of mode 600
     (tmp_path / "hosts-1.jsonl").write_text(
-        '{"host": "node3"}\n{"time": "now", "host": 3, "run": "a", "reason": "b"}\n'
+        '{"host": "node3"}\n{"time": "now", "host": "node3", "run": "a", "reason": "b"}\n'
+        + 2 * f'{{"time": {time.time()}, "host": 3, "run": "a", "reason": "b"}}\n'
     )
     assert excluded(tmp_path, 12) == ["node2"]
 
@@ -132,6 +146,15 @@ def test_a_host_to_blame_twice_stays_out_until_it_is_forgotten(tmp_path: Path) -
     (tmp_path / "hosts-another.jsonl").write_text(json.dumps(old) + "\n")
     assert excluded(tmp_path, 12) == ["node2"]
     assert sorted(excluded(tmp_path, 14)) == ["node2", "node3"]
+
+
+def test_the_worst_host_is_excluded_first_and_what_is_told_of_it_is_in_the_order_of_time(tmp_path: Path) -> None:
+    now = time.time()
+    for user, told in (("1", [(1, "node2"), (3, "node3"), (5, "node3")]), ("2", [(2, "node3"), (4, "node2")])):
+        lines = [{"time": now - 9 + at, "host": host, "run": "a", "reason": str(at)} for at, host in told]
+        (tmp_path / f"hosts-{user}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert excluded(tmp_path, 12) == ["node3", "node2"]
+    assert [line["reason"] for line in blamed(tmp_path, 12)["node3"]] == ["2", "3", "5"]
 
 
 @pytest.mark.parametrize(

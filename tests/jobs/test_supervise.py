@@ -11,6 +11,7 @@ from data_shards.store import Store
 from jobs import slurm, supervise
 from jobs.blame import START_LINE, excluded
 from jobs.cli import main
+from jobs.rank import OutOfTime
 from jobs.start import Failure, Outcome, Start, cancel_marker, events, note, this_host
 from jobs.supervise import Decision, after, before, committed_step, decide, publish, stalled_starts
 from pipeline.journal import read_events
@@ -54,6 +55,8 @@ def test_the_reason_names_what_failed_first_or_how_the_ranks_ended():
     assert decide(143, None, [CRASH, MENDABLE]).reason == "rank 0 on node1: conf/x.yaml: data.lanes: 3"
     assert decide(137, None, []).reason == "the ranks left without a word (ended by signal 9)"
     assert decide(1, None, []).reason == "the ranks left without a word (exit code 1)"
+    assert decide(128, None, []).reason == "the ranks left without a word (exit code 128)"
+    assert decide(129, None, []).reason == "the ranks left without a word (ended by signal 1)"
     assert decide(137, None, [], suspects={"node2": "it left first"}).reason == "it left first"
     assert decide(137, None, [CODE], suspects={"node2": "it left first"}) == Decision("requeue", "it left first")
     memory = "srun: node2: task 1: Out Of Memory"
@@ -76,6 +79,8 @@ def said(*steps: int | None) -> list[dict[str, object]]:
         (said(None, None), None, 2),
         (said(None, None, None), None, 3),
         (said(None), 100, 0),
+        (said(None), 0, 0),
+        (said(None), 1, 0),
         (said(None, 100), 100, 1),
         (said(None, None, None), 100, 0),  # progress at last
         (said(300, 300), 200, 2),  # the newest was damaged: no progress either
@@ -226,6 +231,38 @@ def test_a_preemption_before_the_ranks_listen_is_no_failure_and_no_hosts_fault_h
     assert excluded(start.run_dir.parent, 12.0) == []
 
 
+def test_a_host_that_still_does_not_listen_when_the_time_is_over_is_suspect_and_the_start_counts(start, store):
+    log = f"{START_LINE} 0 of job 7 on node1,node2\nsrun: error: node1: task 0: User defined signal 2\n"
+    (start.run_dir / "logs" / "7_0_log.out").write_text(log)
+    start.fail(1, OutOfTime("the time limit came 3500 s after the start"))
+    assert "node1 left first" in after(start, 140, store, max_cycles=3).reason
+    assert after(start, 140, store, max_cycles=1).action == "stop"
+
+
+def test_a_host_whose_rank_twice_left_first_is_told_and_kept_out_of_the_next_starts(start, store):
+    log = start.run_dir / "logs" / "7_0_log.out"
+    for number in range(2):
+        with log.open("a") as file:
+            file.write(f"{START_LINE} {number} of job 7 on node1,node2\nsrun: error: node2: task 1: Killed\n")
+        assert "node2 left first" in after(Start(start.run_dir, "7", number), 137, store, max_cycles=3).reason
+        assert events(start.run_dir)[-1]["suspects"] == ["node2"]
+    assert excluded(start.run_dir.parent, 12.0) == ["node2"]
+
+
+def test_a_suspect_makes_an_error_of_the_code_worth_another_start(start, store):
+    log = f"{START_LINE} 0 of job 7 on node1,node2\nsrun: error: node2: task 1: Killed\n"
+    (start.run_dir / "logs" / "7_0_log.out").write_text(log)
+    start.fail(0, AttributeError("None"))
+    failure = start.failures()[0]
+    assert failure.host != "node2"
+    assert after(start, 137, store, max_cycles=3).action == "requeue"
+
+
+def test_a_run_that_was_cancelled_and_died_meanwhile_is_over(start):
+    cancel_marker(start.run_dir).touch()
+    assert after(start, 137, Store("s3://nowhere", retry_seconds=0.1), max_cycles=3) == Decision("end", "cancelled")
+
+
 def test_the_third_crash_without_a_new_checkpoint_stops_the_run_and_a_new_one_in_between_does_not(start, store):
     actions = [after(Start(start.run_dir, "7", number), 137, store, max_cycles=3).action for number in (0, 1)]
     store.put("checkpoints/step-000000100-a02/MANIFEST.json", b"{}")
@@ -242,7 +279,12 @@ def test_a_store_that_is_away_is_no_progress_and_no_traceback(start, tmp_path):
         patch.setenv("AWS_ACCESS_KEY_ID", "a")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "b")
         supervise_events = [after(start, 137, away, max_cycles=2).action for _ in range(2)]
-    assert supervise_events == ["requeue", "stop"]
+        assert supervise_events == ["requeue", "stop"]
+        for committed in (100, 200):
+            start.note("requeued", committed=committed)
+        start.note("requeued", reason="preempted")
+        after(start, 137, away, max_cycles=9)
+    assert events(start.run_dir)[-1]["committed"] == 200  # the last one known
 
 
 def test_a_user_error_of_a_rank_stops_the_run_at_once(start, store):
