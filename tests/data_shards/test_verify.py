@@ -77,6 +77,17 @@ def test_an_index_that_differs_from_the_table_is_named(store: Store) -> None:
     assert (INDEX, "its places overlap or lie outside the shard") in found
 
 
+@pytest.mark.parametrize(
+    ("column", "place", "by"), [("offset", 0, -512), ("offset", 3, -10_000), ("size", 2, 10_000), ("size", -1, 10**6)]
+)
+def test_places_that_overlap_or_lie_outside_are_named(store: Store, column: str, place: int, by: int) -> None:
+    records = np.frombuffer(store.get(INDEX), dtype=RECORD).copy()
+    records[column][place] = int(records[column][place]) + by
+    store.put(INDEX, records.tobytes())
+    found = {(fault.object, fault.found) for fault in verify(store).faults}
+    assert (INDEX, "its places overlap or lie outside the shard") in found
+
+
 def test_a_table_that_is_none_is_named(store: Store) -> None:
     store.put(TABLE, b"no table")
     (found,) = verify(store).faults
@@ -122,6 +133,16 @@ def test_a_flipped_bit_in_a_members_header_is_found_by_the_full_check(store: Sto
     (fault,) = verify(store, full=True).faults
     assert (fault.object, fault.key) == (TAR, "000001-000000")
     assert "tar header" in fault.found
+
+
+def test_a_member_that_bears_anothers_name_is_found_by_the_full_check(store: Store) -> None:
+    tar, at = bytearray(store.get(TAR)), offset(store, 2) - 512
+    member = tarfile.TarInfo.frombuf(bytes(tar[at : at + 512]), "utf-8", "strict")
+    member.name = "000001-000003.jpg"
+    tar[at : at + 512] = member.tobuf(tarfile.USTAR_FORMAT)
+    store.put(TAR, bytes(tar))
+    (fault,) = verify(store, full=True).faults
+    assert (fault.key, fault.found) == ("000001-000002", "its tar header is another's")
 
 
 def test_a_size_in_pixels_that_index_and_table_agree_on_wrongly_is_found_by_the_full_check(store: Store) -> None:
