@@ -78,7 +78,7 @@ def test_an_index_that_differs_from_the_table_is_named(store: Store) -> None:
 
 
 @pytest.mark.parametrize(
-    ("column", "place", "by"), [("offset", 0, -512), ("offset", 3, -10_000), ("size", 2, 10_000), ("size", -1, 10**6)]
+    ("column", "place", "by"), [("offset", 0, -512), ("offset", 3, -1024), ("size", 2, 10_000), ("size", -1, 10**6)]
 )
 def test_places_that_overlap_or_lie_outside_are_named(store: Store, column: str, place: int, by: int) -> None:
     records = np.frombuffer(store.get(INDEX), dtype=RECORD).copy()
