@@ -139,6 +139,15 @@ def test_a_running_job_shows_its_last_row_and_what_its_events_say(job):
     assert found.seconds_ago == pytest.approx(5, abs=3)
     assert (found.at_risk, found.nodes, found.look) == (10, "node[1-2]", "")
     assert found.left_s == pytest.approx(130 * 0.5)
+    assert found.committed_ago_s == pytest.approx(time.time() - 4.0, abs=5)
+    assert status(job, queued("PENDING")).left_s is None
+
+
+def test_a_run_that_went_back_behind_its_newest_checkpoint_has_nothing_at_risk(job):
+    now = time.time()
+    attempt(job, 1, 0, [(90, now - 9), (91, now - 8)], {"time": now - 8, "event": "committed", "step": 91})
+    attempt(job, 2, 60, [(61, now - 2), (62, now - 1)])
+    assert (status(job, queued("RUNNING")).committed, status(job, queued("RUNNING")).at_risk) == (91, 0)
 
 
 def test_the_wait_for_data_is_that_of_many_steps_and_not_of_the_last_one_for_which_nothing_is_fetched(job):
@@ -152,7 +161,13 @@ def test_the_wait_for_data_is_that_of_many_steps_and_not_of_the_last_one_for_whi
 
 @pytest.mark.parametrize(
     ("starved", "ranks", "told"),
-    [((1, 1, 1, 0), 2, ", most of it for rank 1 on node2"), ((1, 0, 1, 0), 2, ""), ((0, 0, 0, 0), 1, "")],
+    [
+        ((1, 1, 1, 0), 2, ", most of it for rank 1 on node2"),
+        ((0, 0, 0, 1), 2, ", most of it for rank 0 on node1"),
+        ((1, 0, 1, 0), 2, ""),
+        ((0, 0, 0, 0), 1, ""),
+        ((-1, -1, -1, -1), 2, ""),  # not told
+    ],
 )
 def test_a_rank_for_whose_images_all_others_wait_is_named_with_its_host(job, starved, ranks, told):
     spent = {"time": time.time(), "step_s": 0.5, "wait_s": 0.4}
@@ -208,6 +223,49 @@ def test_the_last_column_says_where_to_look(job):
     assert status(job, []).look == "make resume RUN=first goes on"
     note(job.run_dir, "failed", reason="rank 0 on node1: RuntimeError: f(x)")
     assert status(job, []).look == "rank 0 on node1: RuntimeError: f(x); make logs RUN=first"
+
+
+def test_a_run_stands_still_when_neither_a_step_nor_an_event_has_come_for_many_of_its_steps(job):
+    now = time.time()
+
+    def look(step_s: float, last_step: float, last_event: float) -> str:
+        row = {"result": {"step": 8}, "run": {"time": now - last_step, "step_s": step_s, "wait_s": 0.0}}
+        lines(job.run_dir / "a01" / "metrics.jsonl", *[row] * 3)
+        begun = {"time": now - last_event, "attempt": 1, "event": "started", "step": 0}
+        lines(job.run_dir / "a01" / "events.jsonl", begun)
+        return status(job, queued("RUNNING")).look
+
+    few, many = 0.9 * runs.MEDIANS, 1.1 * runs.MEDIANS
+    slow = 2 * runs.STILL_S / runs.MEDIANS  # seconds of a step of which that many take longer than STILL_S
+    assert look(0.1, 0.9 * runs.STILL_S, 9999) == ""
+    assert look(0.1, 1.1 * runs.STILL_S, 9999).startswith("no step for ")
+    assert look(0.1, 9999, 0.9 * runs.STILL_S) == ""
+    assert look(slow, few * slow, 9999) == ""
+    assert look(slow, many * slow, 9999).startswith("no step for ")
+
+
+def test_what_was_wrong_before_the_last_start_is_shown_no_more_and_of_its_alarms_the_last_one_is(job):
+    now = time.time()
+    bad = [
+        {"time": now - 50, "event": "alarm", "reason": "collapse"},
+        {"time": now - 49, "event": "save failed", "step": 5, "reason": "full"},
+    ]
+    attempt(job, 1, 0, [(step, now - 60 + step) for step in range(1, 9)], *bad)
+    attempt(job, 2, 5, [(step, now - 20 + step) for step in range(6, 9)])
+    assert status(job, queued("RUNNING")).look == ""
+    alarms = [{"time": now - 9 + n, "event": "alarm", "reason": reason} for n, reason in enumerate(("collapse", "nan"))]
+    attempt(job, 2, 5, [(step, now - 20 + step) for step in range(6, 9)], *alarms)
+    assert status(job, queued("RUNNING")).look == "nan"
+
+
+def test_the_goodput_of_a_run_that_is_over_falls_no_further(job):
+    long_ago = time.time() - 100_000
+    attempt(job, 1, 0, [(step, long_ago + step) for step in range(1, 91)])
+    over, running = status(job, []).goodput, status(job, queued("RUNNING")).goodput
+    assert over is not None
+    assert running is not None
+    assert over.share == pytest.approx(0.9, abs=0.01)
+    assert running.share < 0.01
 
 
 def test_a_save_that_has_not_arrived_is_shown_until_one_has(job):
@@ -332,3 +390,12 @@ def test_a_local_job_of_this_machine_is_known_to_be_over(tmp_path, site):
         job.save()
         assert Job.of(site, "first") == job
         assert runs.state(job) is None
+        assert status(job).nodes == "here"
+
+
+def test_slurm_is_not_asked_about_runs_that_it_does_not_have(job, site, tmp_path, monkeypatch):
+    Job("second", tmp_path / "second", "file:///x", "local-7", Process(2**22 + 1, 1), platform.node()).save()
+    asked: list[list[str]] = []
+    monkeypatch.setattr(runs.slurm, "queue", lambda names: asked.append(names) or [])
+    runs.statuses(site)
+    assert asked == [["first"]]
