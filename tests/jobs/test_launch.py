@@ -319,6 +319,18 @@ def test_a_second_submission_of_a_run_replaces_its_snapshot_whole(tmp_path, monk
     assert files(tmp_path / "shared/first/snapshot") == ["VERSION", "jobs/new.py", "uncommitted.diff"]
 
 
+def test_a_submission_is_noted_with_its_job_and_the_checkpoint_from_which_progress_counts(tmp_path, monkeypatch):
+    def submitted(site, run, store, config):
+        return Job(run, site.run_dir(run), store, "42")
+
+    monkeypatch.setattr(launching, "_on_slurm", submitted)
+    site = Site(shared_dir=str(tmp_path / "shared"))
+    job = launch(site, "first", "s3://runs/first", {}, committed=60, code=write(tmp_path / "code", CODE))
+    assert job == Job.of(site, "first")
+    (noted,) = events(job.run_dir)
+    assert (noted["event"], noted["job"], noted["committed"]) == ("submitted", "42", 60)
+
+
 def test_a_refused_submission_of_a_new_run_leaves_nothing_behind(tmp_path, monkeypatch):
     def refuse(*_):
         raise UserError("SLURM refused the job")
