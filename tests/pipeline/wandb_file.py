@@ -16,6 +16,8 @@ FULL, LAST = 1, 4
 def records(path: Path) -> Iterator[Any]:
     """The records of a file, which may have been cut; LevelDB's log format."""
     data, at, whole = path.read_bytes(), HEADER, b""
+    if len(data) < HEADER:
+        return  # it has been opened just now
     assert data.startswith(b":W&B")
     while at + HEADER <= len(data):
         if BLOCK - at % BLOCK < HEADER:  # no chunk begins so near to the end of a block
