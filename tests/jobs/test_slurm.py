@@ -151,6 +151,17 @@ def test_a_job_may_name_several_partitions(fake: Fake) -> None:
         slurm.check_partition("gpu,nope", 1)
     with pytest.raises(SlurmError, match="nodes: found 9; partition gpu,low has 8"):
         slurm.check_partition("gpu,low", 9)
+    slurm.check_partition("low", 8)
+
+
+def test_a_job_that_names_no_partition_comes_into_the_default_one(fake: Fake) -> None:
+    fake("sinfo", r"printf 'low|8\ngpu*|4\n'")
+    slurm.check_partition(None, 4)
+    with pytest.raises(SlurmError, match="nodes: found 5; partition gpu has 4"):
+        slurm.check_partition(None, 5)
+    fake("sinfo", r"printf 'low|8\n'")
+    with pytest.raises(SlurmError, match="partition: found None; SLURM has low"):
+        slurm.check_partition(None, 1)
 
 
 def test_jobs_are_found_by_the_runs_name_whoever_submitted_them(fake: Fake) -> None:
@@ -179,3 +190,41 @@ def test_a_job_that_slurm_has_forgotten_is_over(fake: Fake) -> None:
     assert slurm.job_state("7") == ("PENDING", "Resources")
     fake("squeue", "")
     assert slurm.job_state("7") is None
+    fake("squeue", "echo 'slurm_load_jobs error: Socket timed out' >&2; exit 1")
+    with pytest.raises(SlurmError, match="Socket timed out"):
+        slurm.job_state("7")
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("exit 3", "SLURM refused squeue: exit code 3"),
+        ("echo some; echo 'on stdout'; exit 1", "SLURM refused squeue: on stdout"),
+        ("echo 'Unable to contact slurm controller' >&2; exit 1", r"SLURM does not answer \(Unable to contact"),
+        ("exec sleep 60", r"SLURM does not answer \(squeue, 0 s\)"),
+    ],
+)
+def test_what_slurm_says_in_the_place_of_an_answer_is_told(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch, script: str, said: str
+) -> None:
+    monkeypatch.setattr(slurm, "TIMEOUT_S", 0.4 if "sleep" in script else 60.0)
+    fake("squeue", script)
+    with pytest.raises(SlurmError, match=said):
+        slurm.ask("squeue")
+
+
+def test_a_slurm_that_is_not_there_is_told_at_once(fake: Fake, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(SlurmError, match=r"SLURM is not installed here \(squeue-of-mars not found\): make cluster-up"):
+        slurm.ask("squeue-of-mars")
+    calls = fake("squeue", "")
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
+    with pytest.raises(SlurmError, match=f"SLURM_CONF: no {tmp_path}/slurm.conf"):
+        slurm.ask("squeue")
+    assert lines(calls) == []
+
+
+def test_the_version_is_slurms_own_word_and_none_where_it_says_nothing(fake: Fake) -> None:
+    fake("sinfo", "echo 'slurm-wlm 22.05.8'")
+    assert slurm.version() == "slurm-wlm 22.05.8"
+    fake("sinfo", "exit 1")
+    assert slurm.version() is None
