@@ -74,6 +74,30 @@ def test_a_site_file_that_holds_no_settings_is_refused_in_a_line(tmp_path, text)
     assert "\n" not in str(refused.value)
 
 
+def test_a_site_file_that_cannot_be_read_is_refused_in_a_line(tmp_path):
+    (tmp_path / "folder.yaml").mkdir()
+    (tmp_path / "latin.yaml").write_bytes("shared_dir: /geräte".encode("latin-1"))
+    for name in ("folder.yaml", "latin.yaml"):
+        with pytest.raises(UserError, match=rf"^{tmp_path}/{name}: not readable as YAML: .*$"):
+            load_site(str(tmp_path / name))
+
+
+def test_before_there_is_a_cluster_on_this_machine_its_site_says_how_to_make_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("jobs.site.LOCAL", tmp_path / "site.yaml")
+    with pytest.raises(UserError, match="SITE=local: no cluster on this machine yet; make cluster-up makes one"):
+        load_site("local")
+    (tmp_path / "site.yaml").write_text("shared_dir: /shared")
+    assert load_site("local").name == "local"
+
+
+def test_the_partition_is_the_sites_else_that_of_who_submits(monkeypatch):
+    monkeypatch.setenv("SBATCH_PARTITION", "theirs")
+    assert Site(shared_dir="/shared", partition="gpu").used_partition == "gpu"
+    assert Site(shared_dir="/shared").used_partition == "theirs"
+    monkeypatch.setenv("SBATCH_PARTITION", "")
+    assert Site(shared_dir="/shared").used_partition is None
+
+
 def test_an_unknown_site_is_refused_with_those_that_there_are():
     with pytest.raises(UserError, match=r"SITE=nope: .*there are: local, .*slurm_example"):
         load_site("nope")
@@ -85,6 +109,11 @@ def test_an_unknown_site_is_refused_with_those_that_there_are():
 def test_a_secret_in_a_site_is_refused(name):
     with pytest.raises(ValueError, match=f"{name} holds a secret"):
         Site(shared_dir="/x", environment={name: "abc"})
+
+
+def test_a_file_of_secrets_may_be_named():
+    named = {"AWS_SHARED_CREDENTIALS_FILE": "/etc/farseer/credentials", "AWS_WEB_IDENTITY_TOKEN_FILE": "/run/token"}
+    assert Site(shared_dir="/x", environment=named).environment == named
 
 
 @pytest.mark.parametrize(
@@ -101,8 +130,10 @@ def test_a_site_that_names_a_profile_is_not_overruled_by_what_was_inherited(monk
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_REGION"):
         monkeypatch.setenv(name, "inherited")
     monkeypatch.setenv("AWS_PROFILE", "inherited")
+    monkeypatch.setenv("WANDB_MODE", "offline")
     Site(shared_dir="/x", environment={"AWS_PROFILE": "farseer"}).activate()
     assert {name: value for name, value in os.environ.items() if name.startswith("AWS_")} == {"AWS_PROFILE": "farseer"}
+    assert os.environ["WANDB_MODE"] == "offline"
 
 
 def test_a_job_that_submits_hands_nothing_of_itself_on_but_where_slurm_is(monkeypatch):
