@@ -81,6 +81,7 @@ def cluster(options: argparse.Namespace) -> int:
 
 
 def chaos(options: argparse.Namespace) -> int:
+    """Exit code 1 when a run did not end as the undisturbed one."""
     from jobs.chaos.campaign import campaign, table
     from jobs.site import ROOT
 

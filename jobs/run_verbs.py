@@ -144,6 +144,7 @@ def status(options: argparse.Namespace) -> int:
 
 
 def doctor(options: argparse.Namespace) -> int:
+    """Exit code 1 when a run would not work there."""
     from jobs.doctor import examine
 
     config, site = _config_and_site(options)
@@ -174,6 +175,7 @@ def cancel(options: argparse.Namespace) -> int:
 
 
 def checkpoints(options: argparse.Namespace) -> int:
+    """Exit code 1 when one is damaged."""
     from jobs.checkpoints import checkpoints as find
 
     found = find(newest_job(options), options.verify)

@@ -142,6 +142,7 @@ def parse_settings(text: str) -> "tuple[PackSettings, SourceOptions]":
 
 
 def verify(options: argparse.Namespace) -> int:
+    """Exit code 1 when something is wrong with the set."""
     from data_shards.verify import verify as check
 
     store = _store(options, connections=VERIFY_CONNECTIONS)
@@ -171,6 +172,7 @@ def preview(options: argparse.Namespace) -> int:
 
 
 def dedup(options: argparse.Namespace) -> int:
+    """Exit code 1 when an evaluation set has images of this one: a leak."""
     from pydantic import ValidationError
 
     from data_shards.dedup import DedupSettings
