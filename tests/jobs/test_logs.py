@@ -2,13 +2,17 @@ import io
 import json
 import sys
 import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from jobs import logs as showing
+from jobs.daemons import Process
 from jobs.logs import logs, sentence, show, what_failed
 from jobs.runs import Job
+from jobs.slurm import SlurmError
 from jobs.stamps import Stamped, parse, stamp_output
 from jobs.start import Start
 
@@ -42,7 +46,7 @@ def test_a_line_is_stamped_once_however_it_is_written_and_read_back_with_its_tim
     stream.write("ur\n")
     found = [parse(line) for line in out.getvalue().splitlines()]
     assert [text for _, text in found] == ["one two", "three", "four"]
-    times = [time for time, _ in found if time is not None]
+    times = [at for at, _ in found if at is not None]
     assert len(times) == 3
     assert times == sorted(times)
     monkeypatch.setattr(sys, "stdout", out)
@@ -81,9 +85,9 @@ def test_the_lines_of_all_ranks_are_merged_by_time_and_those_without_one_stay_be
 
 
 def test_submitits_own_lines_have_their_place_among_the_others():
-    time, text = parse("submitit INFO (2026-11-23 20:15:04,500) - Starting")
-    assert time is not None
-    assert time % 1 == 0.5
+    at, text = parse("submitit INFO (2026-11-23 20:15:04,500) - Starting")
+    assert at is not None
+    assert at % 1 == 0.5
     assert text.endswith("Starting")
 
 
@@ -124,11 +128,69 @@ def test_following_shows_each_line_once_and_whole_until_the_job_is_over(job, mon
     assert out.getvalue() == "0| one\n0| two\n0| three\n"
 
 
+def followed(job: Job, monkeypatch: pytest.MonkeyPatch, words: list[str | Exception | None], path: Path) -> list[str]:
+    """What is shown of a log that has one more of its lines at each answer to whether the job is over."""
+    answers = iter(words)
+
+    def state(_):
+        word = next(answers)
+        with path.open("a") as file:
+            file.write("".join(f"line {number}\n" for number in range(3)))
+        if isinstance(word, Exception):
+            raise word
+        return word
+
+    monkeypatch.setattr(showing, "state", state)
+    monkeypatch.setattr(showing, "FOLLOW_S", 0)
+    out = io.StringIO()
+    show(job, 1, follow=True, out=out)
+    return out.getvalue().splitlines()
+
+
+def test_of_what_comes_while_following_every_line_is_shown(job, monkeypatch):
+    monkeypatch.setattr(showing, "ASK_S", -1)
+    path = rank(job, 0, "")
+    assert followed(job, monkeypatch, ["RUNNING", "RUNNING", None], path) == ["0| line 2"] + 2 * [
+        "0| line 0", "0| line 1", "0| line 2",
+    ]  # fmt: skip
+
+
+def test_following_goes_on_while_slurm_is_too_busy_to_say_whether_the_job_is_over(job, monkeypatch):
+    monkeypatch.setattr(showing, "ASK_S", -1)
+    told = followed(job, monkeypatch, [SlurmError("Socket timed out"), None], rank(job, 0, ""))
+    assert len(told) == 4
+
+
+def test_slurm_is_asked_now_and_then_and_a_process_of_this_machine_at_every_look(job, monkeypatch):
+    monkeypatch.setattr(showing, "ASK_S", 0.2)
+    monkeypatch.setattr(showing, "FOLLOW_S", 0.001)
+    asked: list[float] = []
+
+    def state(_):
+        asked.append(time.monotonic())
+        return "RUNNING" if len(asked) < 3 else None
+
+    monkeypatch.setattr(showing, "state", state)
+    show(job, 1, follow=True, out=io.StringIO())
+    assert len(asked) == 3
+    assert asked[2] - asked[0] > 0.4
+    monkeypatch.setattr(showing, "ASK_S", 60)
+    asked.clear()
+    show(replace(job, process=Process(1, 1)), 1, follow=True, out=io.StringIO())
+    assert len(asked) == 3
+
+
+def test_before_anything_is_written_there_is_nothing_to_show(job):
+    assert shown(job) == []
+    (job.run_dir / "logs" / "local.log").write_bytes(b"farseer: \xff\n")
+    assert shown(job) == ["job| farseer: \N{REPLACEMENT CHARACTER}"]
+
+
 def test_the_rank_that_failed_first_is_told_first_with_its_traceback_and_the_others_in_a_line_each(job):
-    def fail(number: int, time: float) -> None:
+    def fail(number: int, at: float) -> None:
         folder = Start(job.run_dir, "42", 0).folder
         folder.mkdir(parents=True, exist_ok=True)
-        values = {"rank": number, "host": "node1", "time": time, "message": f"E{number}", "exit_code": None}
+        values = {"rank": number, "host": "node1", "time": at, "message": f"E{number}", "exit_code": None}
         (folder / f"failure-{number:04d}.json").write_text(json.dumps({**values, "trace": f"Traceback {number}\n"}))
 
     for number in range(9):
@@ -148,6 +210,8 @@ def test_events_read_as_sentences():
     resumed = {"time": 0.0, "attempt": 2, "event": "resumed", "step": 40, "steps": 200, "ranks": 8}
     assert sentence(resumed).endswith("  training goes on from step 40 to 200, on 8 ranks")
     assert sentence({"time": 0.0, "event": "save delayed", "step": 3, "why": None}).endswith("save delayed (step 3)")
+    numbers = {"time": 0.0, "event": "odd", "share": 0.123456, "count": 123456}
+    assert sentence(numbers).endswith("odd (share 0.123, count 123456)")
     braces = {"time": 0.0, "event": "failed", "reason": "KeyError: '{x}'"}
     assert sentence(braces).endswith("the job has FAILED: KeyError: '{x}'")
 
