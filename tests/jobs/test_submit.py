@@ -1,8 +1,10 @@
 """What is checked before a submission, on folders in the place of a bucket; on real parts in tests/real."""
 
 import io
+import json
 import os
 import tarfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from data_shards.errors import UserError
 from data_shards.index import Manifest
 from data_shards.store import Store
 from jobs import launch as launching
+from jobs import slurm
 from jobs import submit as submitting
 from jobs.daemons import Process
 from jobs.launch import packed_code
@@ -20,6 +23,7 @@ from jobs.site import ROOT, Site
 from jobs.start import events
 from jobs.submit import check, submit
 from pipeline.config import Config, load
+from pipeline.run import open_data, record_of
 
 
 @pytest.fixture
@@ -56,6 +60,43 @@ def test_reasons_of_config_site_and_running_job_are_said_at_once(site, tmp_path,
     assert len(lines) == 2, lines
     assert "4 does not divide among 3 ranks" in lines[0]
     assert "job local-1, is on it already" in lines[1]
+
+
+def test_a_run_that_began_with_another_config_goes_on_with_it_only_when_that_is_wanted(site, tmp_path):
+    wanted = config(tmp_path)
+    shards, _, filled = open_data(wanted)
+    Store(f"{wanted.store}/first").put("run.json", json.dumps(asdict(record_of(filled, shards))).encode())
+    check(wanted, site, "first", Store(wanted.store))
+    other = config(tmp_path, "optim.lr=30")
+    with pytest.raises(UserError, match=r"began with another config \(optim.lr: .* -> 30.*FORCE=1"):
+        check(other, site, "first", Store(wanted.store))
+    check(other, site, "second", Store(wanted.store))
+    check(config(tmp_path, "optim.lr=30", "checkpoint.force=true"), site, "first", Store(wanted.store))
+
+
+def test_a_store_that_does_not_answer_is_one_line_and_asked_no_further(site, tmp_path, monkeypatch):
+    for name, value in (("ENDPOINT_URL", "http://127.0.0.1:9"), ("ACCESS_KEY_ID", "a"), ("SECRET_ACCESS_KEY", "b")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    wanted = config(tmp_path, "data.url=s3://shards/set", "store=s3://runs")
+    with pytest.raises(UserError) as refused:
+        check(wanted, site, "first", Store(wanted.store, retry_seconds=0.1))
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_job_that_completes_is_waited_for_and_one_of_another_store_is_not_on_the_run(tmp_path, monkeypatch):
+    answers = iter([("COMPLETING", "COMPLETING"), ("COMPLETING", "COMPLETING"), ("RUNNING", "COMPLETING")])
+    ids = (("12", "s3://runs/first"), ("13", "s3://others/first"))
+
+    def queue(_):
+        return [slurm.Queued(job, word, "n", "", run) for word, (job, run) in zip(next(answers), ids, strict=True)]
+
+    monkeypatch.setattr(slurm, "queue", queue)
+    (found,) = submitting._queued("first", "s3://runs/first", None)
+    assert (found.job, found.state) == ("12", "RUNNING")
+    answers = iter([("COMPLETING", "RUNNING")])
+    monkeypatch.setattr(submitting, "COMPLETING_S", 0)
+    found = submitting._queued("first", "s3://mine/first", "13")
+    assert [entry.job for entry in found] == ["13"]  # by its number, whatever SLURM calls it
 
 
 def test_the_partition_of_who_submits_counts_where_the_site_leaves_it_open(tmp_path, monkeypatch):
