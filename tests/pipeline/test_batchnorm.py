@@ -324,7 +324,9 @@ def test_converting_keeps_names_parameters_and_buffers() -> None:
     assert sum(isinstance(module, GroupBatchNorm) for module in net.modules()) == 2
 
 
-@pytest.mark.parametrize(("lanes", "world_size", "group_lanes"), [(6, 2, 4), (6, 1, 4), (2, 2, 8), (3, 4, 2), (2, 3, 4)])
+@pytest.mark.parametrize(
+    ("lanes", "world_size", "group_lanes"), [(6, 2, 4), (6, 1, 4), (2, 2, 8), (3, 4, 2), (2, 3, 4)]
+)
 def test_groups_that_ranks_would_cut_apart_are_refused_with_those_that_fit(
     lanes: int, world_size: int, group_lanes: int
 ) -> None:

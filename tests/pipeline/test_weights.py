@@ -76,3 +76,30 @@ def test_a_disk_without_room_for_a_checkpoint_is_named_with_what_takes_another(
         trained_trunk(store, read_config(store))
     with pytest.raises(UserError, match=rf"^{tmp_path}/beside: has .* meanwhile; make room there$"):
         fill(store, Place(3, 1), {}, tmp_path / "beside")
+
+
+def test_the_trunk_of_a_run_is_that_of_its_newest_whole_checkpoint(tmp_path: Path) -> None:
+    store, trunks = a_run(tmp_path, 3, 6)
+    damage(store, 6)
+    trunk, place = trained_trunk(store, read_config(store))
+    assert place == Place(3, 1)
+    assert torch.equal(trunk.stem.conv.weight, trunks[3].stem.conv.weight)
+    with pytest.raises(commit.Damaged, match=r"the checkpoint of step 6 is damaged; STEP= takes another: 3$"):
+        trained_trunk(store, read_config(store), step=6)
+    damage(store, 3)
+    with pytest.raises(UserError, match=r"^file://.*/runs/first: no checkpoint is whole; there are those of 3, 6$"):
+        trained_trunk(store, read_config(store))
+
+
+def test_a_checkpoint_of_another_network_is_refused_by_the_name_of_what_differs(tmp_path: Path) -> None:
+    store, _ = a_run(tmp_path, 3)
+    with pytest.raises(UserError, match=r"step-000000003-a1: .*model\.trunk\..*; use it with the program and config"):
+        trained_trunk(store, config("x"))
+
+
+def damage(store: Store, step: int) -> None:
+    """Turn a bit of its tensors."""
+    (path,) = [entry.path for entry in store.list(Place(step, 1).path) if entry.path.endswith("safetensors")]
+    data = bytearray(store.get(path))
+    data[-1] ^= 1
+    store.put(path, bytes(data))
