@@ -12,8 +12,8 @@ from PIL import Image, ImageOps
 from skimage import data as photographs
 
 from data_shards.reader import Sample
-from pipeline.augment import AugmentSettings, CropSettings, Draws, draw
-from pipeline.loader import COMPARED_ONE_IN, Batch, Loader, LoaderSettings, compared, render
+from pipeline.augment import AugmentSettings, CropSettings, Draws, draw, philox
+from pipeline.loader import COMPARED_ONE_IN, Batch, Loader, LoaderSettings, compared, difference, render
 from pipeline.pixels import NEEDLESS, Encoded, Graph, UndecodableError, digests, failure
 
 SEED, BATCH, LANES, STEPS = 3, 8, 4, 5
@@ -132,6 +132,32 @@ def test_batches_that_are_kept_are_not_overwritten_by_later_ones(straight: list[
     copies = [[crops.clone() for crops in next(loader).crops] for _ in range(STEPS)]
     for batch, copied in zip(straight, copies, strict=True):
         assert all(map(torch.equal, batch.crops, copied))
+
+
+def test_the_crop_hash_is_the_sum_of_64_bits_of_each_sample_whatever_their_order(straight: list[Batch]) -> None:
+    batch = replace(straight[0], digests=straight[0].digests.clone())
+    expected = 0
+    for digest, lane, index in zip(batch.digests.tolist(), batch.lanes.tolist(), batch.indices.tolist(), strict=True):
+        high, low = philox(np.array([[digest], [index], [0], [lane]], np.uint64), (0, 0))[:2, 0].tolist()
+        expected += high * 2**32 + low
+    assert batch.crop_hash % 2**64 == expected % 2**64
+    turned = {"digests": batch.digests.flip(0), "lanes": batch.lanes[::-1], "indices": batch.indices[::-1]}
+    assert replace(batch, **turned).crop_hash == batch.crop_hash
+
+
+def test_the_difference_of_two_makings_is_the_worst_crops_in_levels_of_before_its_colour(tiles: list[bytes]) -> None:
+    sizes = sizes_of(tiles)[:1]
+    (height, width), one = np.array(sizes).T, np.zeros(1, np.int64)
+    draws = draw(AUGMENT, SEED, one, one, height, width)
+    host = render(tiles[:1], np.array(sizes), AUGMENT, draws, CPU)
+    std = torch.tensor(AUGMENT.std)[:, None, None]
+    device = [crops[0].clone() for crops in host]
+    assert difference(device, host, draws, AUGMENT) == 0
+    for number, levels in ((1, 7.0), (4, 3.0)):
+        crop = draws[number]
+        gain = max(1.0, float(crop.brightness[0] * crop.contrast[0]))
+        (device[0][number] if number < 2 else device[1][number - 2]).add_(levels * gain / 255 / std)
+        assert difference(device, host, draws, AUGMENT) == pytest.approx(7.0, rel=1e-4)
 
 
 def test_the_crop_hash_tells_pixels_and_places_apart(straight: list[Batch]) -> None:
