@@ -23,6 +23,11 @@ def encode(kind: str, **options: Any) -> bytes:
     return file.getvalue()
 
 
+def tiff_of_floats() -> bytes:
+    Image.fromarray(np.zeros((HEIGHT, WIDTH), np.float32)).save(file := io.BytesIO(), "TIFF")
+    return file.getvalue()
+
+
 JPEG, TURNED = encode("JPEG"), Image.Exif()
 TURNED[0x0112] = 6
 UNREADABLE = {
@@ -33,6 +38,7 @@ UNREADABLE = {
     "a PNG's first bytes": encode("PNG")[:20],
     "a GIF": encode("GIF"),
     "a BMP of no channel": bmp_of_16_bits(WIDTH, HEIGHT),
+    "a TIFF of floats": tiff_of_floats(),
     "a JPEG 2000": encode("JPEG2000"),  # whose parser some files end the process in
     "a PNG of a chunk that would be 2 GB": encode("PNG")[:33] + b"\x7f\xff\xff\xffIDAT" + encode("PNG")[41:],
     "a WebP of a chunk that would be 2 GB": encode("WEBP")[:16] + b"\xfe\xff\xff\x7f" + encode("WEBP")[20:],
@@ -73,6 +79,17 @@ def test_a_picture_that_the_index_has_turned_and_dali_does_not_fails_its_batch(k
     with pytest.raises(UndecodableError, match=f"^decodes to {HEIGHT} x {WIDTH} pixels, not {WIDTH} x {HEIGHT}$"):
         graph.run(encoded([encode(kind)], (WIDTH, HEIGHT)))
     graph.run(encoded([encode(kind, exif=TURNED)], (WIDTH, HEIGHT)))
+
+
+def test_a_picture_whose_exif_dali_passes_over_fails_its_batch_where_the_index_has_turned_it() -> None:
+    broken = Image.Exif()
+    broken[0x0112], broken[0x010F] = 6, "a maker's name"
+    exif = bytearray(broken.tobytes())
+    exif[exif.index(b"\x01\x0f") + 7] = 0xFF  # longer than all of it: then DALI reads none of it
+    graph = Graph(AUGMENT, [16], MANY, torch.device("cpu"), threads=2, dali_cuts=True)
+    images = [encode("JPEG", exif=bytes(exif))] * MANY  # of some of which the boxes lie beyond the picture
+    with pytest.raises(UndecodableError, match=f"^decodes to {HEIGHT} x {WIDTH} pixels, not {WIDTH} x {HEIGHT}$"):
+        graph.run(encoded(images, (WIDTH, HEIGHT)))
 
 
 def files() -> list[bytes]:
