@@ -114,9 +114,14 @@ def test_a_list_that_is_none_is_told(shards: ShardSet) -> None:
     shards.store.put("removed/000001.txt", b"holiday.jpg\n")
     with pytest.raises(UserError, match=r"removed/000001\.txt: is no list of keys"):
         read_removed(shards)
-    shards.store.put("removed/000001.txt", b"000000-009999\n")
-    with pytest.raises(UserError, match=r"removed/000001\.txt: names places that no shard has"):
-        read_removed(shards)
+    behind = sample_key(0, shards.manifest.shard_samples[0])  # of another image, if it were counted on
+    for key in ("000000-009999", behind):
+        shards.store.put("removed/000001.txt", f"{key}\n".encode())
+        with pytest.raises(UserError, match=r"removed/000001\.txt: names places that no shard has"):
+            read_removed(shards)
+    assert find(shards, [behind]).examples == (behind,)
+    shards.store.put("removed/000001.txt", f"{sample_key(0, shards.manifest.shard_samples[0] - 1)}\n".encode())
+    read_removed(shards)
 
 
 def test_a_list_that_names_shards_which_came_later_holds_for_the_version_before(shards: ShardSet) -> None:
