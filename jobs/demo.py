@@ -20,6 +20,7 @@ from jobs.progress import Progress
 from jobs.runs import Job, history, preempt
 from jobs.site import ROOT, load_site
 from jobs.submit import submit
+from jobs.verbs import say
 from pipeline.config import Config, load
 from pipeline.evaluate.run import evaluate_run
 from pipeline.evaluate.table import Evaluation
@@ -54,33 +55,33 @@ def demo(src: Path | None = None, overrides: str = "", var: Path = VAR) -> Figur
     """Run it all below the folder `var`; prints what it does. Raises UserError where a user can mend what is wrong."""
     began = time.monotonic()
     _stage(1, "A real S3 server and a real SLURM, on loopback")
-    _say(*cluster.up(var / "cluster"))
+    say(*cluster.up(var / "cluster"))
     site = load_site(str(var / "cluster" / "site.yaml"))
     site.activate()
 
     _stage(2, "Real photographs")
     pictures = photos.prepare(var / "photos", src)
-    _say(pictures.summary())
+    say(pictures.summary())
 
     _stage(3, "Packing them into shards in the store")
     bank, held_out = (f"s3://shards/demo/{pictures.name}/{part}" for part in ("train", "test"))
     planted = photos.plant_corrupt(pictures.train, seed=0)
     packed = _pack(pictures.train, bank)
     _pack(pictures.test, held_out)
-    _say(*(f"refused: {line}" for line in packed.refused_lines()))
+    say(*(f"refused: {line}" for line in packed.refused_lines()))
 
     config = load(ROOT / "conf" / "demo.yaml", f"data.url={bank} {overrides}")
     run = time.strftime("demo-%Y%m%d-%H%M%S")
     where = f"{site.nodes} nodes" if site.executor == "slurm" else f"{site.ranks} processes of this machine"
     _stage(4, f"Pretraining: SwAV on a RegNetY, {where}, preempted half way")
     job = submit(config, site, run)
-    _say(f"job {job.id} is submitted as run {run}; make logs RUN={run} shows what its ranks say")
+    say(f"job {job.id} is submitted as run {run}; make logs RUN={run} shows what its ranks say")
     _follow(job, config)
 
     _stage(5, "What the trunk has learned")
     store = Store(job.store)
     evaluation = evaluate_run(store, bank, held_out)
-    _say(*evaluation.text())
+    say(*evaluation.text())
 
     _stage(6, "The report")
     report = report_run(
@@ -89,8 +90,8 @@ def demo(src: Path | None = None, overrides: str = "", var: Path = VAR) -> Figur
     figures = _figures(store, config, evaluation, len(planted), packed, time.monotonic() - began)
     (var / "demo.json").write_text(json.dumps(asdict(figures), indent=2) + "\n")
     again = f'make submit CONF=conf/demo.yaml RUN=mine SET="data.url={bank} optim.lr=0.004"'
-    _say(f"report: {report}", f"figures: {var / 'demo.json'}", f"another recipe on the same photographs: {again}")
-    _say("", _last_line(figures))
+    say(f"report: {report}", f"figures: {var / 'demo.json'}", f"another recipe on the same photographs: {again}")
+    say("", _last_line(figures))
     if not overrides and src is None and figures.trained - figures.untrained < MARGIN:
         raise UserError(
             f"the trained trunk's probe is only {figures.trained - figures.untrained:.1%} above the untrained one's, "
@@ -102,7 +103,7 @@ def demo(src: Path | None = None, overrides: str = "", var: Path = VAR) -> Figur
 def _pack(folder: Path, url: str) -> PackReport:
     # handed over one by one, so that a checkout that was moved finds its set there
     report = pack([*list_sources(str(folder))], Store(url), PackSettings(shard_bytes=SHARD_BYTES))
-    _say(f"{url}: {report.summary()}")
+    say(f"{url}: {report.summary()}")
     return report
 
 
@@ -115,12 +116,12 @@ def _follow(job: Job, config: Config) -> None:
         over = is_over(job)
         events = history(job.run_dir)
         for event in events[told:]:
-            _say(f"  {sentence(event)}")
+            say(f"  {sentence(event)}")
         told = len(events)
         progress.show()
         if not preempted and progress.step >= steps // 2:
             preempted = True
-            _say(f"  preempting job {job.id} at step {progress.step}, as SLURM would: USR2 to its ranks")
+            say(f"  preempting job {job.id} at step {progress.step}, as SLURM would: USR2 to its ranks")
             preempt(job)
         if over:
             break
@@ -163,9 +164,4 @@ def _last_line(figures: Figures) -> str:
 
 def _stage(number: int, title: str) -> None:
     bold, plain = ("\x1b[1m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
-    _say("", f"{bold}[{number}/{STAGES}] {title}{plain}")
-
-
-def _say(*lines: str) -> None:
-    sys.stdout.write("".join(f"{line}\n" for line in lines))
-    sys.stdout.flush()
+    say("", f"{bold}[{number}/{STAGES}] {title}{plain}")
