@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -277,6 +278,22 @@ def refused(call: Any) -> str:
         call()
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+def test_the_report_counts_what_could_go_and_says_nothing_of_what_there_is_not() -> None:
+    nothing = DedupReport("s3://set", "out", 1000, 0, 0, {}, 0, 0, 0, 0, 0, 0, 1.25)
+    assert nothing.lines() == [
+        "s3://set: 0 of 1,000 images could go, 0.0 MB, for 0 that stay; 1.2 s",
+        "same bytes: 0; near: none",
+        "lists in out",
+    ]
+    some = replace(nothing, groups=4, exact=3, near={1: 2, 4: 1}, bytes_saved=1_500_000, unhashed=7)
+    assert some.lines() == [
+        "s3://set: 6 of 1,000 images could go, 1.5 MB, for 4 that stay; 1.2 s",
+        "same bytes: 3; near: 2 at 1 bits, 1 at 4 bits",
+        "7 were packed without a perceptual hash: only copies of the same bytes are found",
+        "lists in out; next: make remove DST=s3://set LIST=out/duplicates.txt",
+    ]
 
 
 def test_what_a_user_can_mend_is_one_line_and_no_list_is_written(tmp_path: Path) -> None:
