@@ -6,7 +6,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 FARSEER := $(BIN)/farseer
-PYTEST := $(BIN)/python -m pytest --dist worksteal -q -rs
+# of three tests, one waits most of the time: for SLURM, or until something has to have failed
+PYTEST := $(BIN)/python -m pytest -n 3 --dist worksteal -q -rs
 
 CONF ?= conf/demo.yaml
 RUN ?=
@@ -49,15 +50,14 @@ slurm:
 demo: .venv/stamp slurm ## the whole product on this machine, in about six minutes (SRC= a folder of your photographs)
 	@$(FARSEER) demo --set "$$SET" $(if $(SRC),--src "$(SRC)")
 
-# Of three slow tests, one waits for SLURM most of the time.
 .PHONY: test
 test: .venv/stamp slurm ## every test, with a real S3 server and a real SLURM
-	@$(PYTEST) -n 2 -m "not slow"
-	@$(PYTEST) -n 3 -m slow
+	@$(PYTEST) -m "not slow"
+	@$(PYTEST) -m slow
 
 .PHONY: test-fast
 test-fast: .venv/stamp ## what one runs while working: under three minutes
-	@$(PYTEST) -n 2 -m "not slow"
+	@$(PYTEST) -m "not slow"
 
 .PHONY: lint
 lint: .venv/stamp ## style, types, and the direction of imports

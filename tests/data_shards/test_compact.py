@@ -114,6 +114,7 @@ def test_the_table_keeps_of_an_empty_place_its_key_and_offset(shards: ShardSet) 
         )
 
 
+@pytest.mark.slow
 def test_a_reader_gets_the_same_before_between_and_after_and_with_or_without_the_list(
     shards: ShardSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -327,6 +327,7 @@ def test_what_a_killed_one_left_is_cleared_away_and_lists_are_replaced(tmp_path:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["duplicates.txt", "groups.parquet", "leaks.txt"]
 
 
+@pytest.mark.slow
 def test_the_tables_of_one_shard_after_another_do_not_stay_in_memory(tmp_path: Path) -> None:
     store, count = stored([[Row(one, i) for i, one in enumerate(photo_hashes(5000))]]), 40
     for number in range(1, count):
@@ -351,6 +352,7 @@ def test_a_million_images_stay_within_the_memory_that_is_given_and_nothing_plant
     assert found["peak_mib"] < 192 + 250  # DuckDB's, and that of Python with its libraries
 
 
+@pytest.mark.slow
 def test_on_photographs_most_copies_are_found_and_no_other_is_taken_for_one() -> None:
     cuts = [
         photo.crop((x, y, x + 150, y + 150))

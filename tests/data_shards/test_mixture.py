@@ -126,6 +126,7 @@ def test_a_set_has_chunks_of_its_own_order_whatever_it_is_mixed_with() -> None:
     assert one[:30] == two[:30] == [alone[place] for place in range(30)]
 
 
+@pytest.mark.slow
 def test_a_billion_samples_of_several_sets_take_no_more_memory_and_are_found_again() -> None:
     tracemalloc.start()
     for step in (0, 1, 10**4, 10**6, 10**8):

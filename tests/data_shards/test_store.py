@@ -219,6 +219,7 @@ except Denied as error:
 """
 
 
+@pytest.mark.slow
 def test_what_gives_a_key_and_does_not_answer_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a process of its own, which ends before what gives the key."""
     (tmp_path / "config").write_text("[default]\nregion = somewhere\ncredential_process = sleep 30\n")

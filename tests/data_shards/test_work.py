@@ -61,6 +61,7 @@ def stop_when(reached: Callable[[int], bool]) -> Callable[..., None]:
     return progress
 
 
+@pytest.mark.slow
 def test_interrupted_at_any_moment_the_same_call_goes_on_and_no_finished_shard_is_written_again(
     tiles: Path, straight: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -193,6 +194,7 @@ def test_a_store_that_cannot_be_written_is_told_before_anything_is_listed(tiles:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_of_large_sources_no_more_bytes_are_read_ahead_than_are_allowed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

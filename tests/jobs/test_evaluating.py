@@ -80,6 +80,7 @@ def test_a_run_that_ends_without_a_checkpoint_says_so(
         list(question.follow(lambda: job(tmp_path), every=3))
 
 
+@pytest.mark.slow
 def test_what_passes_or_ails_one_checkpoint_does_not_end_the_following(
     question: Question, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -112,6 +113,7 @@ def test_what_cannot_be_asked_ends_the_following_at_once(
         list(replace(question, bank=f"file://{tmp_path}/nowhere").follow(lambda: job(tmp_path), every=2))
 
 
+@pytest.mark.slow
 def test_a_store_that_is_away_at_the_end_of_a_run_is_asked_again(
     question: Question, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -128,6 +130,7 @@ def test_a_store_that_is_away_at_the_end_of_a_run_is_asked_again(
     assert "no answer; looking again" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_checkpoint_at_which_slurm_does_not_answer_is_asked_about_at_the_next_look(
     question: Question, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,6 +164,7 @@ def test_without_a_step_the_newest_whole_checkpoint_is_asked_about_and_the_damag
         question.answer(step=7)
 
 
+@pytest.mark.slow
 def test_a_run_whose_last_checkpoint_is_damaged_ends_the_following_with_what_is_whole(
     question: Question, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +179,7 @@ def damage(tmp_path: Path, step: int) -> None:
     file.write_bytes(file.read_bytes()[:-1] + b"?")
 
 
+@pytest.mark.slow
 def test_features_that_are_to_stay_are_made_again_where_only_the_score_is_there(question: Question) -> None:
     exam, score = question.answer()
     assert len(exam.left()) == len(exam.parts)
@@ -183,6 +188,7 @@ def test_features_that_are_to_stay_are_made_again_where_only_the_score_is_there(
     assert again.left() == []
 
 
+@pytest.mark.slow
 def test_features_that_are_to_stay_do_not_go_with_another_evaluation_that_has_them_now(question: Question) -> None:
     exam, _ = question.answer()
     other = replace(question, bank=question.held_out, held_out=question.bank)
@@ -197,6 +203,7 @@ def test_features_that_are_to_stay_do_not_go_with_another_evaluation_that_has_th
     assert kept.left() == []
 
 
+@pytest.mark.slow
 def test_features_that_another_evaluation_has_deleted_are_made_again(
     question: Question, monkeypatch: pytest.MonkeyPatch
 ) -> None:

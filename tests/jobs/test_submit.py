@@ -84,7 +84,7 @@ def test_a_store_that_does_not_answer_is_one_line_and_asked_no_further(site, tmp
 
 
 def test_a_job_that_completes_is_waited_for_and_one_of_another_store_is_not_on_the_run(tmp_path, monkeypatch):
-    answers = iter([("COMPLETING", "COMPLETING"), ("COMPLETING", "COMPLETING"), ("RUNNING", "COMPLETING")])
+    answers = iter([("COMPLETING", "COMPLETING"), ("RUNNING", "COMPLETING")])
     ids = (("12", "s3://runs/first"), ("13", "s3://others/first"))
 
     def queue(_):

@@ -262,7 +262,7 @@ def test_after_a_stop_no_further_batch_is_trained() -> None:
 CHECKPOINTED = {"efficiency": {"activation_checkpointing": True}}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_activation_checkpointing_changes_no_bit(optim: dict[str, Any], precision: Literal["fp32", "bf16"]) -> None:
     batches = [batch(step) for step in range(STEPS)]
     plain = train(swav(**optim), batches, precision=precision)

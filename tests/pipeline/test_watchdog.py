@@ -105,6 +105,7 @@ for after in range(1, 31):
 """
 
 
+@pytest.mark.slow
 def test_stacks_are_saved_whatever_garbage_is_collected_meanwhile(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", GARBAGE, tmp_path], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

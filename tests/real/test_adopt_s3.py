@@ -64,6 +64,7 @@ def test_tars_in_a_bucket_are_indexed_there_verified_and_read_in_the_order_of_tr
         assert reader.bad == []
 
 
+@pytest.mark.slow
 def test_a_tar_that_is_indexed_is_not_read_again(s3: Any, tars: tuple[str, dict[str, bytes]], tmp_path: Path) -> None:
     src, _ = tars
     dst = Store(s3.bucket("shards"))

@@ -102,6 +102,7 @@ def test_the_folders_right_below_are_named_also_when_they_take_several_pages(sto
     assert store.folders() == tuple(f"run-{n:04d}" for n in range(1005))
 
 
+@pytest.mark.slow
 def test_forty_megabytes_go_up_in_parts_and_come_down_unchanged(store: Store, tmp_path: Path) -> None:
     local = tmp_path / "local"
     local.write_bytes(os.urandom(40 * 2**20 + 7))
@@ -230,6 +231,7 @@ def test_an_unknown_profile_is_named(s3: Any, monkeypatch: pytest.MonkeyPatch) -
     one_line(error)
 
 
+@pytest.mark.slow
 def test_where_nothing_listens_is_asked_until_the_time_is_over(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))  # bound, but nobody listens

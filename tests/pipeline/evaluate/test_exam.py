@@ -143,6 +143,7 @@ def test_other_pixels_or_labels_under_the_same_names_are_asked_anew(tmp_path: Pa
     assert exams["coarse"].bank.folder == exams["plain"].bank.folder  # pixels are the same
 
 
+@pytest.mark.slow
 def test_features_stay_while_another_exam_needs_them(tmp_path: Path) -> None:
     run, _ = a_run(tmp_path, 3)
     bank, held_out = (shards.store.url for shards in labelled(tmp_path, 60))
