@@ -6,7 +6,7 @@ they keep their size. The drawing's own coordinates are percentages too, from th
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,7 +110,7 @@ def line_chart(
     """
     series = [thinned(one) for one in series if one.values]
     if not series:
-        return element("figure", _caption(title, ()), element("p", "Not measured.", class_="about"), class_="chart")
+        return figure(title, "Not measured.")
     values = [value for one in series for value in one.values] + [
         value for value, _ in ([reference] if reference else [])
     ]
@@ -120,16 +120,28 @@ def line_chart(
     plot = element(
         "div",
         _drawing(frame, title, series, marks, reference),
-        *(_tick("y", tick, frame.down(tick), unit) for tick in frame.y.ticks),
-        *(_tick("x", tick, frame.along(tick), "") for tick in frame.x.ticks),
+        *(tick("y", frame.down(at), f"{at:,.10g}{unit}") for at in frame.y.ticks),
+        *(tick("x", frame.along(at), f"{at:,.10g}") for at in frame.x.ticks),
         *_mark_labels(frame, marks),
         _reference_label(frame, *reference) if reference else "",
         element("div", element("output"), class_="cursor", hidden=True, aria_hidden="true"),
         class_=f"plot {size}",
     )
-    caption = _caption(title, shown if legend and len(shown) > 1 else ())
+    keys = (key(one.name, one.kind) for one in (shown if legend and len(shown) > 1 else ()))
+    return figure(title, about, plot, keys=keys, data=_hover_data(frame, shown, unit))
+
+
+def figure(title: str, about: str, *inside: Markup, keys: Iterable[Markup] = (), data: str = "") -> Markup:
+    """A chart with its title above, and a sentence about it below. keys: of its curves. data: for the script."""
+    caption = element("figcaption", element("span", title, class_="name"), *keys)
     below = element("p", about, class_="about") if about else ""
-    return element("figure", caption, plot, below, _hover_data(frame, shown, unit), class_="chart")
+    return element("figure", caption, *inside, below, data, class_="chart")
+
+
+def tick(axis: str, percent: float, text: str) -> Markup:
+    """A number beside an axis, y or x; percent: of the drawing's height or width."""
+    side = "top" if axis == "y" else "left"
+    return element("span", text, class_=f"tick {axis}", style=f"{side}:{percent}%")
 
 
 def key(name: str, kind: str) -> Markup:
@@ -179,7 +191,7 @@ def _drawing(
     behind_first = sorted(series, key=lambda one: one.kind != "raw")
     return element(
         "svg",
-        *(frame.level("grid", tick) for tick in frame.y.ticks),
+        *(frame.level("grid", at) for at in frame.y.ticks),
         *map(frame.post, marks),
         frame.level("reference", reference[0]) if reference else "",
         *map(frame.curve, behind_first),
@@ -197,15 +209,6 @@ def _in_words(title: str, series: Sequence[Series], marks: Sequence[Mark]) -> st
         if one.kind != "raw" and one.values
     ]
     return "; ".join([f"{title}: {', '.join(curves)}", *(f"{mark.what} at step {mark.step}" for mark in marks)])
-
-
-def _caption(title: str, shown: Sequence[Series]) -> Markup:
-    return element("figcaption", element("span", title, class_="name"), *(key(one.name, one.kind) for one in shown))
-
-
-def _tick(axis: str, value: float, percent: float, unit: str) -> Markup:
-    side = "top" if axis == "y" else "left"
-    return element("span", f"{value:,.10g}{unit}", class_=f"tick {axis}", style=f"{side}:{percent}%")
 
 
 def _mark_labels(frame: Frame, marks: Sequence[Mark]) -> Iterator[Markup]:

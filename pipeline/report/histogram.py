@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.report.charts import Axis
+from pipeline.report.charts import Axis, figure, tick
 from pipeline.report.figures import number, percent
-from pipeline.report.markup import Markup, element, join
+from pipeline.report.markup import Markup, element
 
 BINS = 48
 MOST_TICKS = 7
@@ -38,18 +38,16 @@ def histogram(
         for n, (first, last, count) in enumerate(zip(edges[:-1], edges[1:], counts.tolist(), strict=True))
         if count
     )
-    grid = (element("line", class_="grid", x1=0, x2=100, y1=_down(y, tick), y2=_down(y, tick)) for tick in y.ticks)
+    grid = (element("line", class_="grid", x1=0, x2=100, y1=_down(y, at), y2=_down(y, at)) for at in y.ticks)
     words = f"{title}: {about}"
     drawing = element(
         "svg", *grid, *bars, viewBox="0 0 100 100", preserveAspectRatio="none", role="img", aria_label=words
     )
     ticks = [
-        *(_tick("y", "top", _down(y, tick), number(tick)) for tick in y.ticks),
-        *(_tick("x", "left", 100 * where, write(tick)) for tick, where in _ticks(low, high, ratios)),
+        *(tick("y", round(_down(y, at), 2), number(at)) for at in y.ticks),
+        *(tick("x", round(100 * where, 2), write(at)) for at, where in _ticks(low, high, ratios)),
     ]
-    caption = element("figcaption", element("span", title, class_="name"))
-    below = element("p", about, class_="about")
-    return element("figure", caption, element("div", drawing, *ticks, class_="plot small"), below, class_="chart")
+    return figure(title, about, element("div", drawing, *ticks, class_="plot small"))
 
 
 def shares(title: str, counts: Mapping[str, int], total: int, about: str = "") -> Markup:
@@ -64,9 +62,7 @@ def shares(title: str, counts: Mapping[str, int], total: int, about: str = "") -
         )
         for name, count in counts.items()
     )
-    caption = element("figcaption", element("span", title, class_="name"))
-    below = element("p", about, class_="about") if about else ""
-    return element("figure", caption, element("ul", *rows, class_="shares"), below, class_="chart")
+    return figure(title, about, element("ul", *rows, class_="shares"))
 
 
 def ratio(value: float) -> str:
@@ -97,10 +93,10 @@ def _ticks(low: float, high: float, ratios: bool) -> Sequence[tuple[float, float
     span = math.log(high / low)
     order = sorted(_RATIOS, key=lambda r: (r != 1, -abs(math.log(r)) % 10)) if ratios else _by_roundness()
     found: list[tuple[float, float]] = []
-    for tick in order:
-        where = math.log(tick / low) / span
+    for value in order:
+        where = math.log(value / low) / span
         if 0 <= where <= 1 and all(abs(where - other) > 1 / (MOST_TICKS + 1) for _, other in found):
-            found.append((tick, where))
+            found.append((value, where))
     return sorted(found)
 
 
@@ -118,7 +114,3 @@ def _down(axis: Axis, count: float) -> float:
 
 def _up(axis: Axis, count: float) -> float:
     return round(100 * axis.share(count), 3)
-
-
-def _tick(axis: str, side: str, place: float, text: str) -> Markup:
-    return element("span", join(text), class_=f"tick {axis}", style=f"{side}:{place:.2f}%")
