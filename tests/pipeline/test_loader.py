@@ -153,10 +153,10 @@ def test_the_difference_of_two_makings_is_the_worst_crops_in_levels_of_before_it
     std = torch.tensor(AUGMENT.std)[:, None, None]
     device = [crops[0].clone() for crops in host]
     assert difference(device, host, draws, AUGMENT) == 0
+    views = [crop for of_size in device for crop in of_size]
     for number, levels in ((1, 7.0), (4, 3.0)):
-        crop = draws[number]
-        gain = max(1.0, float(crop.brightness[0] * crop.contrast[0]))
-        (device[0][number] if number < 2 else device[1][number - 2]).add_(levels * gain / 255 / std)
+        gain = max(1.0, float(draws[number].brightness[0] * draws[number].contrast[0]))
+        views[number].add_(levels * gain / 255 / std)
         assert difference(device, host, draws, AUGMENT) == pytest.approx(7.0, rel=1e-4)
 
 
