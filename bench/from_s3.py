@@ -51,7 +51,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that server and sides end with it
     os.sched_setaffinity(0, CORES)
     with served():
-        put_set(Store(SET), cycle(photographs(64)), SHARDS, SHARD_SAMPLES)
+        put_set(Store(SET), cycle(photographs(64)), [SHARD_SAMPLES] * SHARDS)
         figures = compare(given.rounds)
     keep(figures)
     sys.stdout.write(

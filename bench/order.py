@@ -32,7 +32,7 @@ TURNS = 5
 def main() -> None:
     with served():
         put_huge_manifest()
-        put_set(Store(SMALL), random_images(), 1, SHARD_SAMPLES)
+        put_set(Store(SMALL), random_images(), [SHARD_SAMPLES])
         opened = [fresh(opening) for _ in range(TURNS)]
         ids = [fresh(steps) for _ in range(TURNS)]
         resumed = [(fresh(first_batch, 100)[0], fresh(first_batch, 10**6)[0]) for _ in range(TURNS)]

@@ -5,7 +5,7 @@ import io
 import multiprocessing
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -32,23 +32,24 @@ def served() -> Iterator[Path]:
             server.stop()
 
 
-def put_set(store: Store, images: Iterator[bytes], shards: int, shard_samples: int) -> None:
-    """A shard set `bench` of so many of the images."""
+def put_set(
+    store: Store, images: Iterator[bytes], counts: Sequence[int], width: int = WIDTH, height: int = HEIGHT
+) -> None:
+    """A shard set `bench` of the next images, so many in each shard; the index says that all have that size."""
     sizes = []
-    for number in range(shards):
-        buffer, index = io.BytesIO(), np.zeros(shard_samples, dtype=RECORD)
+    for number, count in enumerate(counts):
+        buffer, index = io.BytesIO(), np.zeros(count, dtype=RECORD)
         with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for i in range(shard_samples):
+            for i in range(count):
                 data = next(images)
                 info = tarfile.TarInfo(f"{number:06d}-{i:06d}.jpg")
                 info.size = len(data)
-                index[i] = (buffer.tell() + 512, len(data), google_crc32c.value(data), WIDTH, HEIGHT)
+                index[i] = (buffer.tell() + 512, len(data), google_crc32c.value(data), width, height)
                 tar.addfile(info, io.BytesIO(data))
         store.put(shard_path(number), buffer.getvalue())
         store.put(index_path(number), index.tobytes())
         sizes.append(buffer.tell())
-    samples = (shard_samples,) * shards
-    Manifest("bench", "bench", sum(samples), samples, tuple(sizes), settings={}, refused={}).save(store)
+    Manifest("bench", "bench", sum(counts), tuple(counts), tuple(sizes), settings={}, refused={}).save(store)
     store.close()
 
 

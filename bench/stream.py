@@ -60,7 +60,7 @@ def main() -> None:
 def compare(rounds: int, connections: int, folder: Path) -> dict[str, float]:
     """The figures, from `rounds` turns of each after one that warms up."""
     os.sched_setaffinity(0, CORES)
-    put_set(Store(SET), random_images(), SHARDS, SHARD_SAMPLES)
+    put_set(Store(SET), random_images(), [SHARD_SAMPLES] * SHARDS)
     urls = curl_config(ShardSet.open(Store(SET)), folder / "curl.txt")
     turns = [(Turn(*fresh(read, connections)), curl(urls, connections)) for _ in range(rounds + 1)][1:]
     reader, peer = zip(*turns, strict=True)

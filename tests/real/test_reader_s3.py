@@ -1,15 +1,12 @@
 """The reader against a real S3 server; what happens on the way there is in test_faults_s3.py."""
 
-import io
 import random
-import tarfile
 from typing import Any
 
-import google_crc32c
-import numpy as np
 import pytest
 
-from data_shards.index import RECORD, Manifest, ShardSet, shard_path
+from bench.s3 import put_set
+from data_shards.index import ShardSet, shard_path
 from data_shards.order import Order
 from data_shards.reader import Reader, ReaderSettings, Sample
 from data_shards.store import Store
@@ -31,20 +28,7 @@ def samples() -> list[bytes]:
 def url(s3: Any, samples: list[bytes]) -> str:
     """A set of four shards in a bucket; returns where."""
     store = Store(s3.bucket("shards"))
-    rest, sizes = iter(samples), []
-    for number, count in enumerate(COUNTS):
-        buffer, index = io.BytesIO(), np.zeros(count, dtype=RECORD)
-        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for i in range(count):
-                data = next(rest)
-                info = tarfile.TarInfo(f"{number:06d}-{i:06d}.jpg")
-                info.size = len(data)
-                index[i] = (buffer.tell() + 512, len(data), google_crc32c.value(data), 64, 48)
-                tar.addfile(info, io.BytesIO(data))
-        store.put(shard_path(number), buffer.getvalue())
-        store.put(shard_path(number).replace(".tar", ".idx"), index.tobytes())
-        sizes.append(len(buffer.getvalue()))
-    Manifest("layout", "contents", sum(COUNTS), COUNTS, tuple(sizes), settings={}, refused={}).save(store)
+    put_set(store, iter(samples), COUNTS, 64, 48)
     return store.url
 
 
