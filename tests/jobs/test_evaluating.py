@@ -17,7 +17,7 @@ from jobs.slurm import SlurmError
 from pipeline.evaluate.exam import Exam, open_exam
 from pipeline.evaluate.score import Score
 from tests.pipeline.evaluate.sets import labelled
-from tests.pipeline.test_export import a_run
+from tests.pipeline.test_export import a_run, damage
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_what_passes_or_ails_one_checkpoint_does_not_end_the_following(
             raise error
         now = state(of)
         if question._steps()[0] == 7:
-            damage(tmp_path, 7)
+            damage(question.run, 7)
         return now
 
     monkeypatch.setattr(evaluating, "state", unwell)
@@ -151,7 +151,7 @@ def test_without_a_step_the_newest_whole_checkpoint_is_asked_about_and_the_damag
 ) -> None:
     a_run(tmp_path, 5, 7)
     for step in (5, 7):
-        damage(tmp_path, step)
+        damage(question.run, step)
     _, score = question.answer()
     assert score.step == 3
     assert capsys.readouterr().err.splitlines() == [
@@ -169,14 +169,9 @@ def test_a_run_whose_last_checkpoint_is_damaged_ends_the_following_with_what_is_
     question: Question, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     a_run(tmp_path, 5)
-    damage(tmp_path, 5)
+    damage(question.run, 5)
     played(monkeypatch, tmp_path, (None, None))
     assert [score.step for _, score in question.follow(lambda: job(tmp_path), every=2)] == [3]
-
-
-def damage(tmp_path: Path, step: int) -> None:
-    file = tmp_path / "runs" / "first" / "checkpoints" / f"step-{step:09d}-a1" / "rank-0.safetensors"
-    file.write_bytes(file.read_bytes()[:-1] + b"?")
 
 
 @pytest.mark.slow

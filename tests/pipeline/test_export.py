@@ -14,6 +14,7 @@ from data_shards.errors import UserError
 from data_shards.store import Store
 from pipeline.augment import AugmentSettings
 from pipeline.checkpoint import Checkpointer, CheckpointSettings
+from pipeline.commit import Place
 from pipeline.config import Config
 from pipeline.export import UNFINISHED, describe, export_run
 from pipeline.regnet import TRUNKS, ModelSettings, RegNet
@@ -50,6 +51,14 @@ def a_run(folder: Path, *steps: int, model: dict[str, Any] = TINY) -> tuple[Stor
     return store, trunks
 
 
+def damage(store: Store, step: int) -> None:
+    """Turn a bit of the tensors of the checkpoint that `a_run` has put there."""
+    (path,) = [entry.path for entry in store.list(Place(step, 1).path) if entry.path.endswith("safetensors")]
+    data = bytearray(store.get(path))
+    data[-1] ^= 1
+    store.put(path, bytes(data))
+
+
 def exported(target: Store) -> dict[str, Tensor]:
     return load_file(Path(target.url.removeprefix("file://")) / "model.safetensors")
 
@@ -80,8 +89,7 @@ def test_a_step_may_be_named_and_those_that_there_are_are_told(tmp_path: Path) -
 
 def test_a_damaged_checkpoint_is_passed_over_unless_it_is_the_one_asked_for(tmp_path: Path) -> None:
     store, _ = a_run(tmp_path, 3, 6)
-    file = tmp_path / "runs" / "first" / "checkpoints" / "step-000000006-a1" / "rank-0.safetensors"
-    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    damage(store, 6)
     assert export_run(store, Store(f"file://{tmp_path}/to")).step == 3
     with pytest.raises(UserError, match="the checkpoint of step 6 is damaged; STEP= takes another: 3"):
         export_run(store, Store(f"file://{tmp_path}/to"), step=6)

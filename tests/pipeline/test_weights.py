@@ -18,7 +18,7 @@ from pipeline.config import Config
 from pipeline.regnet import RegNet
 from pipeline.run import read_config
 from pipeline.weights import check_origin, fill, parse, point, trained_trunk
-from tests.pipeline.test_export import a_run
+from tests.pipeline.test_export import a_run, damage
 
 
 def config(start_from: str, trunk: str = "regnety_002") -> Config:
@@ -95,11 +95,3 @@ def test_a_checkpoint_of_another_network_is_refused_by_the_name_of_what_differs(
     store, _ = a_run(tmp_path, 3)
     with pytest.raises(UserError, match=r"step-000000003-a1: .*model\.trunk\..*; use it with the program and config"):
         trained_trunk(store, config("x"))
-
-
-def damage(store: Store, step: int) -> None:
-    """Turn a bit of its tensors."""
-    (path,) = [entry.path for entry in store.list(Place(step, 1).path) if entry.path.endswith("safetensors")]
-    data = bytearray(store.get(path))
-    data[-1] ^= 1
-    store.put(path, bytes(data))
