@@ -147,7 +147,8 @@ def test_a_run_that_went_back_behind_its_newest_checkpoint_has_nothing_at_risk(j
     now = time.time()
     attempt(job, 1, 0, [(90, now - 9), (91, now - 8)], {"time": now - 8, "event": "committed", "step": 91})
     attempt(job, 2, 60, [(61, now - 2), (62, now - 1)])
-    assert (status(job, queued("RUNNING")).committed, status(job, queued("RUNNING")).at_risk) == (91, 0)
+    found = status(job, queued("RUNNING"))
+    assert (found.committed, found.at_risk) == (91, 0)
 
 
 def test_the_wait_for_data_is_that_of_many_steps_and_not_of_the_last_one_for_which_nothing_is_fetched(job):

@@ -7,6 +7,8 @@ from data_shards.errors import BadHost, UserError
 from jobs.daemons import Process
 from jobs.start import Start, attempt_files, events, newest_start, note, this_host
 
+LACKED = "libcuda.so.1: cannot open shared object file"  # by this host: no error of the code
+
 
 @pytest.fixture
 def start(tmp_path: Path) -> Start:
@@ -49,6 +51,8 @@ def test_failures_are_told_in_the_order_in_which_they_came(start: Start) -> None
     [
         (RuntimeError("gloo"), "RuntimeError: gloo", None, ()),
         (AttributeError("no x"), "AttributeError: no x", 1, ()),
+        (ImportError("cannot import name 'Swav'"), "ImportError: cannot import name 'Swav'", 1, ()),
+        (ImportError(f"{LACKED}: No such file"), f"ImportError: {LACKED}: No such file", None, (this_host(),)),
         (UserError("s3://photos: no such bucket"), "s3://photos: no such bucket", 2, ()),
         (BadHost("node3", "its clock is off"), "bad host node3: its clock is off", None, ("node3",)),
     ],

@@ -118,15 +118,6 @@ def store(tmp_path: Path) -> Store:
     return Store(f"file://{tmp_path}/store")
 
 
-def test_a_library_that_a_host_lacks_is_no_error_of_the_code(start):
-    start.fail(1, ImportError("libcuda.so.1: cannot open shared object file: No such file or directory"))
-    (failure,) = start.failures()
-    assert (failure.exit_code, failure.suspects) == (None, [this_host()])
-    start.fail(1, ImportError("cannot import name 'Swav'"))
-    (failure,) = start.failures()
-    assert (failure.exit_code, failure.suspects) == (1, [])
-
-
 def test_a_full_disk_changes_no_decision(start, store, capsys):
     start.fail(1, RuntimeError("gloo"))
     noted = start.run_dir / "jobs.jsonl"
