@@ -152,7 +152,7 @@ def _listed(
     """The sources, and what is known of each. Read as typed: a slash at the end tells a folder from an object."""
     if not isinstance(source, str | Path):
         return source, None
-    return list_sources(str(source), options, ignored, dst), metadata_schema(str(source), options, dst)
+    return list_sources(str(source), options, ignored, dst), metadata_schema(str(source), options)
 
 
 def _check_writable(dst: Store) -> None:

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import NonNegativeInt, PositiveInt
 
+from data_shards.archives import TEXTS
 from data_shards.database import connected
 from data_shards.errors import UserError
 from data_shards.images import Refused, Rules, examine
@@ -57,6 +58,7 @@ _LISTED = pa.schema(
         "deflated": pa.bool_(),
     }
 )
+_TEXTS = pa.schema({name: pa.string() for name in sorted(TEXTS)})
 
 
 class PackSettings(Rules):
@@ -188,8 +190,8 @@ def make_plan(
 ) -> Plan | None:
     """Lay the sources out and put the plan into the store; None when all of them are in `earlier` plans.
 
-    columns: names and types of the sources' metadata. ignored: what the listing counts. Raises UserError when there is
-    no source or two have one name, and whatever listing them raises.
+    columns: names and types of the sources' metadata, all of which are kept; without, what archives say is. ignored:
+    what the listing counts. Raises UserError when there is no source or two have one name, and what listing raises.
     """
     if taken := set(columns.names if columns else ()) & set(COLUMNS.names):
         raise UserError(f"{asked.source}: {', '.join(sorted(taken))}: the index has columns of that name; rename them")
@@ -212,7 +214,8 @@ def make_plan(
             after=after,
             ignored=dict(ignored or {}),
         )
-        return _put(store, replace(plan, identity=_lay_out(database, plan, folder, progress)), folder)
+        kept = "*" if columns is not None else _said(database)
+        return _put(store, replace(plan, identity=_lay_out(database, plan, kept, folder, progress)), folder)
 
 
 def _border(number: int, total: int, parts: int) -> int:
@@ -232,7 +235,7 @@ def _list(
     """
     key = blake2b(f"pack {PLAN_VERSION} {asked.settings.seed}".encode(), digest_size=64).digest()
     permutation, listed, rows = Permutation(MAX_SIZE, key), 0, iter(sources)
-    schema = _LISTED if columns is None else _LISTED.append(pa.field("columns", pa.struct(columns)))
+    schema = _LISTED.append(pa.field("columns", pa.struct(_TEXTS if columns is None else columns)))
     database.register("batch", schema.empty_table())
     database.execute("CREATE TABLE listed AS SELECT * FROM batch")
     while some := list(islice(rows, BATCH)):
@@ -245,6 +248,14 @@ def _list(
         raise UserError(f"{asked.source}: two sources have the name {os.fsdecode(twice[0][0])!r}; each needs its own")
     if not listed:
         raise UserError(f"{asked.source}: no image to pack: there is no file in it")
+
+
+def _said(database: "duckdb.DuckDBPyConnection") -> str:
+    """What is kept of a listing: of what archives may say of their images, what at least one does."""
+    counts = ", ".join(f"count(columns.{name})" for name in _TEXTS.names)
+    (found,) = database.execute(f"SELECT {counts} FROM listed").fetchall()  # noqa: S608
+    texts = ", ".join(f"{name} := columns.{name}" for name, n in zip(_TEXTS.names, found, strict=True) if n)
+    return "* EXCLUDE columns" + (f", struct_pack({texts}) AS columns" if texts else "")
 
 
 def _batch(sources: list[Source], places: Any, schema: pa.Schema) -> pa.Table:
@@ -302,11 +313,12 @@ def _stored_bytes(source: Source, asked: Asked) -> int:
         return 0
 
 
-def _lay_out(database: "duckdb.DuckDBPyConnection", plan: Plan, folder: Path, progress: Progress) -> str:
-    """Write folder/0000.parquet and so on; gives the plan's identity."""
+def _lay_out(database: "duckdb.DuckDBPyConnection", plan: Plan, kept: str, folder: Path, progress: Progress) -> str:
+    """Write folder/0000.parquet and so on, of the columns `kept`; gives the plan's identity."""
     borders = f"layout {PLAN_VERSION} {plan.first_shard} {plan.shards} {plan.sources}"
     identity = blake2b(borders.encode(), digest_size=16)
-    reader = database.sql("SELECT * EXCLUDE place FROM listed ORDER BY place").to_arrow_reader(BATCH)
+    rows = f"SELECT * EXCLUDE place FROM (SELECT {kept} FROM listed) ORDER BY place"  # noqa: S608
+    reader = database.sql(rows).to_arrow_reader(BATCH)
     shards = _cut(iter(reader), map(plan.shard_sources, range(plan.first_shard, plan.end_shard)))
     for group in range(plan.groups):
         with pq.ParquetWriter(folder / f"{group:04d}.parquet", reader.schema, compression="zstd") as writer:

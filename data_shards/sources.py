@@ -11,14 +11,13 @@ import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
-from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 import pyarrow as pa
 from braceexpand import braceexpand
 
-from data_shards.archives import TEXTS, archive_kind, images, inflated
+from data_shards.archives import archive_kind, images, inflated
 from data_shards.errors import UserError
 from data_shards.files import is_remote, opened, read_range, read_whole, store_of
 from data_shards.images import Refused, check_bytes
@@ -27,7 +26,6 @@ from data_shards.section import Section
 from data_shards.store import Denied, Unavailable
 
 _ARCHIVE = re.compile(r"\.(tar|zip|tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst|lz4))$", re.IGNORECASE)
-_PEEKED = 1000  # sources that are looked at to see whether they are in archives
 
 
 class Source(NamedTuple):
@@ -96,23 +94,16 @@ def list_tars(src: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def metadata_schema(src: str, options: SourceOptions | None = None, dst: str | None = None) -> pa.Schema | None:
-    """Names and types of `Source.columns`, of which a source may lack some; None when there are none.
+def metadata_schema(src: str, options: SourceOptions | None = None) -> pa.Schema | None:
+    """Names and types of what lists say of each source (`Source.columns`); None when `src` is no list that says any.
 
     Raises UserError when several lists differ in them.
     """
-    options = options or SourceOptions()
-    schemas = list(_list_schemas(src, options))
+    schemas = list(_list_schemas(src, options or SourceOptions()))
     for url, schema in schemas:
         if schema != schemas[0][1]:
             raise UserError(f"{url}: other columns, or of other types, than {schemas[0][0]}; pack them apart")
-    if schemas:
-        return schemas[0][1]
-    peeked = list(islice(list_sources(src, options, dst=dst), _PEEKED))
-    found = {name for source in peeked for name in source.columns or ()}
-    if any(source.offset is not None for source in peeked):  # others in archives may have what these lack
-        found |= TEXTS - {"cls" if options.label == "auto" else options.label}
-    return pa.schema([(name, pa.string()) for name in sorted(found)]) if found else None
+    return schemas[0][1] if schemas else None
 
 
 def _list_schemas(src: str, options: SourceOptions) -> Iterator[tuple[str, pa.Schema | None]]:

@@ -20,7 +20,7 @@ from data_shards.archives import images
 from data_shards.errors import UserError
 from data_shards.images import Refused
 from data_shards.pack import PackSettings, pack
-from data_shards.sources import Source, SourceOptions, list_sources, metadata_schema, read_source
+from data_shards.sources import Source, SourceOptions, list_sources, read_source
 from data_shards.store import Store
 from tests.photos import write_tiles
 
@@ -281,23 +281,9 @@ def test_a_webdataset_shard_gives_its_images_with_labels_and_texts(photos: dict[
     ]
     assert [read_source(source, MB) for source in found] == [first, second, third]
     assert ignored == {"npy": 1, "png": 1}
-    schema = metadata_schema(str(path))
-    assert schema is not None
-    assert schema.names == ["json", "txt"]
     assert [source.label for source in listed(path, label="folder")] == [None, "dir.x", None]
     with pytest.raises(UserError, match=r"has no \.class; SET=label=folder"):
         listed(path, label="class")
-
-
-def test_captions_are_kept_however_many_images_without_any_come_first(tmp_path: Path) -> None:
-    tar_of(tmp_path / "a.tar", [(f"{n:04d}.jpg", b"x") for n in range(1001)])
-    tar_of(tmp_path / "b.tar", sample("0", b"x", txt="a dog", cls="3"))
-    for label, expected in (("auto", ["json", "txt"]), ("folder", ["cls", "json", "txt"])):
-        schema = metadata_schema(str(tmp_path), SourceOptions(label=label))
-        assert schema is not None
-        assert schema.names == expected
-    (tmp_path / "list.txt").write_text("a.jpg\n")
-    assert metadata_schema(str(tmp_path / "list.txt")) is None
 
 
 def test_labels_and_captions_in_a_zip_are_read_deflated_too(photos: dict[str, bytes], tmp_path: Path) -> None:

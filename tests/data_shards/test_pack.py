@@ -20,6 +20,7 @@ from data_shards.files import store_of
 from data_shards.index import RECORD, Manifest, ShardSet, dali_path, shard_path
 from data_shards.merge import read_refused
 from data_shards.pack import PackSettings, Source, pack
+from data_shards.shard import COLUMNS
 from data_shards.store import Store
 from tests.photos import write_tiles
 
@@ -254,6 +255,30 @@ def test_metadata_columns_are_kept_with_their_types(tiles: Path, tmp_path: Path)
     table = ShardSet(store, Manifest.load(store)).table()
     assert pa.schema([table.schema.field(name) for name in values]) == columns
     assert table.select(list(values)).to_pylist() == [values] * 90
+
+
+def test_captions_are_kept_however_many_images_without_any_come_first(tiles: Path, tmp_path: Path) -> None:
+    image = str(next(tiles.rglob("*.jpg")))
+    bare = [Source(image, name=f"{n:04d}", label="3") for n in range(1100)]
+    told = [Source(image, name="a", columns={"txt": "a dog"}), Source(image, name="b", columns={"cls": "4", "txt": ""})]
+    store = Store(f"memory://{tmp_path.name}")
+    pack([*bare, *told], store, PackSettings())
+    table = ShardSet.open(store).table()
+    assert table.column_names == [*COLUMNS.names, "cls", "txt"]  # nobody says any json
+    rows = {row["source"]: (row["cls"], row["txt"]) for row in table.to_pylist()}
+    assert {name: said for name, said in rows.items() if any(said)} == {"a": (None, "a dog"), "b": ("4", "")}
+
+
+def test_the_index_of_images_alone_has_no_columns_for_captions(packed: ShardSet) -> None:
+    assert packed.table().column_names == COLUMNS.names
+
+
+def test_a_column_of_a_list_is_kept_though_nothing_is_in_it(tiles: Path, tmp_path: Path) -> None:
+    path = str(next(tiles.rglob("*.jpg")))
+    pq.write_table(pa.table({"path": [path], "txt": pa.nulls(1, pa.string())}), tmp_path / "list.parquet")
+    store = Store(f"memory://{tmp_path.name}")
+    pack(tmp_path / "list.parquet", store, SMALL)
+    assert ShardSet.open(store).table()["txt"].to_pylist() == [None]
 
 
 def test_a_source_whose_sizes_are_listed_is_read_once(tiles: Path, tmp_path: Path) -> None:
