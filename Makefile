@@ -130,6 +130,10 @@ doctor: .venv/stamp ## what SITE= can do of what CONF= asks: ok, or what to do (
 logs: .venv/stamp ## the logs of RUN=, what failed first, by time (FOLLOW=1, EVENTS=1, LINES=)
 	@$(FARSEER) logs $(run_option) $(site_option) $(call flag,FOLLOW,follow) $(call flag,EVENTS,events) $(if $(LINES),--lines "$(LINES)")
 
+.PHONY: profile
+profile: .venv/stamp ## what the next steps of RUN= spend their time on, and a trace of them for ui.perfetto.dev
+	@$(FARSEER) profile $(run_option) $(site_option)
+
 .PHONY: cancel
 cancel: .venv/stamp ## stop RUN= after a last checkpoint (NOW=1: without)
 	@$(FARSEER) cancel $(run_option) $(site_option) $(call flag,NOW,now)

@@ -131,6 +131,7 @@ _SENTENCES: dict[str, tuple[str, ...]] = {
     "finished": ("finished at step {step}",),
     "requeued": ("requeued: {reason}", "requeued at step {step}"),
     "failed": ("the job has FAILED: {reason}",),
+    "profiled": ("up to step {step} was looked at: {trace}",),
     "alarm": ("ALARM at step {step}: {reason}", "ALARM: {reason}"),
     "checkpoint damaged": ("the checkpoint of step {step} is damaged: {reason}",),
     "checkpoint completed": ("the checkpoint of step {step} was completed after the end of its attempt: {reason}",),

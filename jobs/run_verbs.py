@@ -64,6 +64,7 @@ def run_verbs(verbs: Any) -> None:
     options.add_argument("--follow", action="store_true", help="go on until the job is over")
     options.add_argument("--events", action="store_true", help="what happened to the run, a sentence each")
     options.add_argument("--lines", type=int, default=100, help="the last ones, of all ranks together")
+    site_option(run_option(add_verb(verbs, "profile", profile, "what the next steps of a run spend their time on")))
     options = run_option(add_verb(verbs, "cancel", cancel, "stop a run after a last checkpoint"))
     site_option(options)
     options.add_argument("--now", action="store_true", help="without a last checkpoint")
@@ -164,6 +165,16 @@ def logs(options: argparse.Namespace) -> int:
         return 0
     say(*what_failed(job))
     show(job, options.lines, options.follow, sys.stdout)
+    return 0
+
+
+def profile(options: argparse.Namespace) -> int:
+    from jobs.profile import profile as look
+
+    job = newest_job(options)
+    say(f"the first rank of job {job.id} is asked to look at its next steps; Ctrl-C asks no longer")
+    trace = look(job)
+    say(trace.with_name(trace.name.replace(".json.gz", ".txt")).read_text(), f"{trace}: ui.perfetto.dev shows it")
     return 0
 
 

@@ -3,6 +3,7 @@
     <run>/job.json                       the run's newest job (jobs.runs)
     <run>/jobs.jsonl                     submitted, requeued, failed, ...: what happened to the run's jobs
     <run>/cancel                         there while a cancel is asked for: save, then end without a requeue
+    <run>/profile                        there while a profile is asked for (jobs.profile)
     <run>/starts/<job>-<number>/         number counts the requeues of that job
         rank-0001.json                   who runs it: host, process
         failure-0001.json                why it left, written by a rank that still could

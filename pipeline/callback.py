@@ -18,6 +18,7 @@ from pipeline.commit import Manifest
 from pipeline.loader import Batch, Loader
 from pipeline.module import StepResult, SwAV
 from pipeline.monitor import CLOSE_S, Monitor, Recovery
+from pipeline.profile import Profiler
 from pipeline.weights import begin
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Watch(pl.Callback):
         self._last: tuple[StepResult, dict[str, Any]] | None = None
         self._counters: dict[str, float] = {}
         self._monitor = self._open_monitor() if session.launch.rank == 0 else None
+        self._profiler = Profiler(session.run.local, session._event) if session.launch.rank == 0 else None
         self._recovery = Recovery(Path(session.launch.run_dir), session.run.attempt, found.step if found else 0)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -61,6 +63,9 @@ class Watch(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        if self._profiler is not None:
+            self._watchdog.now("profile")
+            self._profiler.between(self.module.step)
         self._watchdog.now("step")
         self._finish_step()
         self.module.stop = self.stopping is not None
@@ -104,6 +109,8 @@ class Watch(pl.Callback):
 
     def close(self, wait_s: float = CLOSE_S) -> None:
         """Send the last rows, for `wait_s` at most. May be called twice."""
+        if self._profiler is not None:
+            self._profiler.close()
         if self._monitor is not None:
             self._monitor.close(wait_s)
             self._monitor = None

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field, PositiveInt
 from torch import Tensor
+from torch.profiler import record_function
 
 from data_shards.reader import BadSample, Reader, Sample
 from data_shards.section import Section
@@ -162,6 +163,7 @@ class Loader:
             raise StopIteration
         return batch
 
+    @record_function("next batch")
     def prepare(self) -> None:
         """Make the next batch, if there is one, before it is asked for: while a GPU is busy with a step."""
         if self._prepared is None and (self._pending or self._next_step < self._end_step):

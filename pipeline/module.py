@@ -9,6 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from pipeline.batchnorm import average_running_statistics, commit_statistics, convert
 from pipeline.config import Config
@@ -56,6 +57,7 @@ class Net(nn.Module):
         ]
         return [[self.trunk.stem], *blocks, [self.head], [self.prototypes]]
 
+    @record_function("forward")
     def forward(self, crops: list[Tensor]) -> Tensor:
         """crops: one (B, n, 3, s, s) for each size -> (B, V, D), L2-normalised, views in the order of the crops."""
         features = [self.trunk(c.flatten(0, 1)) for c in crops]
@@ -132,7 +134,8 @@ class SwAV(pl.LightningModule):
             parameters["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
         loss, assigning, scores, codes = self.loss(batch.crops)
-        with torch.autocast(loss.device.type, enabled=False):  # Lightning's would take the prototypes' backward to bf16
+        # Lightning's autocast would take the prototypes' backward to bf16
+        with record_function("backward"), torch.autocast(loss.device.type, enabled=False):
             self.manual_backward(loss)
             self.net.finish_backward()
         self.net.prototypes.freeze_(self.step)
@@ -140,7 +143,8 @@ class SwAV(pl.LightningModule):
         loss_value, norm_value = torch.stack([loss.detach().float(), norm.float()]).tolist()
         finite = norm_value < float("inf")  # False for nan too; ranks agree, since gradients are all-reduced
         if finite:
-            optimizer.step()
+            with record_function("optimizer"):
+                optimizer.step()
             if self.net.prototypes.weight.grad is not None:  # moved; a second normalisation is not the same to the bit
                 self.net.prototypes.normalise_()
             self.queue.push(assigning)

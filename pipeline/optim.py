@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from data_shards.section import Section
 from pipeline.sharding import is_parted, norm_of_parts, part
@@ -112,6 +113,7 @@ def _larc(
     return list((weight_decay * adapts).unbind()), list(rates.unbind())
 
 
+@record_function("gradient norm")
 def total_norm(gradients: list[Tensor]) -> Tensor:
     """The Euclidean norm of all of them together, (), on the device. A collective where they are parted."""
     norm = nn.utils.get_total_norm([part(gradient) for gradient in gradients])

@@ -15,6 +15,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.distributed import ReduceOp
 from torch.nn import functional
+from torch.profiler import record_function
 
 from data_shards.section import Section
 
@@ -37,6 +38,7 @@ class SwAVSettings(Section):
     freeze_prototypes_steps: NonNegativeInt = 313  # of the start, in which they stay as they are
 
 
+@record_function("sinkhorn")
 @torch.no_grad()
 def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
     """Spread the samples of all ranks evenly over the prototypes.
@@ -55,6 +57,7 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
     return log_q.exp()
 
 
+@record_function("loss")
 def swav_loss(scores: Tensor, codes: Sequence[Tensor], temperature: float) -> Tensor:
     """Mean cross-entropy between the code of each assigning view and the predictions of all other views.
 
