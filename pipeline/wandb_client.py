@@ -1,4 +1,5 @@
-"""W&B's own client as this program opens it: nothing of the machine, the code or the terminal goes along."""
+"""W&B's own client as this program opens it: with the load of its machine (processor, memory, GPUs), and nothing else
+of the machine, of the code or the terminal."""
 
 import netrc
 import os
@@ -72,7 +73,6 @@ def _init(mode: Any, folder: Path, identity: dict[str, Any]) -> Any:
         finish_timeout=FINISH_S,
         finish_timeout_raises=True,  # else what W&B has not got by then would count as sent
         x_disable_meta=True,
-        x_disable_stats=True,
         x_transaction_log_flush_interval=FLUSH_S,
     )
     client = wandb.init(mode=mode, dir=folder, resume="allow", settings=settings, **identity)

@@ -264,6 +264,15 @@ def test_wandb_has_the_rows_of_metrics_jsonl_over_two_attempts_under_one_id_and_
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("offline")
+def test_wandb_has_the_load_of_the_machine_too(store: Store, tmp_path: Path) -> None:
+    monitor = open_monitor(Run(store, tmp_path, 1), wandb="auto")
+    feed(monitor, range(1, 4))
+    until(lambda: any({"cpu", "memory_percent"} <= wandb_file.load(path).keys() for path in files(tmp_path)))  # in 15 s
+    monitor.close(60.0)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("offline")
 def test_rows_that_wandb_lost_with_a_killed_start_or_never_saw_are_sent_by_the_next_one(
     store: Store, tmp_path: Path
 ) -> None:

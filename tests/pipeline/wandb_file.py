@@ -41,6 +41,12 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if not key.startswith("_")} for row in named]
 
 
+def load(path: Path) -> dict[str, float]:
+    """What was said last of the machine's load, by W&B's names."""
+    stats = [record.stats for record in records(path) if record.WhichOneof("record_type") == "stats"]
+    return {item.key: float(item.value_json) for item in stats[-1].item} if stats else {}
+
+
 def run_id(path: Path) -> str:
     """The id under which the run was opened."""
     return next(str(record.run.run_id) for record in records(path) if record.WhichOneof("record_type") == "run")
