@@ -1,5 +1,5 @@
-"""W&B's own client as this program opens it: with the load of its machine (processor, memory, GPUs), and nothing else
-of the machine, of the code or the terminal."""
+"""W&B's own client as this program opens it: of the machine it tells the name, the packages and the load (processor,
+memory, GPUs), nothing of the code or the terminal."""
 
 import netrc
 import os
