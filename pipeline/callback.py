@@ -17,7 +17,7 @@ from pipeline.agreement import Agreed, Agreement, StepSums, batch_hash, fixed_po
 from pipeline.commit import Manifest
 from pipeline.loader import Batch, Loader
 from pipeline.module import StepResult, SwAV
-from pipeline.monitor import CLOSE_S, Monitor, Recovery
+from pipeline.monitor import Monitor, Recovery, close_s
 from pipeline.profile import Profiler
 from pipeline.weights import begin
 
@@ -107,12 +107,12 @@ class Watch(pl.Callback):
         """How training ends: the last step is the end, whatever was asked for during it."""
         return self.stopping or "finished" if self.module.step < self.session.steps else "finished"
 
-    def close(self, wait_s: float = CLOSE_S) -> None:
-        """Send the last rows, for `wait_s` at most. May be called twice."""
+    def close(self, outcome: "Outcome | None" = None) -> None:
+        """Send the last rows. outcome: None when an error has ended it. May be called twice."""
         if self._profiler is not None:
             self._profiler.close()
         if self._monitor is not None:
-            self._monitor.close(wait_s)
+            self._monitor.close(close_s(outcome == "finished", self.session.launch.stop_budget_s), outcome)
             self._monitor = None
 
     def _save(self) -> None:

@@ -21,7 +21,7 @@ from data_shards.errors import one_line
 from data_shards.section import Section
 from data_shards.whole import write_whole
 from pipeline.journal import attempt_folders, last_line, read_lines
-from pipeline.wandb_client import Mode, end_service, open_client
+from pipeline.wandb_client import Mode, end_service, finish, open_client
 
 if TYPE_CHECKING:  # pipeline.run reads a config, of which the settings below are a section
     from pipeline.run import Run
@@ -30,6 +30,7 @@ CLOSE_S = 10.0  # for the last upload and for W&B's end, together; the requeue o
 LAST_S = 60.0  # the same for a run that has finished: no later start sends what W&B has not got
 SETTLED_S = 3.0  # after that a row has certainly reached the file
 WAITING_ROWS = 100_000  # that W&B may be behind
+ALERT = "Farseer: the run learns nothing"
 
 
 def close_s(finished: bool, stop_budget_s: float) -> float:
@@ -84,12 +85,15 @@ class Monitor:
             self._wandb.row(row)
         self._watch(row["result"])
 
-    def close(self, wait_s: float = CLOSE_S) -> None:
-        """Send what is left, for `wait_s` at most; the local files stay. May be called twice."""
+    def close(self, wait_s: float = CLOSE_S, outcome: str | None = None) -> None:
+        """Send what is left, for `wait_s` at most; the local files stay. May be called twice.
+
+        outcome: pipeline.train's; None: an error.
+        """
         deadline = time.monotonic() + wait_s
         self._closing.set()
         if self._wandb is not None:
-            self._wandb.close(deadline)
+            self._wandb.close(deadline, outcome)
         self._uploader.join(max(0.0, deadline - time.monotonic()))
 
     def _upload_now_and_then(self) -> None:
@@ -119,6 +123,8 @@ class Monitor:
         if near and not self._alarmed:
             reason = f"collapse: mean loss {mean:.4f} of {len(self._losses)} steps, ln K is {self._ln_k:.4f}"
             self.run.event("alarm", step=result["step"], reason=reason)
+            if self._wandb is not None:
+                self._wandb.alert(reason)
         self._alarmed = near
 
 
@@ -156,7 +162,8 @@ class WandbRows:
     def __init__(self, run: "Run", settings: MonitorSettings, config: dict[str, Any], wandb_id: str) -> None:
         self._run, self._settings, self._config, self._id = run, settings, config, wandb_id
         self._state = run.local.parent / "wandb" / "sent.json"
-        self._rows: queue.Queue[dict[str, Any] | None] = queue.Queue(WAITING_ROWS)
+        self._rows: queue.Queue[dict[str, Any] | str | None] = queue.Queue(WAITING_ROWS)  # alerts, too; None: the end
+        self._outcome: str | None = None
         self._behind = False
         self._sent = 0  # the last step that W&B has got
         self._settling = (0, 0.0)  # a step that it had got by that time
@@ -173,8 +180,14 @@ class WandbRows:
             self._behind = True
             self._run.event("W&B failed", reason=f"it is {WAITING_ROWS} rows behind; they go out with the next start")
 
-    def close(self, deadline: float) -> None:
+    def alert(self, text: str) -> None:
+        """Have W&B tell those who want to be told, by mail or Slack."""
+        with suppress(queue.Full):
+            self._rows.put_nowait(text)
+
+    def close(self, deadline: float, outcome: str | None = None) -> None:
         """Finish W&B's files and end its process, by the deadline (monotonic). May be called twice."""
+        self._outcome = self._outcome or outcome
         with suppress(queue.Full):
             self._rows.put_nowait(None)
         self._thread.join(max(0.0, deadline - time.monotonic()))
@@ -185,7 +198,7 @@ class WandbRows:
             self._settling = (self._sent, time.monotonic())
             client = self._open()
             self._feed(client)
-            client.finish()
+            finish(client, self._outcome)
             self._keep(self._sent)
         except Exception as error:  # noqa: BLE001 - whatever befalls W&B, the training goes on
             self._run.event("W&B failed", reason=f"{one_line(error)}; its rows go out with the next start")
@@ -193,14 +206,16 @@ class WandbRows:
             end_service()
 
     def _feed(self, client: Any) -> None:
-        """Send rows until there are no more, first those that came before the first one."""
-        row = self._rows.get()
-        if row is not None:
-            for earlier in self._missed(row["result"]["step"]):
+        """Send rows until there are no more, before the first one those that W&B has missed."""
+        behind = True
+        for row in iter(self._rows.get, None):
+            if isinstance(row, str):
+                client.alert(ALERT, row, level="WARN")
+                continue
+            for earlier in self._missed(row["result"]["step"]) if behind else ():
                 self._send(client, earlier)
-        while row is not None:
+            behind = False
             self._send(client, row)
-            row = self._rows.get()
 
     def _send(self, client: Any, row: dict[str, Any]) -> None:
         step = row["result"]["step"]

@@ -25,7 +25,6 @@ from pipeline.commit import Manifest
 from pipeline.config import SAVING, Config
 from pipeline.loader import Loader
 from pipeline.module import SwAV
-from pipeline.monitor import close_s
 from pipeline.ranks import Ranks, same_removed
 from pipeline.run import Run, open_data, read_record
 from pipeline.signals import StopRequest
@@ -221,7 +220,7 @@ class Session:
         if requeue is not None:
             self._event("requeued", step=step)
         dist.barrier(group=self.control)
-        watch.close(close_s(outcome == "finished", self.launch.stop_budget_s))
+        watch.close(outcome)
         if requeue is not None and self.launch.rank == 0:
             requeue()
         return outcome

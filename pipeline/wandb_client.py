@@ -53,6 +53,16 @@ def open_client(asked: Mode, folder: Path, went_offline: Callable[[str], None], 
         return _init("offline", folder, identity)
 
 
+def finish(client: Any, outcome: str | None) -> None:
+    """End W&B's run as it is to be shown there: as finished, as preempted when it will go on, else as failed.
+
+    outcome: pipeline.train's; None: an error. Raises when W&B has not got all of it in time.
+    """
+    if outcome in ("preempted", "terminated"):
+        client.mark_preempting()
+    client.finish(exit_code=0 if outcome in ("finished", "cancelled") else 1)
+
+
 def end_service() -> None:
     """End W&B's process, with whatever run it still has open."""
     with suppress(Exception):

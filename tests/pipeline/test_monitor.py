@@ -264,6 +264,38 @@ def test_wandb_has_the_rows_of_metrics_jsonl_over_two_attempts_under_one_id_and_
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize(
+    ("outcome", "preempted", "code"),
+    [("finished", False, 0), ("cancelled", False, 0), ("preempted", True, 1), ("terminated", True, 1), (None, False, 1)],
+)
+def test_wandb_shows_how_a_start_has_ended(
+    outcome: str | None, preempted: bool, code: int, store: Store, tmp_path: Path
+) -> None:
+    monitor = open_monitor(Run(store, tmp_path, 1), wandb="auto")
+    feed(monitor, range(1, 4))
+    monitor.close(60.0, outcome)
+    monitor.close()  # as when an error comes behind it: the first word counts
+    (path,) = files(tmp_path)
+    assert wandb_file.end(path) == (preempted, [code])
+    assert len(wandb_file.rows(path)) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("offline")
+def test_wandb_is_asked_to_tell_of_a_collapse_once_and_gets_the_rows_around_it(store: Store, tmp_path: Path) -> None:
+    run = Run(store, tmp_path, 1)
+    monitor = open_monitor(run, wandb="auto", collapse_window=2)
+    for step in range(1, 7):
+        monitor.row(result(step) | {"loss": math.log(K)}, run_part(step))
+    monitor.close(60.0, "finished")
+    (path,) = files(tmp_path)
+    (alarm,) = [event for event in local_lines(run, "events") if event["event"] == "alarm"]
+    assert wandb_file.alerts(path) == [alarm["reason"]]
+    assert [row["step"] for row in wandb_file.rows(path)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("offline")
 def test_wandb_has_the_load_of_the_machine_too(store: Store, tmp_path: Path) -> None:
     monitor = open_monitor(Run(store, tmp_path, 1), wandb="auto")
     feed(monitor, range(1, 4))
@@ -371,7 +403,7 @@ def test_what_wandb_has_not_taken_by_the_end_does_not_count_as_sent(
         def log(self, row: dict[str, Any]) -> None:
             pass
 
-        def finish(self) -> None:
+        def finish(self, exit_code: int) -> None:
             raise TimeoutError("Timed out finishing run.")
 
     monkeypatch.setattr("pipeline.monitor.open_client", lambda *_, **__: Slow())

@@ -32,7 +32,7 @@ from pipeline.signals import StopRequest
 from pipeline.train import Launch, Session, _join
 from pipeline.weights import fill, fill_all
 from tests.photos import write_tiles
-from tests.pipeline import distributed
+from tests.pipeline import distributed, wandb_file
 from tests.real import ranks
 
 STEPS = 12
@@ -180,6 +180,30 @@ def quarantines(rank: int, values: dict[str, Any], folder: str) -> list[Any]:
     assert known is not None
     assert last is not None
     return [known.extra["quarantine"], second.ranks.told, last.extra["quarantine"]]
+
+
+def starts_with_wandb(rank: int, values: dict[str, Any], folder: str) -> None:
+    """One that is preempted, one that finishes, and of another run one that breaks off."""
+    preempted = alone(values, folder)
+    preempted.request.preempted = True
+    with closing(preempted.watchdog):
+        assert preempted.train() == "preempted"
+    finish(alone(values, folder))
+    broken = alone(values | {"optim": {"name": "adamw", "lr": 1e30}}, f"{folder}-broken")
+    with closing(broken.watchdog), pytest.raises(UserError, match="not finite for 3 steps"):
+        broken.train()
+
+
+@pytest.mark.slow
+def test_wandb_shows_a_preempted_start_as_that_a_finished_one_as_finished_and_a_broken_one_as_failed(
+    tiles: str, tmp_path: Path
+) -> None:
+    values = config(tiles, tmp_path) | {"monitor": {"wandb": "offline"}}
+    distributed.run(1, starts_with_wandb, values, str(tmp_path / "run"))
+    ends = [wandb_file.end(path) for path in sorted(tmp_path.glob("run/wandb/offline-run-*/*.wandb"))]
+    assert ends == [(True, [1]), (False, [0])]
+    (broken,) = (tmp_path / "run-broken").glob("wandb/offline-run-*/*.wandb")
+    assert wandb_file.end(broken) == (False, [1])
 
 
 def told_by_saves(rank: int, values: dict[str, Any], folder: str) -> list[Any]:

@@ -47,6 +47,18 @@ def load(path: Path) -> dict[str, float]:
     return {item.key: float(item.value_json) for item in stats[-1].item} if stats else {}
 
 
+def end(path: Path) -> tuple[bool, list[int]]:
+    """Whether the run was marked as preempted, and its exit code; no code while it goes on."""
+    found = list(records(path))
+    preempted = any(record.WhichOneof("record_type") == "preempting" for record in found)
+    return preempted, [record.exit.exit_code for record in found if record.WhichOneof("record_type") == "exit"]
+
+
+def alerts(path: Path) -> list[str]:
+    """What W&B was asked to tell people."""
+    return [record.alert.text for record in records(path) if record.WhichOneof("record_type") == "alert"]
+
+
 def run_id(path: Path) -> str:
     """The id under which the run was opened."""
     return next(str(record.run.run_id) for record in records(path) if record.WhichOneof("record_type") == "run")
