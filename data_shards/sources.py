@@ -271,7 +271,7 @@ def _contents(url: str, prefix: str, options: SourceOptions, ignored: Counter[st
         elif kind == "text":
             _wants_folder(options, url)
             yield from _rows(text_rows(file), url, options)
-        elif kind in ("tar", "zip"):
+        else:
             for member in images(file, url, kind, ignored):
                 texts = dict(member.texts or {})
                 label = _member_label(member.name, texts, options, url)

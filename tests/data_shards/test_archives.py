@@ -7,16 +7,19 @@ import io
 import itertools
 import lzma
 import random
+import shutil
+import subprocess
 import tarfile
 import tracemalloc
 import zipfile
+import zlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from data_shards.archives import images
+from data_shards.archives import images, inflated
 from data_shards.errors import UserError
 from data_shards.images import Refused
 from data_shards.pack import PackSettings, pack
@@ -231,6 +234,30 @@ def test_deflated_bytes_that_are_damaged_are_refused(photos: dict[str, bytes], t
     path.write_bytes(data)
     with pytest.raises(Refused, match="damaged"):
         read_source(source, MB)
+
+
+def test_deflated_bytes_that_end_too_soon_are_refused() -> None:
+    deflated = zlib.compressobj(wbits=-15)
+    data = deflated.compress(bytes(range(256)) * 8) + deflated.flush()
+    assert inflated(data, MB) == bytes(range(256)) * 8
+    with pytest.raises(Refused, match="end too soon"):
+        inflated(data[:-3], MB)
+
+
+@pytest.mark.skipif(shutil.which("tar") is None, reason="tar is not installed: apt install tar")
+def test_a_file_with_holes_which_a_tar_holds_in_parts_is_left_out(photos: dict[str, bytes], tmp_path: Path) -> None:
+    one = next(iter(photos.values()))
+    (tmp_path / "plain.jpg").write_bytes(one)
+    with (tmp_path / "sparse.jpg").open("wb") as file:
+        file.write(one)
+        file.truncate(50_000_000)
+    command = ["tar", "--sparse", "--format=gnu", "-C", str(tmp_path), "-cf", str(tmp_path / "a.tar")]
+    subprocess.run([*command, "sparse.jpg", "plain.jpg"], check=True)
+    assert (tmp_path / "a.tar").stat().st_size < 10_000_000
+    ignored = Counter[str]()
+    (found,) = listed(tmp_path / "a.tar", ignored)
+    assert (found.name, read_source(found, MB)) == ("plain.jpg", one)
+    assert ignored == {"not a plain file": 1}
 
 
 def test_an_archive_that_became_shorter_since_it_was_listed_stops_the_packing(

@@ -19,7 +19,15 @@ import pytest
 
 from data_shards.errors import UserError
 from data_shards.images import Refused
-from data_shards.sources import Source, SourceOptions, list_sources, list_tars, metadata_schema, read_source
+from data_shards.sources import (
+    Source,
+    SourceOptions,
+    list_sources,
+    list_tars,
+    metadata_schema,
+    one_spelling,
+    read_source,
+)
 from data_shards.store import Denied, StoreError, Truncated, Unavailable
 from tests.photos import write_tiles
 
@@ -47,6 +55,22 @@ def test_a_folder_is_listed_in_the_order_of_whole_names_with_subfolders_as_label
     assert [source.name for source in found] == expected
     assert [source.label for source in found] == [name.split("/")[0] for name in expected]
     assert [read_source(source, MB) for source in found] == [(tiles / name).read_bytes() for name in expected]
+
+
+def test_a_folder_may_be_named_by_its_url(tiles: Path) -> None:
+    assert names(f"file://{tiles}") == names(tiles)
+
+
+def test_lists_are_searched_at_any_depth(tmp_path: Path) -> None:
+    for folder in ("", "a", "a/b"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "list.txt").write_text(f"{folder or 'top'}.jpg\n")
+    assert names(tmp_path / "**" / "list.txt") == ["a/b.jpg", "a.jpg", "top.jpg"]
+
+
+def test_a_source_has_one_spelling_with_or_without_a_slash_at_its_end() -> None:
+    assert one_spelling("s3://bucket/photos/") == one_spelling("s3://bucket/photos") == "s3://bucket/photos"
+    assert one_spelling("/photos/") == one_spelling("file:///photos") == "/photos"
 
 
 def test_the_order_is_that_of_names_as_bytes_even_where_a_folder_is_named_like_a_file(tmp_path: Path) -> None:
@@ -242,6 +266,9 @@ def test_a_list_without_a_column_of_paths_and_a_folder_without_columns_are_told(
         names(path)
     with pytest.raises(UserError, match="has no columns, so no class"):
         names(tiles, label="class")
+    (tmp_path / "list.txt").write_text("a.jpg\n")
+    with pytest.raises(UserError, match=r"list\.txt: has no columns, so no class; SET=label=folder, or none"):
+        names(tmp_path / "list.txt", label="class")
 
 
 def test_several_lists_are_taken_by_a_pattern(tmp_path: Path) -> None:

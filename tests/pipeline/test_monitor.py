@@ -266,7 +266,13 @@ def test_wandb_has_the_rows_of_metrics_jsonl_over_two_attempts_under_one_id_and_
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize(
     ("outcome", "preempted", "code"),
-    [("finished", False, 0), ("cancelled", False, 0), ("preempted", True, 1), ("terminated", True, 1), (None, False, 1)],
+    [
+        ("finished", False, 0),
+        ("cancelled", False, 0),
+        ("preempted", True, 1),
+        ("terminated", True, 1),
+        (None, False, 1),
+    ],
 )
 def test_wandb_shows_how_a_start_has_ended(
     outcome: str | None, preempted: bool, code: int, store: Store, tmp_path: Path
