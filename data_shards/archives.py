@@ -18,8 +18,8 @@ from typing import BinaryIO, NamedTuple
 from data_shards.errors import UserError
 from data_shards.images import Refused
 
-_IMAGES = {"jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "tif", "tiff", "gif", "avif", "heic", "heif", "jp2"}
-_IMAGES |= {"ppm", "pgm", "pnm"}
+IMAGES = {"jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "tif", "tiff", "gif", "avif", "heic", "heif", "jp2"}
+IMAGES |= {"ppm", "pgm", "pnm"}
 TEXTS = {"cls", "txt", "json"}
 _TEXT_BYTES = 2**20  # longer ones are left out
 _COMPRESSED = {
@@ -100,10 +100,10 @@ def _kind(extension: str) -> str:
 
 def _sample(file: BinaryIO, group: list[Member], ignored: Counter[str]) -> list[Member]:
     by_extension = [(_split(member.name)[1], member) for member in group]
-    found = [m for e, m in by_extension if e in _IMAGES]
+    found = [m for e, m in by_extension if e in IMAGES]
     if found and len({e.rpartition(".")[2] for e, _ in by_extension}) == 1:  # IMG_1.edited.jpg; but no 1.mask.png
         found = group
-    found = found or [m for e, m in by_extension if e.rpartition(".")[2] in _IMAGES]  # photo.1.jpg
+    found = found or [m for e, m in by_extension if e.rpartition(".")[2] in IMAGES]  # photo.1.jpg
     found = found or [m for e, m in by_extension if not e]
     texts = {e: _text(file, m) for e, m in by_extension if e in TEXTS and m.size <= _TEXT_BYTES and found}
     read = {extension: text for extension, text in texts.items() if text is not None}

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, ClassVar, NamedTuple
 import pyarrow as pa
 from braceexpand import braceexpand
 
-from data_shards.archives import archive_kind, images, inflated
+from data_shards.archives import IMAGES, archive_kind, images, inflated
 from data_shards.errors import UserError
 from data_shards.files import is_remote, opened, read_range, read_whole, store_of
 from data_shards.images import Refused, check_bytes
@@ -58,7 +58,7 @@ def list_sources(
 ) -> Iterator[Source]:
     """The sources of a folder (here or in a store), of archives, of WebDataset shards, or of a list.
 
-    src: also several by `*`, `?` or `{000..099}`. Archives within a folder are opened, too.
+    src: also several by `*`, `?` or `{000..099}`; images as well, then. Archives within a folder are opened, too.
     ignored: counts members of archives that are no images, by extension, and links to folders.
     dst: url of the set that is made of them; where its folder lies within `src`, it is passed over.
     Raises UserError when `src` is not there, is empty, cannot be read as what it is, or is `dst` itself.
@@ -108,8 +108,8 @@ def metadata_schema(src: str, options: SourceOptions | None = None) -> pa.Schema
 
 def _list_schemas(src: str, options: SourceOptions) -> Iterator[tuple[str, pa.Schema | None]]:
     """Of the Parquet lists that `src` stands for; none when it stands for something else."""
-    for url, _ in _expanded(src):
-        if _is_folder(url):
+    for url, prefix in _expanded(src):
+        if (prefix and _is_image(url)) or _is_folder(url):
             return
         with opened(url) as file:
             if _kind(file, url) != "parquet":
@@ -135,6 +135,10 @@ def read_source(source: Source, max_bytes: int, *, skip_unreachable: bool = Fals
 def _listed(src: str, options: SourceOptions, ignored: Counter[str], own: str) -> Iterator[Source]:
     for url, prefix in _expanded(src):
         if _is_in(url, own):
+            continue
+        if prefix and _is_image(url):
+            name = prefix.rstrip("/")
+            yield Source(url, name=name, label=_folder_of(name) if _wants_folder(options, url) else None)
             continue
         if not _is_folder(url):
             yield from _contents(url, prefix, options, ignored)
@@ -211,7 +215,8 @@ def _matches(pattern: str) -> list[str]:
         folder = path[: len(path) - len(pattern) + special.start()].rpartition("/")[0]
         depth = None if "**" in path else path.count("/")
         entries = [entry.path for entry in store.list(folder) if depth in (None, entry.path.count("/"))]
-        found = [f"{store.url}/{entry}" for entry in entries if fnmatchcase(entry, path)]
+        root = pattern.removesuffix(path)  # as it was typed: what goes before a name is cut off by its length
+        found = [f"{root}{entry}" for entry in entries if fnmatchcase(entry, path)]
     else:
         raise UserError(f"{pattern}: only folders and s3:// are searched; write the names out, as in {{000..099}}")
     if not found:
@@ -232,6 +237,11 @@ def _is_folder(url: str) -> bool:
         raise UserError(f"{url}: no such file, and no such folder; make shards SRC=/folder/of/images DST=...") from None
     except OSError as error:
         raise UserError(f"{url}: {error.strerror}") from error
+
+
+def _is_image(url: str) -> bool:
+    """Whether what a pattern stands for is an image, by its name."""
+    return url.rpartition(".")[2].lower() in IMAGES and (is_remote(url) or not Path(url).is_dir())
 
 
 def _files(folder: str, ignored: Counter[str]) -> Iterator[tuple[str, str, int | None]]:

@@ -273,6 +273,16 @@ def test_the_index_of_images_alone_has_no_columns_for_captions(packed: ShardSet)
     assert packed.table().column_names == COLUMNS.names
 
 
+def test_images_that_a_pattern_names_are_packed_and_found_packed_again(tiles: Path, tmp_path: Path) -> None:
+    store = Store(f"memory://{tmp_path.name}")
+    one = sorted(path.name for path in tiles.iterdir())[0]
+    report = pack(f"{tiles}/{one}/*.jpg", store, SMALL)
+    rows = ShardSet.open(store).table().to_pylist()
+    assert sorted(row["source"] for row in rows) == sorted(path.name for path in (tiles / one).glob("*.jpg"))
+    assert len(rows) == report.samples > 1
+    assert pack(f"{tiles}/{one}/*.jpg", store, SMALL).already_there
+
+
 def test_a_column_of_a_list_is_kept_though_nothing_is_in_it(tiles: Path, tmp_path: Path) -> None:
     path = str(next(tiles.rglob("*.jpg")))
     pq.write_table(pa.table({"path": [path], "txt": pa.nulls(1, pa.string())}), tmp_path / "list.parquet")

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_shards.errors import UserError
+from data_shards.files import store_of
 from data_shards.images import Refused
 from data_shards.sources import (
     Source,
@@ -59,6 +60,25 @@ def test_a_folder_is_listed_in_the_order_of_whole_names_with_subfolders_as_label
 
 def test_a_folder_may_be_named_by_its_url(tiles: Path) -> None:
     assert names(f"file://{tiles}") == names(tiles)
+
+
+def test_images_may_be_named_by_a_pattern_with_their_folders_as_labels(tiles: Path, tmp_path: Path) -> None:
+    found = list(list_sources(f"{tiles}/**/*.jpg"))
+    whole = {source.name: source for source in list_sources(str(tiles))}
+    assert {source.name: (source.url, source.label) for source in found} == {
+        name: (source.url, source.label) for name, source in whole.items()
+    }
+    assert [read_source(source, MB) for source in found] == [Path(source.url).read_bytes() for source in found]
+    place = store_of(f"memory://{tmp_path.name}/photos")
+    assert place is not None
+    for name in ("cats/a.JPG", "cats/b.txt", "dogs/a.JPG"):
+        place[0].put(f"{place[1]}/{name}", b"x")
+    found = list(list_sources(f"memory://{tmp_path.name}/photos/*/*.JPG"))
+    assert [(source.name, source.label) for source in found] == [("cats/a.JPG", "cats"), ("dogs/a.JPG", "dogs")]
+    assert [read_source(source, MB) for source in found] == [b"x", b"x"]
+    (tmp_path / "odd.jpg").mkdir()
+    (tmp_path / "odd.jpg" / "x.jpg").write_bytes(b"x")
+    assert names(tmp_path / "*.jpg") == ["odd.jpg/x.jpg"]
 
 
 def test_lists_are_searched_at_any_depth(tmp_path: Path) -> None:
