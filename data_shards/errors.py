@@ -4,6 +4,7 @@ import contextlib
 import errno
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -43,6 +44,14 @@ def lacks_library(error: BaseException) -> bool:
 def one_line(error: BaseException) -> str:
     """What it says, or else its name."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def not_yaml(path: Path, error: Exception) -> str:
+    """What is wrong with a file that should be YAML, and in which of its lines."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return f"{path}: not valid YAML: {one_line(error)}"
+    return f"{path}:{mark.line + 1}: not valid YAML: {getattr(error, 'problem', '')}"
 
 
 @contextlib.contextmanager

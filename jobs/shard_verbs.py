@@ -118,6 +118,7 @@ def parse_settings(text: str) -> "tuple[PackSettings, SourceOptions]":
     from pydantic import ValidationError
 
     from data_shards.pack import PackSettings, SourceOptions
+    from data_shards.section import what_is_valid
 
     valid = [*PackSettings.model_fields, *SourceOptions.model_fields]
     values, made, errors = dict[str, Any](), list[Any](), list[str]()
@@ -135,7 +136,10 @@ def parse_settings(text: str) -> "tuple[PackSettings, SourceOptions]":
         try:
             made.append(section(**{name: value for name, value in values.items() if name in section.model_fields}))
         except ValidationError as error:
-            errors += [f"SET: {one['loc'][0]}: found {one['input']!r}; {one['msg']}" for one in error.errors()]
+            errors += [
+                f"SET: {one['loc'][0]}: found {one['input']!r}; valid is {what_is_valid(one['msg'])}"
+                for one in error.errors()
+            ]
     if errors:
         raise UserError("\n".join(errors))
     return made[0], made[1]
@@ -177,6 +181,7 @@ def dedup(options: argparse.Namespace) -> int:
 
     from data_shards.dedup import DedupSettings
     from data_shards.dedup import dedup as find
+    from data_shards.section import what_is_valid
     from data_shards.store import Store
 
     store = _store(options)
@@ -186,7 +191,9 @@ def dedup(options: argparse.Namespace) -> int:
         settings = DedupSettings(distance=options.distance, memory_bytes=int(options.memory_gib * 2**30))
     except ValidationError as error:
         wrong = error.errors()[0]
-        raise UserError(f"dedup: {wrong['loc'][0]} {wrong['input']}: {wrong['msg']}") from None
+        raise UserError(
+            f"dedup: {wrong['loc'][0]}: found {wrong['input']}; valid is {what_is_valid(wrong['msg'])}"
+        ) from None
     report = find(store, folder, settings, against=against, progress=ProgressLine())
     say_found(options, report, report.lines())
     return 1 if report.leaks else 0

@@ -23,8 +23,8 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from data_shards.errors import UserError, one_line
-from data_shards.section import Section
+from data_shards.errors import UserError, not_yaml
+from data_shards.section import Section, what_is_valid
 
 ROOT = Path(__file__).resolve().parents[1]
 SITES = ROOT / "conf" / "sites"
@@ -164,8 +164,10 @@ def load_site(name: str) -> Site:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(_missing(name, path)) from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: not readable as YAML: {one_line(error)}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(not_yaml(path, error)) from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: found no settings; valid: {', '.join(Site.model_fields)}")
     try:
@@ -192,6 +194,5 @@ def _explain(path: Path, error: ErrorDetails) -> str:
         return f"{path}: {key}: unknown key; valid: {', '.join(Site.model_fields)}"
     if error["type"] == "missing":
         return f"{path}: {key}: missing; it has no default, so set it"
-    message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     found = "" if error["loc"][0] == "environment" else f"found {error['input']!r}; "  # that may be a secret
-    return f"{path}: {key}: {found}valid is {message}"
+    return f"{path}: {key}: {found}valid is {what_is_valid(error['msg'])}"

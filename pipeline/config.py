@@ -17,10 +17,10 @@ from typing import Any, ClassVar, Literal, get_args
 import yaml
 from pydantic import BaseModel, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from data_shards.errors import UserError, one_line
+from data_shards.errors import UserError, not_yaml
 from data_shards.order import DataSettings, Order
 from data_shards.reader import ReaderSettings
-from data_shards.section import Section
+from data_shards.section import Section, what_is_valid
 from pipeline.augment import AugmentSettings
 from pipeline.checkpoint import CheckpointSettings
 from pipeline.loader import LoaderSettings
@@ -223,7 +223,7 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> _Source:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {one_line(error)}") from None
+        raise ConfigError(not_yaml(path, error)) from None
     own = _Source()
     if root is None:
         return own
@@ -280,7 +280,8 @@ def _override(source: _Source, text: str) -> None:
         return
     *sections, leaf = key.split(".")
     target = source.values
-    for section in sections:
+    for number, section in enumerate(sections, 1):
+        source.places.setdefault(".".join(sections[:number]), "SET")
         inner = target.get(section)
         target[section] = inner = dict(inner) if isinstance(inner, dict) else {}
         target = inner
@@ -294,31 +295,31 @@ def _override(source: _Source, text: str) -> None:
 def _explained(error: ValidationError, source: _Source, name: str) -> list[str]:
     """A line for each mistake; one inside a list is not told again as a mistake of the list."""
     found = error.errors()
-    inner = {tuple(details["loc"][:-2]) for details in found}
-    return [_explain(source, name, d) for d in found if not (d["type"] == "too_short" and tuple(d["loc"]) in inner)]
+    around = {d["loc"][:n] for d in found for n in range(len(d["loc"]))}
+    return [_explain(source, name, d) for d in found if not (d["type"] == "too_short" and d["loc"] in around)]
 
 
 def _explain(source: _Source, name: str, error: Any) -> str:
-    keys = [str(part) for part in error["loc"]]
-    dotted = ".".join(keys)
-    place = next(
-        (source.places[k] for n in range(len(keys), 0, -1) if (k := ".".join(keys[:n])) in source.places), name
-    )
+    dotted = ".".join(str(part) for part in error["loc"])
+    place = _place(dotted, source) or name
     if error["type"] == "extra_forbidden":
         return f"{place}: {dotted}: unknown key (found {error['input']!r}); {_valid_keys(error['loc'])}"
     if error["type"] == "missing":
         return f"{place}: {dotted}: missing; it has no default, so set it"
-    message = (
-        error["msg"]
-        .removeprefix("Value error, ")
-        .removeprefix("Input should be ")
-        .replace("a valid integer", "an integer")
-        .replace("a valid ", "a ")
-    )
+    message = what_is_valid(error["msg"])
     if error["type"] != "value_error":
         return f"{place}: {dotted}: found {error['input']!r}; valid is {message}"
-    whole = isinstance(error["input"], Mapping | BaseModel)  # a check of a section's keys together names what it found
-    return ": ".join(filter(None, (place, dotted, "" if whole else f"found {error['input']!r}", message)))
+    if not isinstance(error["input"], Mapping | BaseModel):
+        return f"{place}: {dotted}: found {error['input']!r}: {message}"
+    # a check of a section's keys together, which says what it found, and mostly begins with one of them
+    key = ".".join(filter(None, (dotted, message.partition(":")[0])))
+    return ": ".join(filter(None, (_place(key, source) or name, dotted, message)))
+
+
+def _place(dotted: str, source: _Source) -> str | None:
+    """Where a key stands, or else the innermost that it lies in."""
+    keys = dotted.split(".")
+    return next((source.places[k] for n in range(len(keys), 0, -1) if (k := ".".join(keys[:n])) in source.places), None)
 
 
 def _valid_keys(loc: Sequence[str | int]) -> str:

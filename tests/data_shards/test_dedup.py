@@ -315,7 +315,7 @@ def test_what_a_user_can_mend_is_one_line_and_no_list_is_written(tmp_path: Path)
 
 def test_a_bad_option_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["dedup", stored([[Row(5, 1)]]).url, "--distance", "12"]) == 2
-    assert capsys.readouterr().err == "farseer: dedup: distance 12: Input should be less than or equal to 8\n"
+    assert capsys.readouterr().err == "farseer: dedup: distance: found 12; valid is less than or equal to 8\n"
 
 
 def test_what_a_killed_one_left_is_cleared_away_and_lists_are_replaced(tmp_path: Path) -> None:

@@ -77,8 +77,14 @@ def test_a_site_file_that_holds_no_settings_is_refused_in_a_line(tmp_path, text)
 def test_a_site_file_that_cannot_be_read_is_refused_in_a_line(tmp_path):
     (tmp_path / "folder.yaml").mkdir()
     (tmp_path / "latin.yaml").write_bytes("shared_dir: /geräte".encode("latin-1"))
-    for name in ("folder.yaml", "latin.yaml"):
-        with pytest.raises(UserError, match=rf"^{tmp_path}/{name}: not readable as YAML: .*$"):
+    (tmp_path / "open.yaml").write_text("nodes: 2\nshared_dir: {\n")
+    said = {
+        "folder.yaml": ": cannot be read: Is a directory",
+        "latin.yaml": ": not valid YAML: 'utf-8' codec can't decode .*",
+        "open.yaml": ":3: not valid YAML: expected the node content, .*",
+    }
+    for name, words in said.items():
+        with pytest.raises(UserError, match=rf"^{tmp_path}/{name}{words}$"):
             load_site(str(tmp_path / name))
 
 

@@ -1,5 +1,6 @@
 """Configs: what a file may say, and what is said of its mistakes."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,58 @@ def test_every_mistake_of_a_file_is_reported_at_once_with_file_line_key_and_what
         (line,) = [line for line in lines if f": {key}: " in line]
         assert line.startswith(f"{path}:"), line
         assert found in line, line
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        (b"train:\n  {steps: 1", [":2: not valid YAML: expected ',' or '}', but got '<stream end>'"]),
+        (b"store: ger\xe4t", [": not valid YAML: 'utf-8' codec can't decode byte 0xe4 in position 10: .*"]),
+        (b"- a\n", [": found no mapping; valid is a mapping of sections, such as `optim: {lr: 0.3}`"]),
+        (b"", [": data: missing; it has no default, so set it", ": train: missing; it has no default, so set it"]),
+        (b"train: {steps: 1}\ndata: 3\n", [":2: data: found 3; valid is a mapping of its keys"]),
+    ],
+)
+def test_a_file_that_is_no_config_is_refused_by_its_lines(tmp_path: Path, text: bytes, lines: list[str]) -> None:
+    (tmp_path / "bad.yaml").write_bytes(text)
+    said = "\n".join(f"{tmp_path}/bad.yaml{line}" for line in map(as_pattern, lines))
+    with pytest.raises(ConfigError, match=f"^{said}$"):
+        load(tmp_path / "bad.yaml")
+
+
+def as_pattern(line: str) -> str:
+    """Words as they stand, but for what the system says at the end."""
+    return re.escape(line).replace(r"\.\*", ".*")
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ("optim.lr", "SET: found 'optim.lr', valid is key=value, such as optim.lr=2.4"),
+        ("=3", "SET: found '=3', valid is key=value, such as optim.lr=2.4"),
+        ("optim.lr='{'", "SET: optim.lr: found '{', which is not a YAML value"),
+        ("optim.lr=fast", "SET: optim.lr: found 'fast'; valid is a number"),
+        ("data.batch=1.5", "SET: data.batch: found 1.5; valid is an integer"),
+        ("model.w_0=9", "SET: model.w_0: found 9; valid is a multiple of 8"),
+        ("optim.name=sgd", "SET: optim.name: found 'sgd'; valid is 'larc' or 'adamw'"),
+        ("swav.head=[]", "SET: swav.head: found []; valid is at least 1 item"),
+        ("swav.head=[0]", "SET: swav.head.0: found 0; valid is greater than 0"),
+        ("augment.sigma=[2,1]", "SET: augment: sigma: [2.0, 1.0] is no range above 0, smaller end first"),
+        ("augment.flip=2", "SET: augment.flip: found 2; valid is less than or equal to 1"),
+        ("model.batch_norm_lanes=3", "SET: model.batch_norm_lanes: 3 does not divide data.lanes (4)"),
+        ("no.such=1", "SET: no: unknown key (found {'such': 1}); valid: store, data, .*"),
+        ("data.urll=1", "SET: data.urll: unknown key (found 1); valid: url, .*, seed; did you mean url?"),
+        ("optim.trust_=1", "SET: optim.trust_: unknown key (found 1); valid: name, lr, .*, trust; did you mean trust?"),
+    ],
+)
+def test_an_override_that_cannot_be_is_one_line(good: Path, given: str, line: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{as_pattern(line)}$"):
+        load(good, given)
+
+
+def test_a_record_that_is_no_config_is_told_by_its_name() -> None:
+    with pytest.raises(ConfigError, match=r"^run\.json: data\.lanes: missing; it has no default, so set it$"):
+        parse({"data": {"url": "s3://a", "batch": 4}, "train": {"steps": 1}}, "run.json")
 
 
 def test_an_unknown_key_is_answered_with_the_valid_ones_and_the_nearest(good: Path) -> None:
