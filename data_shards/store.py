@@ -90,7 +90,8 @@ class Store:
         scheme, separator, rest = url.partition("://")
         usable = {"s3": rest[:1] not in ("", "/"), "file": rest.startswith("/"), "memory": True}
         if not separator or not usable.get(scheme):
-            raise StoreError(f"{url}: not the url of a store; s3://bucket/folder, file:///folder or memory://folder is")
+            valid = f"file://{url}" if url.startswith("/") else "s3://bucket/folder, file:///folder or memory://folder"
+            raise StoreError(f"{url}: not the url of a store; {valid} is")
         self._options: dict[str, Any] = {"retry_seconds": retry_seconds, "connections": connections}
         root, self._folder = rest.partition("/")[::2] if scheme == "s3" else ("", rest)
         self._folder = _clean(self._folder, url)

@@ -243,10 +243,15 @@ def test_a_forked_child_reads_and_the_parent_goes_on(store: Store) -> None:
     assert store.get("a") == b"1"
 
 
-@pytest.mark.parametrize("url", ["", "shards", "/shards", "s3://", "s3:///shards", "ftp://host/x", "file://relative/x"])
+@pytest.mark.parametrize("url", ["", "shards", "s3://", "s3:///shards", "ftp://host/x", "file://relative/x"])
 def test_what_is_not_a_stores_url_is_refused_with_the_forms_that_are(url: str) -> None:
     with pytest.raises(UserError, match="s3://bucket/folder, file:///folder"):
         Store(url)
+
+
+def test_of_a_path_the_url_is_said() -> None:
+    with pytest.raises(UserError, match=r"^/data/shards: not the url of a store; file:///data/shards is$"):
+        Store("/data/shards")
 
 
 def test_a_path_cannot_lead_out_of_the_store(store: Store) -> None:
