@@ -33,7 +33,8 @@ from bench.figures import keep, options
 from jobs.device_memory import held_bytes
 from pipeline.config import Config
 from pipeline.loader import Batch
-from pipeline.module import Net, SwAV
+from pipeline.module import SwAV
+from pipeline.net import Net
 from pipeline.signals import StopRequest
 from pipeline.train import Launch
 from pipeline.trainer import build_trainer, quieten

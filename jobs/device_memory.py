@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline.config import Config
-from pipeline.module import Net
+from pipeline.net import Net
 from pipeline.optim import build_optimizer, optimizer_tensors
 from pipeline.swav import ASSIGNING
 

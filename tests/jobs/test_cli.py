@@ -28,6 +28,13 @@ def refused(capsys) -> str:
     return str(said.err)
 
 
+@pytest.mark.slow
+def test_to_plan_and_to_submit_takes_no_lightning():
+    """Which takes as long to import as torch itself, and trains."""
+    code = "import sys, jobs.plan, jobs.submit; sys.exit('pytorch_lightning' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
 def test_help_names_the_verbs_and_does_not_import_torch():
     code = "import sys; from jobs.cli import parser; parser().format_help(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

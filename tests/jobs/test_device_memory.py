@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from jobs.device_memory import GATHERED, held_bytes
 from pipeline.config import Config, load
-from pipeline.module import Net
+from pipeline.net import Net
 from pipeline.sharding import gather_ahead, shard
 from tests.pipeline import distributed
 

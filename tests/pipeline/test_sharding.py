@@ -14,11 +14,12 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
 
 from data_shards.store import Store
-from pipeline import module as module_code
+from pipeline import net as net_code
 from pipeline.checkpoint import Checkpointer, CheckpointSettings
 from pipeline.config import Config
 from pipeline.loader import Batch
-from pipeline.module import Net, SwAV
+from pipeline.module import SwAV
+from pipeline.net import Net
 from pipeline.ranks import Ranks
 from pipeline.sharding import first_row, part
 from pipeline.signals import StopRequest
@@ -114,7 +115,7 @@ def both(changed: dict[str, Any]) -> dict[str, Config]:
 
 def scenario(rank: int, folder: str, changed: dict[str, Any]) -> dict[str, Any]:
     """Both ways to train, and from the checkpoint of each, both ways to go on."""
-    module_code.LARGE_LAYER = 2000  # some layers of the blocks are units of their own
+    net_code.LARGE_LAYER = 2000  # some layers of the blocks are units of their own
     assert any(inner for _, *inner in Net(config()).units())
     gone: dict[str, Any] = {}
     for name, settings in both(changed).items():
@@ -227,7 +228,7 @@ def test_what_a_rank_has_nothing_of_it_does_not_write(tmp_path: Path) -> None:
 
 def gathers(rank: int, checkpointing: bool) -> dict[str, list[str]]:
     """Of a step's backward: which units were gathered, and which of them were asked for while another was at work."""
-    module_code.LARGE_LAYER = 2000
+    net_code.LARGE_LAYER = 2000
     efficiency = {"sharded": True, "activation_checkpointing": checkpointing}
     module = module_of(config(model={"depth": 4}, efficiency=efficiency), rank, 2)
     said: dict[str, list[str]] = {"gathered": [], "ahead": []}

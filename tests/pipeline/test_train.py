@@ -24,7 +24,8 @@ from pipeline.commit import Place
 from pipeline.config import Config
 from pipeline.journal import read_events, read_metrics
 from pipeline.loader import Loader
-from pipeline.module import Net, SwAV
+from pipeline.module import SwAV
+from pipeline.net import Net
 from pipeline.ranks import Ranks
 from pipeline.regnet import RegNet
 from pipeline.run import open_data
