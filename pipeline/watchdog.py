@@ -2,8 +2,9 @@
 
 A rank that hangs makes all others wait for it in a collective, for ever. So each rank has a thread that writes a *beat*
 (a number that grows, the step, what the rank is at) to the run's folder on the shared disk, also while its trainer
-waits. When no step has ended for too long, the thread saves the Python stacks of its process and looks at the beats of
-the others twice: a process that was stopped, or whose node is gone, does not beat. No clock is compared between hosts.
+waits. When no step has ended for too long, the thread saves the Python stacks of its process and the collectives that
+it is in, and looks at the beats of the others twice: a process that was stopped, or whose node is gone, does not beat.
+No clock is compared between hosts.
 
 What has a deadline of its own (reading data, saving, starting) is no hang as long as the rank that is at it beats.
 But a rank that was asked to stop leaves in time, whatever it is at: after the time limit nothing would start it again.
@@ -30,10 +31,11 @@ from pydantic import PositiveFloat
 
 from data_shards.section import Section
 from data_shards.whole import write_whole
+from pipeline.collectives import late, record
 
 MEDIANS = 20  # a step that takes so many times the median is none any more
 SILENT_BEATS = 3  # without a new one in this time a rank is silent
-CLOSE_S = 5.0  # for a beat that is just being written; a disk that does not answer holds up no end
+CLOSE_S = 5.0  # for what is just being written; a disk that does not answer holds up no end
 LATE_S = 3.0  # after the deadline of a stop: the thread that trains says better why it is not done
 
 
@@ -186,7 +188,15 @@ class Watchdog:
             file.write(f"the thread that trains:\n{trainer}\nall threads:\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)  # a hundred of them at most
+        # torch's own lock may be what hangs
+        recording = threading.Thread(target=record, args=(_collectives(self._folder, self._rank),), daemon=True)
+        recording.start()
+        recording.join(CLOSE_S)
         return path
+
+
+def _collectives(folder: Path, rank: int) -> Path:
+    return folder / f"collectives-{rank:04d}.json"
 
 
 def _frame_of_the_main_thread() -> FrameType | None:
@@ -217,4 +227,6 @@ def _describe(step: int, stood: float, silent: list[tuple[int, Beat]], beats: li
         behind = [f"rank {rank} on {beat.host}" for rank, beat in enumerate(beats) if beat.step == last]
         all_alike = len(behind) == len(beats)
         who = "all ranks beat" + ("" if all_alike else f", behind: {', '.join(behind[:4])} (step {last})")
+        if (found := late({rank: _collectives(stacks.parent, rank) for rank in range(len(beats))})) is not None:
+            who += f"; {found} (rank {found.ranks[0]} is on {beats[found.ranks[0]].host})"
     return Hang(f"training stood still for {stood:.0f} s after step {step}; {who}; stacks: {stacks}", hosts)
