@@ -43,7 +43,14 @@ def record(path: Path) -> None:
 
 
 def late(records: Mapping[int, Path]) -> Late | None:
-    """The ranks to look at, by what each of them left; None where all are alike, or left nothing."""
+    """The ranks to look at, by what each of them left; None where all are alike, or left nothing of use."""
+    try:
+        return _late(records)
+    except Exception:  # noqa: BLE001 - a rank that hangs must leave, whatever others have written
+        return None
+
+
+def _late(records: Mapping[int, Path]) -> Late | None:
     told = {rank: found for rank, path in records.items() if (found := _read(path)) is not None}
     for did, key in (("begun", "last_enqueued_collective"), ("ended", "last_completed_collective")):
         for group in sorted({group for found in told.values() for group in found["pg_status"]}):

@@ -60,11 +60,10 @@ class Profiler:
 
     def _asked(self) -> bool:
         """Takes the question away, which a later start would else answer again."""
-        question = self._folder.parent / QUESTION
-        if not question.exists():
-            return False
-        question.unlink()
-        return True
+        with suppress(OSError):  # there is none, or the disk is away
+            (self._folder.parent / QUESTION).unlink()
+            return True
+        return False
 
     def _begin(self) -> None:
         steps = schedule(wait=0, warmup=WARM_UP, active=STEPS, repeat=1)

@@ -61,7 +61,9 @@ def test_many_late_ranks_are_not_all_named(tmp_path: Path) -> None:
 
 def test_what_was_cut_or_is_not_there_says_nothing(tmp_path: Path) -> None:
     whole = left(tmp_path, 0, {"0": (5, 5)})
-    for number, text in enumerate(("", "{", "{}", '{"pg_status": 3}')):
+    for number, text in enumerate(
+        ("", "{", "{}", "[]", '{"pg_status": 3}', '{"pg_status": {"0": {}}}', '{"pg_status": {"0": 3}}')
+    ):
         cut = tmp_path / f"cut-{number}.json"
         cut.write_text(text)
         assert late({0: whole, 1: cut, 2: tmp_path / "none"}) is None
