@@ -109,7 +109,7 @@ def metadata_schema(src: str, options: SourceOptions | None = None) -> pa.Schema
 def _list_schemas(src: str, options: SourceOptions) -> Iterator[tuple[str, pa.Schema | None]]:
     """Of the Parquet lists that `src` stands for; none when it stands for something else."""
     for url, prefix in _expanded(src):
-        if (prefix and _is_image(url)) or _is_folder(url):
+        if _is_image(url, prefix) or _is_folder(url):
             return
         with opened(url) as file:
             if _kind(file, url) != "parquet":
@@ -136,7 +136,7 @@ def _listed(src: str, options: SourceOptions, ignored: Counter[str], own: str) -
     for url, prefix in _expanded(src):
         if _is_in(url, own):
             continue
-        if prefix and _is_image(url):
+        if _is_image(url, prefix):
             name = prefix.rstrip("/")
             yield Source(url, name=name, label=_folder_of(name) if _wants_folder(options, url) else None)
             continue
@@ -239,9 +239,10 @@ def _is_folder(url: str) -> bool:
         raise UserError(f"{url}: {error.strerror}") from error
 
 
-def _is_image(url: str) -> bool:
-    """Whether what a pattern stands for is an image, by its name."""
-    return url.rpartition(".")[2].lower() in IMAGES and (is_remote(url) or not Path(url).is_dir())
+def _is_image(url: str, prefix: str) -> bool:
+    """Whether it is an image, by its name, that a pattern stands for: only such a one has a prefix."""
+    named = bool(prefix) and url.rpartition(".")[2].lower() in IMAGES
+    return named and (is_remote(url) or not Path(url).is_dir())
 
 
 def _files(folder: str, ignored: Counter[str]) -> Iterator[tuple[str, str, int | None]]:

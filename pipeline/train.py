@@ -181,9 +181,9 @@ class Session:
 
     def _watched(self) -> Watchdog:
         """The patience that each thing has of itself: a store that is away is asked again, and is no hang."""
-        patience = {"data": self.config.reader.retry_seconds, "save": SAVE_S, "profile": SAVE_S}
-        patience["leave"] = self.launch.stop_budget_s
         launch, leave = self.launch, self.launch.hung or _leave_hung
+        patience = dict.fromkeys(("save", "profile"), SAVE_S)
+        patience |= {"data": self.config.reader.retry_seconds, "leave": launch.stop_budget_s}
         return Watchdog(
             self.run.local,
             launch.rank,
