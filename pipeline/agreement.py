@@ -1,4 +1,4 @@
-"""What ranks tell each other at each step: one asynchronous sum of a few integers and one maximum, read one step later.
+"""What ranks tell each other at each step: an asynchronous sum of a few integers and two maxima, read one step later.
 
 It costs no stall and no sync with a GPU: what is told of step s is started at its end and read at the start of step
 s + 1, by all ranks alike, so that all see a request to stop at the same batch boundary.
@@ -16,7 +16,7 @@ _Words = NDArray[np.uint64]
 
 _UNIT = 2.0**-32  # losses are added as integers of this unit: the sum does not depend on the order of ranks
 _LARGEST = 1e5  # a loss beyond is told as this: the sum fits 64 bits on 20,000 ranks
-_RANKS = 2**20  # below a wait in microseconds stands whose it is
+_RANKS = 2**20  # below a number of microseconds stands whose it is
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,9 @@ class StepSums:
     cache_misses: int
     cache_bytes: int
     decode_mismatch: int
-    in_flight: int  # this and the next: at present
+    in_flight: int  # this and the next two: at present
     held_bytes: int
+    layer_us: int  # pipeline.pace
     preempted: int
     terminated: int
 
@@ -50,12 +51,15 @@ class StepSums:
 class Agreed:
     """What all ranks read of a step. wait_s: how long the one that waited longest for its images did; wait_rank: which.
 
-    The others wait for that one: a single starved rank slows down all, and no mean shows it.
+    slow_factor: how many times as long as the others the slowest takes for the same layer, None where it is alone;
+    slow_rank: which. The others wait for such a one: a single rank slows down all, and no mean shows it.
     """
 
     sums: StepSums
     wait_s: float
     wait_rank: int
+    slow_factor: float | None
+    slow_rank: int
 
 
 class Agreement:
@@ -69,8 +73,8 @@ class Agreement:
         """Start telling this rank's values. Raises RuntimeError when those of the step before were not read."""
         if self._begun:
             raise RuntimeError("the sums of the step before were not read; call finish first")
-        longest = round(wait_s * 1e6) * _RANKS + dist.get_rank(self._group)
-        for values, how in ((astuple(sums), dist.ReduceOp.SUM), ((longest,), dist.ReduceOp.MAX)):
+        largest = [us * _RANKS + dist.get_rank(self._group) for us in (round(wait_s * 1e6), sums.layer_us)]
+        for values, how in ((astuple(sums), dist.ReduceOp.SUM), (largest, dist.ReduceOp.MAX)):
             tensor = torch.tensor(values, dtype=torch.int64)
             self._begun.append((tensor, dist.all_reduce(tensor, how, self._group, async_op=True)))
 
@@ -81,9 +85,11 @@ class Agreement:
         begun, self._begun = self._begun, []
         for _, work in begun:
             work.wait()
-        sums, (longest,) = (tensor.tolist() for tensor, _ in begun)
-        microseconds, rank = divmod(longest, _RANKS)
-        return Agreed(StepSums(*sums), microseconds / 1e6, rank)
+        values, largest = (tensor.tolist() for tensor, _ in begun)
+        (wait_us, wait_rank), (layer_us, slow_rank) = (divmod(value, _RANKS) for value in largest)
+        sums, others = StepSums(*values), dist.get_world_size(self._group) - 1
+        factor = layer_us * others / rest if (rest := sums.layer_us - layer_us) else None
+        return Agreed(sums, wait_us / 1e6, wait_rank, factor, slow_rank)
 
 
 def fixed_point(loss: float) -> int:

@@ -18,6 +18,7 @@ from pipeline.commit import Manifest
 from pipeline.loader import Batch, Loader
 from pipeline.module import StepResult, SwAV
 from pipeline.monitor import Monitor, Recovery, close_s
+from pipeline.pace import Pace, SlowRank
 from pipeline.profile import Profiler
 from pipeline.weights import begin
 
@@ -46,6 +47,8 @@ class Watch(pl.Callback):
         self._last: tuple[StepResult, dict[str, Any]] | None = None
         self._counters: dict[str, float] = {}
         self._monitor = self._open_monitor() if session.launch.rank == 0 else None
+        self._pace = Pace(module.net.trunk)
+        self._slow = SlowRank(session.config.monitor.slow_factor, session.hosts)
         self._profiler = Profiler(session.run.local, session._event) if session.launch.rank == 0 else None
         self._recovery = Recovery(Path(session.launch.run_dir), session.run.attempt, found.step if found else 0)
 
@@ -149,6 +152,7 @@ class Watch(pl.Callback):
                 replaced=batch.replaced,
                 **{name: int(grown.get(name, 0)) for name in READ},
                 **{name: int(counters.get(name, 0)) for name in READING},
+                layer_us=self._pace.microseconds(),
                 preempted=int(session.request.preempted),
                 terminated=int(session.request.terminated),
             ),
@@ -167,6 +171,8 @@ class Watch(pl.Callback):
             self.stopping = "terminated"
         if self._monitor is not None:
             self._monitor.row(*self._row(result, run_part, agreed))
+            if (slow := self._slow.step(agreed)) is not None:
+                self._monitor.alarm(result.step, "a rank is slow", slow)
             if (recovered := self._recovery.step(result.step, run_part["time"])) is not None:
                 self.session._event("recovered", **recovered)
 
@@ -188,6 +194,8 @@ class Watch(pl.Callback):
             **run_part,
             "wait_s": min(agreed.wait_s, run_part["step_s"]),  # the other rank's step may be longer
             "wait_rank": agreed.wait_rank,
+            "slow_factor": agreed.slow_factor,
+            "slow_rank": agreed.slow_rank,
             "images_s": batch / run_part["step_s"],
             "replaced": sums.replaced,
             "read_mb_s": sums.bytes_read / 1e6 / run_part["step_s"],

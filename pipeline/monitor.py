@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from data_shards.errors import one_line
 from data_shards.section import Section
@@ -30,7 +30,6 @@ CLOSE_S = 10.0  # for the last upload and for W&B's end, together; the requeue o
 LAST_S = 60.0  # the same for a run that has finished: no later start sends what W&B has not got
 SETTLED_S = 3.0  # after that a row has certainly reached the file
 WAITING_ROWS = 100_000  # that W&B may be behind
-ALERT = "Farseer: the run learns nothing"
 
 
 def close_s(finished: bool, stop_budget_s: float) -> float:
@@ -49,6 +48,7 @@ class MonitorSettings(Section):
     entity: str | None = None
     collapse_band: PositiveFloat = 0.005  # a mean loss no further below ln K (relative) is a collapse
     collapse_window: PositiveInt = 100  # steps
+    slow_factor: float = Field(1.3, gt=1)  # a rank is named that takes so many times the others' time for a layer
 
 
 class Monitor:
@@ -84,6 +84,12 @@ class Monitor:
         if self._wandb is not None:
             self._wandb.row(row)
         self._watch(row["result"])
+
+    def alarm(self, step: int, title: str, reason: str) -> None:
+        """Tell of what somebody should look at: an event, and W&B's mail or Slack to who wants it."""
+        self.run.event("alarm", step=step, reason=reason)
+        if self._wandb is not None:
+            self._wandb.alert(f"Farseer: {title}", reason)
 
     def close(self, wait_s: float = CLOSE_S, outcome: str | None = None) -> None:
         """Send what is left, for `wait_s` at most; the local files stay. May be called twice.
@@ -122,9 +128,7 @@ class Monitor:
         near = mean > (1 - self.settings.collapse_band) * self._ln_k
         if near and not self._alarmed:
             reason = f"collapse: mean loss {mean:.4f} of {len(self._losses)} steps, ln K is {self._ln_k:.4f}"
-            self.run.event("alarm", step=result["step"], reason=reason)
-            if self._wandb is not None:
-                self._wandb.alert(reason)
+            self.alarm(result["step"], "the run learns nothing", reason)
         self._alarmed = near
 
 
@@ -162,7 +166,7 @@ class WandbRows:
     def __init__(self, run: "Run", settings: MonitorSettings, config: dict[str, Any], wandb_id: str) -> None:
         self._run, self._settings, self._config, self._id = run, settings, config, wandb_id
         self._state = run.local.parent / "wandb" / "sent.json"
-        self._rows: queue.Queue[dict[str, Any] | str | None] = queue.Queue(WAITING_ROWS)  # alerts, too; None: the end
+        self._rows: queue.Queue[dict[str, Any] | tuple[str, str] | None] = queue.Queue(WAITING_ROWS)  # None: the end
         self._outcome: str | None = None
         self._behind = False
         self._sent = 0  # the last step that W&B has got
@@ -180,10 +184,10 @@ class WandbRows:
             self._behind = True
             self._run.event("W&B failed", reason=f"it is {WAITING_ROWS} rows behind; they go out with the next start")
 
-    def alert(self, text: str) -> None:
+    def alert(self, title: str, text: str) -> None:
         """Have W&B tell those who want to be told, by mail or Slack."""
         with suppress(queue.Full):
-            self._rows.put_nowait(text)
+            self._rows.put_nowait((title, text))
 
     def close(self, deadline: float, outcome: str | None = None) -> None:
         """Finish W&B's files and end its process, by the deadline (monotonic). May be called twice."""
@@ -209,8 +213,8 @@ class WandbRows:
         """Send rows until there are no more, before the first one those that W&B has missed."""
         behind = True
         for row in iter(self._rows.get, None):
-            if isinstance(row, str):
-                client.alert(ALERT, row, level="WARN")
+            if isinstance(row, tuple):
+                client.alert(*row, level="WARN")
                 continue
             for earlier in self._missed(row["result"]["step"]) if behind else ():
                 self._send(client, earlier)

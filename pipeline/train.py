@@ -116,6 +116,7 @@ class Session:
         self.launch, self.request = launch, request
         self.control = dist.new_group(backend="gloo", timeout=config.efficiency.timeout)
         self.ranks = Ranks(launch.rank, launch.world_size, self.control)
+        self.hosts: list[str] = self.ranks.exchange(launch.host or os.uname().nodename)
         self.store = Store(launch.store, retry_seconds=config.reader.retry_seconds)
         self.run = self._claim(config)
         record = read_record(self.store)
@@ -188,7 +189,7 @@ class Session:
             self.run.local,
             launch.rank,
             launch.world_size,
-            launch.host or os.uname().nodename,
+            self.hosts[launch.rank],
             self.config.watchdog,
             patience,
             leave,

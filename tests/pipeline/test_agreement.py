@@ -44,6 +44,7 @@ def two_steps(rank: int) -> tuple[list[Agreed | None], str]:
             decode_mismatch=rank,
             in_flight=16,
             held_bytes=2**50,
+            layer_us=[300, 600][rank],
             preempted=0,
             terminated=0,
         ),
@@ -52,7 +53,9 @@ def two_steps(rank: int) -> tuple[list[Agreed | None], str]:
     with pytest.raises(RuntimeError) as told:
         agreement.begin(sums(), 0.0)
     read.append(agreement.finish())
-    agreement.begin(sums(loss=fixed_point([math.nan, 1.0][rank]), not_finite=1 - rank, preempted=rank), 0.5 - rank / 4)
+    loss = fixed_point([math.nan, 1.0][rank])
+    second = sums(loss=loss, not_finite=1 - rank, preempted=rank, layer_us=[900, 0][rank])
+    agreement.begin(second, 0.5 - rank / 4)
     return [*read, agreement.finish(), agreement.finish()], str(told.value)
 
 
@@ -65,12 +68,13 @@ def test_both_ranks_read_the_same_sums_one_step_later_and_none_is_dropped_in_sil
     assert nothing is None
     assert end is None
     # hashes modulo 2^64
-    assert astuple(one) == (-2, 1, fixed_point(11.75), 0, 1, 2**41 + 1, 10, 6, 2, 1, 0, 0, 1, 32, 2**51, 0, 0)
+    assert astuple(one) == (-2, 1, fixed_point(11.75), 0, 1, 2**41 + 1, 10, 6, 2, 1, 0, 0, 1, 32, 2**51, 900, 0, 0)
     assert one.mean_loss(2) == 5.875
     assert (two.preempted, two.terminated, two.not_finite) == (1, 0, 1)
     assert two.mean_loss(2) is None
     assert "not read" in told
     assert [(agreed.wait_s, agreed.wait_rank) for agreed in steps] == [(1.5, 1), (0.5, 0)]
+    assert [(agreed.slow_factor, agreed.slow_rank) for agreed in steps] == [(2.0, 1), (None, 0)]
 
 
 @given(st.lists(st.floats(0, 100, width=32), min_size=1, max_size=64), st.randoms())

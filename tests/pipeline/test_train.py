@@ -4,6 +4,7 @@ import gc
 import resource
 import shutil
 import socket
+import time
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from data_shards.errors import UserError
 from data_shards.pack import PackSettings, pack
 from data_shards.store import Store
-from pipeline import commit, snapshot
+from pipeline import commit, pace, snapshot
 from pipeline.batchnorm import GroupBatchNorm
 from pipeline.commit import Place
 from pipeline.config import Config
@@ -65,8 +66,13 @@ def config(tiles: str, folder: Path, **efficiency: Any) -> dict[str, Any]:
 
 def alone(values: dict[str, Any], folder: str) -> Session:
     """A start of the run with that folder, of one rank."""
-    launch = Launch(folder, f"{values['store']}/{Path(folder).name}", 0, 0, 1, 1, "127.0.0.1", 0)
-    return Session(Config.model_validate(values), launch, StopRequest())
+    return Session(Config.model_validate(values), launched(values, folder), StopRequest())
+
+
+def launched(values: dict[str, Any], folder: str, rank: int = 0, world_size: int = 1) -> Launch:
+    """On a node a rank."""
+    store, host = f"{values['store']}/{Path(folder).name}", f"node{rank}"
+    return Launch(folder, store, rank, 0, 1, world_size, "127.0.0.1", 0, host)
 
 
 def finish(session: Session) -> None:
@@ -94,6 +100,32 @@ def test_every_save_is_made_while_lightning_holds_the_weights_on_their_device(ti
     (seen,) = distributed.run(1, statuses_at_saves, values, str(tmp_path / "first"))
     assert seen == [TrainerStatus.RUNNING.value] * 3  # steps 5, 10 and 12
     assert len(Store(f"{values['store']}/first").list("checkpoints/step-000000012-a1")) > 2
+
+
+def with_a_slow_rank(rank: int, values: dict[str, Any], folder: str) -> None:
+    """A run of two ranks, of which the second takes longer for each layer of its trunk."""
+    pace.WINDOW = 6
+    if rank == 1:
+        torch.nn.Conv2d.forward = slow_forward  # type: ignore[method-assign]
+    finish(Session(Config.model_validate(values), launched(values, folder, rank, 2), StopRequest()))
+
+
+def slow_forward(layer: torch.nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    time.sleep(0.05)
+    return layer._conv_forward(x, layer.weight, layer.bias)
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_slow_and_does_not_fail_is_named_while_training_goes_on(tiles: str, tmp_path: Path) -> None:
+    values = config(tiles, tmp_path)
+    distributed.run(2, with_a_slow_rank, values, str(tmp_path / "first"))
+    run = Store(f"{values['store']}/first")
+    (alarm,) = [event for event in read_events(run) if event["event"] == "alarm"]
+    assert alarm["reason"].startswith("rank 1 on node1 takes ")
+    assert alarm["step"] >= 6
+    parts = [row["run"] for row in read_metrics(run)]
+    assert [part["slow_rank"] for part in parts] == [1] * STEPS
+    assert min(part["slow_factor"] for part in parts) > 1.3
 
 
 def order_of_a_step(rank: int, values: dict[str, Any], folder: str) -> list[str]:

@@ -90,6 +90,8 @@ def test_rows_say_what_all_ranks_read(straight: list[dict[str, Any]], runs: str)
         assert row["reader_wait_s"] >= 0
         assert 0 <= row["wait_s"] <= row["step_s"]
         assert row["wait_rank"] in (0, 1)
+        assert row["slow_rank"] in (0, 1)
+        assert row["slow_factor"] >= 1
 
 
 def test_a_run_whose_ranks_are_all_killed_at_a_random_step_ends_with_the_rows_of_the_straight_one(
