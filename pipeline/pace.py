@@ -59,10 +59,10 @@ class SlowRank:
         if self._steps < WINDOW or rank in self._told:
             return None
         self._told.add(rank)
+        host = self._hosts[rank]
         return (
-            f"rank {rank} on {self._hosts[rank]} takes {agreed.slow_factor:.1f} times as long as the others for the "
-            f"same layer, and all wait for it: nvidia-smi -q -d PERFORMANCE,TEMPERATURE says there whether it is held "
-            f"back; extra: {{exclude: {self._hosts[rank]}}} in the site keeps off it"
+            f"rank {rank} on {host} is slow, {agreed.slow_factor:.1f} times the others' time for a layer: "
+            f"nvidia-smi -q -d PERFORMANCE there says why; extra: {{exclude: {host}}} in the site keeps off it"
         )
 
 

@@ -91,14 +91,14 @@ def test_a_rank_is_told_of_once_it_has_been_slow_for_a_while(
 ) -> None:
     slow = SlowRank(1.3, ["node1", "node2"])
     told = [said for rank, factor in steps if (said := slow.step(agreed(rank, factor))) is not None]
-    assert [said.partition(" takes ")[0] for said in told] == [f"rank {rank} on node{rank + 1}" for rank in alarms]
+    assert [said.partition(" is slow, ")[0] for said in told] == [f"rank {rank} on node{rank + 1}" for rank in alarms]
 
 
 def test_the_alarm_says_by_how_much_and_how_to_keep_off_that_node() -> None:
     slow = SlowRank(1.3, ["node1", "node2"])
     told = [slow.step(agreed(1, 1.64)) for _ in range(WINDOW)][-1]
     assert told is not None
-    assert "takes 1.6 times as long" in told
+    assert "is slow, 1.6 times the others' time" in told
     assert "extra: {exclude: node2}" in told
 
 

@@ -121,7 +121,7 @@ def test_a_rank_that_is_slow_and_does_not_fail_is_named_while_training_goes_on(t
     distributed.run(2, with_a_slow_rank, values, str(tmp_path / "first"))
     run = Store(f"{values['store']}/first")
     (alarm,) = [event for event in read_events(run) if event["event"] == "alarm"]
-    assert alarm["reason"].startswith("rank 1 on node1 takes ")
+    assert alarm["reason"].startswith("rank 1 on node1 is slow, ")
     assert alarm["step"] >= 6
     parts = [row["run"] for row in read_metrics(run)]
     assert [part["slow_rank"] for part in parts] == [1] * STEPS
