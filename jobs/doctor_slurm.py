@@ -14,8 +14,9 @@ from jobs import slurm
 from jobs.daemons import wait_until
 from jobs.doctor import Finding
 from jobs.launch import script_text, slurm_executor
-from jobs.probe import REDUCE_S, REDUCED_BYTES, Reduced, Seen, probe, read_all
+from jobs.probe import REDUCE_S, REDUCED_BYTES, Reduced, Seen, probe
 from jobs.site import ROOT, Site
+from jobs.start import read_all
 
 START_S = 60.0  # for the probe to get its nodes
 ANSWER_S = 20.0  # for it to have looked, and to notice a signal
@@ -117,14 +118,14 @@ def _probed(site: Site, folder: Path, job: str) -> Iterator[Finding]:
         return wait_until(lambda: len(list(folder.glob(f"{what}-*.json"))) == site.nodes, within_s, 0.2)
 
     if not told("seen", START_S):
-        missing = site.nodes - len(read_all(folder, "seen", Seen))
+        missing = site.nodes - len(read_all(folder, "seen-*", Seen))
         state, reason = slurm.job_state(job) or ("GONE", "it ended")
         says = f"{missing} of {site.nodes} nodes have not answered in {START_S:.0f} s ({state.lower()}, {reason})"
         yield Finding("nodes", None if state == "PENDING" else False, says)  # other jobs may have them
         return
-    seen = read_all(folder, "seen", Seen)
+    seen = read_all(folder, "seen-*", Seen)
     told("reduced", REDUCE_S + ANSWER_S)
-    reduced = read_all(folder, "reduced", Reduced)
+    reduced = read_all(folder, "reduced-*", Reduced)
     slurm.signal_ranks(job)
     reached = told("signalled", ANSWER_S)
     says = f"reaches the ranks of all {site.nodes} nodes"

@@ -1,7 +1,6 @@
 """What doctor's job does on a node: look at the store, the clock, the GPUs and the network, then wait for a signal."""
 
 import datetime
-import json
 import os
 import shutil
 import signal
@@ -10,7 +9,6 @@ import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import submitit
 
@@ -18,8 +16,6 @@ from data_shards.errors import UserError, one_line
 from data_shards.store import Store
 from jobs.doctor_store import ahead_of_store_s, put_and_get
 from jobs.start import this_host, write_json
-
-Word = TypeVar("Word")
 
 SMI_S = 15.0  # for nvidia-smi to answer
 REDUCE_S = 60.0  # for torch to be there on all nodes, and for their sums
@@ -62,10 +58,6 @@ def probe(folder: str, url: str, wait_s: float) -> None:
         time.sleep(0.1)
     if signalled:
         write_json(Path(folder) / f"signalled-{host}.json", asdict(seen))
-
-
-def read_all(folder: Path, what: str, kind: type[Word]) -> list[Word]:
-    return [kind(**json.loads(path.read_text())) for path in sorted(folder.glob(f"{what}-*.json"))]
 
 
 def reduce(host: str, rank: int, nodes: int, gpu: bool) -> Reduced:

@@ -14,8 +14,8 @@ POLL_S = 0.5
 ASK_S = 5.0  # between two questions to SLURM whether the job is over
 
 
-def profile(job: Job) -> Path:
-    """Wait for the next steps of a run; returns the trace of them, beside which a table lies as .txt.
+def profile(job: Job) -> tuple[Path, Path]:
+    """Wait for the next steps of a run; returns a table of them and their trace.
 
     Raises UserError when the run does not go on, or torch's profiler does not work there.
     """
@@ -31,7 +31,7 @@ def profile(job: Job) -> Path:
         question.unlink(missing_ok=True)
     if "trace" not in answer:
         raise UserError(f"RUN={job.run}: torch's profiler does not work there: {answer['reason']}")
-    return Path(answer["trace"])
+    return Path(answer["table"]), Path(answer["trace"])
 
 
 def _next_answer(job: Job, known: int) -> dict[str, Any]:

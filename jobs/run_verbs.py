@@ -173,8 +173,8 @@ def profile(options: argparse.Namespace) -> int:
 
     job = newest_job(options)
     say(f"the first rank of job {job.id} is asked to look at its next steps; Ctrl-C asks no longer")
-    trace = look(job)
-    say(trace.with_name(trace.name.replace(".json.gz", ".txt")).read_text(), f"{trace}: ui.perfetto.dev shows it")
+    table, trace = look(job)
+    say(table.read_text(), f"{trace}: ui.perfetto.dev shows it")
     return 0
 
 

@@ -22,12 +22,14 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from data_shards.errors import UserError, lacks_library, may_pass
 from data_shards.whole import write_whole
 from jobs.daemons import Process
 from pipeline.journal import attempt_folders, read_lines
+
+Word = TypeVar("Word")
 
 CODE_ERROR = 1  # the exit code that stands for an error of the code
 
@@ -118,17 +120,15 @@ class Start:
         write_json(self.folder / "outcome.json", asdict(Outcome(outcome, requeued)))
 
     def ranks(self) -> list[RankRecord]:
-        return [RankRecord(**values) for values in _read_all(self.folder, "rank-*.json")]
+        return read_all(self.folder, "rank-*", RankRecord)
 
     def failures(self) -> list[Failure]:
         """What the ranks said when they failed, the first one first."""
-        return sorted(
-            (Failure(**v) for v in _read_all(self.folder, "failure-*.json")), key=lambda failure: failure.time
-        )
+        return sorted(read_all(self.folder, "failure-*", Failure), key=lambda failure: failure.time)
 
     def outcome(self) -> Outcome | None:
-        found = _read_all(self.folder, "outcome.json")
-        return Outcome(**found[0]) if found else None
+        found = read_all(self.folder, "outcome", Outcome)
+        return found[0] if found else None
 
     def note(self, event: str, **fields: Any) -> None:
         """Append an event of this start to the run's jobs.jsonl."""
@@ -181,10 +181,11 @@ def append_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
         sys.stderr.write(f"farseer: not written, {error}: {text}")
 
 
-def _read_all(folder: Path, pattern: str) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted(folder.glob(pattern))]
-
-
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Whole or not at all: others read while we write."""
     write_whole(path, json.dumps(values))
+
+
+def read_all(folder: Path, name: str, kind: type[Word]) -> list[Word]:
+    """What was left there as <name>.json, a pattern, in the order of names."""
+    return [kind(**json.loads(path.read_text())) for path in sorted(folder.glob(f"{name}.json"))]

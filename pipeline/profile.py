@@ -72,11 +72,11 @@ class Profiler:
 
     def _answer(self, trace: Any) -> None:
         self._trace = None
-        path = self._folder / f"profile-step-{self._done:09d}.json.gz"
-        trace.export_chrome_trace(str(path))
+        trace_path, table_path = (self._folder / f"profile-step-{self._done:09d}.{end}" for end in ("json.gz", "txt"))
+        trace.export_chrome_trace(str(trace_path))
         lines = [f"steps {self._done - STEPS + 1} to {self._done} on rank 0", "", *table(trace.key_averages())]
-        write_whole(path.with_name(path.name.replace(".json.gz", ".txt")), "\n".join([*lines, ""]))
-        self._event("profiled", step=self._done, trace=str(path))
+        write_whole(table_path, "\n".join([*lines, ""]))
+        self._event("profiled", step=self._done, table=str(table_path), trace=str(trace_path))
 
 
 def table(averages: Iterable[Any]) -> Iterator[str]:

@@ -52,12 +52,12 @@ def once_asked(job: Job, answer: dict[str, object] | None = None) -> threading.T
 
 
 def test_the_table_and_the_place_of_the_trace_are_said(job, tmp_path, capsys):
-    trace = job.run_dir / "a01" / "profile-step-000000004.json.gz"
-    (job.run_dir / "a01" / "profile-step-000000004.txt").write_text("forward 3 ms\n")
+    table, trace = (job.run_dir / "a01" / f"profile-step-000000004.{end}" for end in ("txt", "json.gz"))
+    table.write_text("forward 3 ms\n")
     earlier = {"time": 0.0, "attempt": 1, "event": "profiled", "step": 2, "trace": "/elsewhere"}
     append_lines(job.run_dir / "a01" / "events.jsonl", [earlier])
     (tmp_path / "site.yaml").write_text(f"executor: local\nshared_dir: {job.run_dir.parent}\n")
-    answer = once_asked(job, {"event": "profiled", "step": 4, "trace": str(trace)})
+    answer = once_asked(job, {"event": "profiled", "step": 4, "table": str(table), "trace": str(trace)})
     assert main(["profile", "--run", "first", "--site", str(tmp_path / "site.yaml")]) == 0
     answer.join()
     said = capsys.readouterr().out

@@ -101,12 +101,12 @@ def test_who_asks_gets_one_look_and_who_asks_again_another(asked: Path) -> None:
     events: Events = []
     profiler = Profiler(asked, told(events))
     some_steps(profiler, 12)
-    trace = asked / "profile-step-000000004.json.gz"
-    assert events == [("profiled", {"step": 4, "trace": str(trace)})]
+    table, trace = asked / "profile-step-000000004.txt", asked / "profile-step-000000004.json.gz"
+    assert events == [("profiled", {"step": 4, "table": str(table), "trace": str(trace)})]
     assert not (asked.parent / "profile").exists()
     names = {event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
     assert {"forward", "optimizer", "aten::mm"} <= names
-    said = (asked / "profile-step-000000004.txt").read_text()
+    said = table.read_text()
     assert said.startswith("steps 2 to 4 on rank 0\n")
     assert "aten::mm" in said
     (asked.parent / "profile").touch()
@@ -155,6 +155,6 @@ def test_a_run_that_is_looked_at_learns_the_same_to_the_bit(tiles: str, tmp_path
     assert results[0] == results[1]
     assert len(results[0]) == 12
     (event,) = [event for event in read_events(looked_at) if event["event"].startswith("profile")]
-    said = Path(event["trace"].replace(".json.gz", ".txt")).read_text()
+    said = Path(event["table"]).read_text()
     parts = [line.split(maxsplit=1)[1] for line in said.split("\n\n")[1].splitlines()[1:]]
     assert parts == ["the whole step", *PARTS]
