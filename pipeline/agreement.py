@@ -38,7 +38,7 @@ class StepSums:
     decode_mismatch: int
     in_flight: int  # this and the next two: at present
     held_bytes: int
-    layer_us: int  # pipeline.pace
+    block_us: int  # pipeline.pace
     preempted: int
     terminated: int
 
@@ -51,7 +51,7 @@ class StepSums:
 class Agreed:
     """What all ranks read of a step. wait_s: how long the one that waited longest for its images did; wait_rank: which.
 
-    slow_factor: how many times as long as the others the slowest takes for the same layer, None where it is alone;
+    slow_factor: how many times as long as the others the slowest takes for the same block, None where it is alone;
     slow_rank: which. The others wait for such a one: a single rank slows down all, and no mean shows it.
     """
 
@@ -73,7 +73,7 @@ class Agreement:
         """Start telling this rank's values. Raises RuntimeError when those of the step before were not read."""
         if self._begun:
             raise RuntimeError("the sums of the step before were not read; call finish first")
-        largest = [us * _RANKS + dist.get_rank(self._group) for us in (round(wait_s * 1e6), sums.layer_us)]
+        largest = [us * _RANKS + dist.get_rank(self._group) for us in (round(wait_s * 1e6), sums.block_us)]
         for values, how in ((astuple(sums), dist.ReduceOp.SUM), (largest, dist.ReduceOp.MAX)):
             tensor = torch.tensor(values, dtype=torch.int64)
             self._begun.append((tensor, dist.all_reduce(tensor, how, self._group, async_op=True)))
@@ -86,9 +86,9 @@ class Agreement:
         for _, work in begun:
             work.wait()
         values, largest = (tensor.tolist() for tensor, _ in begun)
-        (wait_us, wait_rank), (layer_us, slow_rank) = (divmod(value, _RANKS) for value in largest)
+        (wait_us, wait_rank), (block_us, slow_rank) = (divmod(value, _RANKS) for value in largest)
         sums, others = StepSums(*values), dist.get_world_size(self._group) - 1
-        factor = layer_us * others / rest if (rest := sums.layer_us - layer_us) else None
+        factor = block_us * others / rest if (rest := sums.block_us - block_us) else None
         return Agreed(sums, wait_us / 1e6, wait_rank, factor, slow_rank)
 
 

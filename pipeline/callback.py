@@ -152,7 +152,7 @@ class Watch(pl.Callback):
                 replaced=batch.replaced,
                 **{name: int(grown.get(name, 0)) for name in READ},
                 **{name: int(counters.get(name, 0)) for name in READING},
-                layer_us=self._pace.microseconds(),
+                block_us=self._pace.microseconds(),
                 preempted=int(session.request.preempted),
                 terminated=int(session.request.terminated),
             ),

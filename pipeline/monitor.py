@@ -48,7 +48,7 @@ class MonitorSettings(Section):
     entity: str | None = None
     collapse_band: PositiveFloat = 0.005  # a mean loss no further below ln K (relative) is a collapse
     collapse_window: PositiveInt = 100  # steps
-    slow_factor: float = Field(1.3, gt=1)  # a rank is named that takes so many times the others' time for a layer
+    slow_factor: float = Field(1.3, gt=1)  # a rank is named that takes so many times the others' time for a block
 
 
 class Monitor:

@@ -1,8 +1,9 @@
 """Which rank is slower than the others, though no step shows it: all end a step together.
 
-A GPU that is hot, shared or sick makes the others wait for it in collectives, and nothing fails. So each rank times one
-convolution in the middle of the trunk, as large on each and between two collectives, in the first forward of each step.
-On a GPU by events in its stream, which are read when the step has waited for the GPU anyway.
+A GPU that is hot, shared or sick makes the others wait for it in collectives, and nothing fails. So each rank times the
+convolutions of one block in the middle of the trunk, as large on each and between collectives, in the first forward of
+each step. On a GPU by events in its stream, which are read when the step has waited for the GPU anyway. Several, since
+cuDNN may have chosen a slower way for one of them on one rank.
 """
 
 import statistics
@@ -16,30 +17,31 @@ from torch import Tensor
 from pipeline.agreement import Agreed
 from pipeline.regnet import RegNet
 
-WINDOW = 100  # steps: what is told of a layer is their median, and as many in a row make a rank a slow one
+WINDOW = 100  # steps: what is told is their median, and as many in a row make a rank a slow one
+TIMED = ("conv1.conv", "conv2.conv", "conv3.conv")  # of the block
 
 
 class Pace:
-    """Times the layer of this rank's trunk, which must be where it stays: sharded, if it is to be."""
+    """Times layers of this rank's trunk, which must be as it will stay: sharded, if it is to be."""
 
     def __init__(self, trunk: RegNet) -> None:
         blocks = list(trunk.blocks())
-        layer = blocks[len(blocks) // 2].get_submodule("conv1.conv")
         self._marks: list[float | torch.cuda.Event] = []
         self._recent: deque[float] = deque(maxlen=WINDOW)
-        layer.register_forward_pre_hook(lambda _, inputs: self._mark(inputs[0]))
-        layer.register_forward_hook(lambda _, inputs, output: self._mark(output))
+        for name in TIMED:
+            layer = blocks[len(blocks) // 2].get_submodule(name)
+            layer.register_forward_pre_hook(lambda _, inputs: self._mark(inputs[0]))
+            layer.register_forward_hook(lambda _, inputs, output: self._mark(output))
 
     def microseconds(self) -> int:
         """Median of the last steps; ends a step, whose work on a GPU must be done."""
-        begun, ended = self._marks
-        self._marks = []
-        self._recent.append(_seconds_between(begun, ended))
+        marks, self._marks = self._marks, []
+        self._recent.append(sum(map(_seconds_between, marks[::2], marks[1::2])))
         return round(1e6 * statistics.median(self._recent))
 
     def _mark(self, tensor: Tensor) -> None:
         """Of the step's first forward alone; others follow for smaller crops, or where backward repeats one."""
-        if len(self._marks) < 2:
+        if len(self._marks) < 2 * len(TIMED):
             self._marks.append(_now(tensor))
 
 
@@ -61,7 +63,7 @@ class SlowRank:
         self._told.add(rank)
         host = self._hosts[rank]
         return (
-            f"rank {rank} on {host} is slow, {agreed.slow_factor:.1f} times the others' time for a layer: "
+            f"rank {rank} on {host} is slow, {agreed.slow_factor:.1f} times the others' time for a block: "
             f"nvidia-smi -q -d PERFORMANCE there says why; extra: {{exclude: {host}}} in the site keeps off it"
         )
 

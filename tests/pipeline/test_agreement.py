@@ -44,7 +44,7 @@ def two_steps(rank: int) -> tuple[list[Agreed | None], str]:
             decode_mismatch=rank,
             in_flight=16,
             held_bytes=2**50,
-            layer_us=[300, 600][rank],
+            block_us=[300, 600][rank],
             preempted=0,
             terminated=0,
         ),
@@ -54,7 +54,7 @@ def two_steps(rank: int) -> tuple[list[Agreed | None], str]:
         agreement.begin(sums(), 0.0)
     read.append(agreement.finish())
     loss = fixed_point([math.nan, 1.0][rank])
-    second = sums(loss=loss, not_finite=1 - rank, preempted=rank, layer_us=[900, 0][rank])
+    second = sums(loss=loss, not_finite=1 - rank, preempted=rank, block_us=[900, 0][rank])
     agreement.begin(second, 0.5 - rank / 4)
     return [*read, agreement.finish(), agreement.finish()], str(told.value)
 

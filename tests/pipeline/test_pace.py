@@ -1,4 +1,4 @@
-"""A rank that is slower than the others is found by a layer that all of them time, and told of once."""
+"""A rank that is slower than the others is found by a block that all of them time, and told of once."""
 
 import time
 
@@ -19,9 +19,9 @@ SLOW_S = 0.02
 
 
 def slowed(trunk: RegNet, times: int) -> RegNet:
-    """Its timed layer takes SLOW_S longer in each of its first forwards."""
+    """Its timed block takes SLOW_S longer in each of its first forwards."""
     left = iter(range(times))
-    list(trunk.blocks())[1].get_submodule("conv1.conv").register_forward_hook(
+    list(trunk.blocks())[1].get_submodule("conv2.conv").register_forward_hook(
         lambda *_: None if next(left, None) is None else time.sleep(SLOW_S)
     )
     return trunk
@@ -55,7 +55,7 @@ def found(rank: int) -> Agreed | None:
     agreed = None
     for _ in range(7):
         trunk(IMAGES)
-        agreement.begin(sums(layer_us=pace.microseconds()), 0.0)
+        agreement.begin(sums(block_us=pace.microseconds()), 0.0)
         agreed = agreement.finish()
     return agreed
 
@@ -98,16 +98,16 @@ def test_the_alarm_says_by_how_much_and_how_to_keep_off_that_node() -> None:
     slow = SlowRank(1.3, ["node1", "node2"])
     told = [slow.step(agreed(1, 1.64)) for _ in range(WINDOW)][-1]
     assert told is not None
-    assert "is slow, 1.6 times the others' time" in told
+    assert "is slow, 1.6 times the others' time for a block" in told
     assert "extra: {exclude: node2}" in told
 
 
-def test_the_layer_is_the_same_on_any_trunk() -> None:
-    """In the middle, where it has enough to do on a GPU."""
-    for name in ("regnety_002", "regnety_016"):
-        with torch.device("meta"):
-            trunk = RegNet(ModelSettings(trunk=name))
-        Pace(trunk)
-        hooked = [layer for layer in trunk.modules() if layer._forward_pre_hooks]
-        assert [type(layer) for layer in hooked] == [nn.Conv2d]
-        assert hooked[0].in_channels > 100
+@pytest.mark.parametrize("name", ["regnety_002", "regnety_016"])
+def test_what_is_timed_lies_between_batch_norms_in_the_middle_of_a_trunk(name: str) -> None:
+    """Where it has enough to do on a GPU, and waits for no other rank."""
+    with torch.device("meta"):
+        trunk = RegNet(ModelSettings(trunk=name))
+    Pace(trunk)
+    hooked = [layer for layer in trunk.modules() if layer._forward_pre_hooks]
+    assert [type(layer) for layer in hooked] == [nn.Conv2d] * 3
+    assert min(layer.in_channels for layer in hooked) > 100
