@@ -126,7 +126,7 @@ class Array:
             nodes=1,
             gpus_per_node=min(self.gpus, self.site.gpus_per_node),
             array_parallelism=workers,
-            setup=[*exports(self.site, self.folder), *guarded(self.site.setup, self._setup_failed())],
+            setup=[*exports(self.site, self.folder), *guarded(self.site.setup, self._setup_failed(), self.folder)],
         )
 
     def _setup_failed(self) -> str:

@@ -120,6 +120,8 @@ def supervise(options: argparse.Namespace) -> int:
             hosts = blame.excluded(start.run_dir.parent, options.exclude_hours)
         try:
             slurm.requeue_without(start.job, hosts, list(filter(None, [options.exclude])), options.constraint)
+        except slurm.NotInstalled:
+            return supervise.BY_THE_SHELL
         except UserError as error:
             start.note("failed", reason=f"{decision.reason}; it is not started again: {error}")
             raise

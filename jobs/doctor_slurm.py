@@ -27,17 +27,17 @@ def look_at_slurm(site: Site) -> Iterator[Finding]:
     """From the login node. Raises SlurmError when SLURM does not answer."""
     config = dict(re.findall(r"^(\w+)\s*= (.*)$", slurm.ask("scontrol", "show", "config"), re.MULTILINE))
     slurm.check_partition(site.used_partition, site.nodes)
-    default = slurm.ask("sinfo", "--noheader", "--format", "%P").partition("*")[0].split()[-1:]
+    default = slurm.ask("sinfo", "--all", "--noheader", "--format", "%P").partition("*")[0].split()[-1:]
     for name in site.used_partition.split(",") if site.used_partition else default:
         yield from _look_at_partition(site, name, config)
     yield _accepted(site)
 
 
 def _look_at_partition(site: Site, name: str, config: dict[str, str]) -> Iterator[Finding]:
-    shown = slurm.ask("scontrol", "show", "partition", name, "--oneliner")
+    shown = slurm.ask("scontrol", "show", "partition", name, "--oneliner", "--all")
     partition = dict(pair.split("=", 1) for pair in shown.split() if "=" in pair)
     up = partition["State"] == "UP"
-    states = slurm.ask("sinfo", "--noheader", "--partition", name, "--format", "%D %T").splitlines()
+    states = slurm.ask("sinfo", "--all", "--noheader", "--partition", name, "--format", "%D %T").splitlines()
     counted = ", ".join(line.strip() for line in states)
     yield Finding("partition", up, f"{name} is {partition['State']}: {counted} ({slurm.version()})")
     yield _time_limit(site, name, partition["MaxTime"])

@@ -25,6 +25,7 @@ from jobs.blame import START_LINE, excluded
 from jobs.runs import Job, end, owned
 from jobs.site import CARRIED, INHERITED, ROOT, SECRETS, Site, export_lines
 from jobs.start import cancel_marker, note
+from jobs.supervise import BY_THE_SHELL
 
 BASH = "/bin/bash"  # as submitit's scripts have it
 PACKAGES = ("data_shards", "pipeline", "jobs")
@@ -81,7 +82,7 @@ def batch_script(site: Site, run_dir: Path, store: str) -> tuple[list[str], list
         told = f"--ranks {site.ranks} --gpus {site.gpus_per_node} --time-limit-min {site.time_limit_min}"
         told += f" --signal-delay-s {site.signal_delay_s} --max-cycles {site.max_cycles} --store {shlex.quote(store)}"
         at_once = f"--max-cycles 0 --store {shlex.quote(store)}"
-        setup = guarded(site.setup, f'{supervise} after --exit "$1" --setup "$2" {at_once}')
+        setup = guarded(site.setup, f'{supervise} after --exit "$1" --setup "$2" {at_once}', run_dir)
         return [*head, "export FARSEER_JOB=local-$$", *setup, f"exec {supervise} serve {told}"], []
     told = f"--max-cycles {site.max_cycles} --exclude-hours {_exclude_hours(site):g} --store {shlex.quote(store)}"
     told += f" --exclude {shlex.quote(kept_out)}" if (kept_out := _exclude_of(site)) else ""
@@ -89,12 +90,14 @@ def batch_script(site: Site, run_dir: Path, store: str) -> tuple[list[str], list
     slurm_head = [
         *head,
         "export FARSEER_JOB=$SLURM_JOB_ID FARSEER_START=${SLURM_RESTART_COUNT:-0}",
-        *guarded(site.setup, f'{supervise} after --exit "$1" --setup "$2" {told}'),
+        *guarded(site.setup, f'{supervise} after --exit "$1" --setup "$2" {told}', run_dir),
         "export MASTER_ADDR=${MASTER_ADDR:-$SLURMD_NODENAME}",  # this script runs on the first node, as rank 0 does
         f'echo "{START_LINE} $FARSEER_START of job $FARSEER_JOB on $(scontrol show hostnames | paste -sd,)"',
-        *_made_way(supervise, site.max_cycles),
+        *_without_python(site.max_cycles),
+        f"MASTER_PORT=$({supervise} before) || farseer_without_python $? begin",
+        "export MASTER_PORT",
     ]
-    return slurm_head, [f"{supervise} after --exit $? {told}"]
+    return slurm_head, [f"{supervise} after --exit $? {told} || farseer_without_python $? judge"]
 
 
 def exports(site: Site, run_dir: Path) -> list[str]:
@@ -110,10 +113,11 @@ def exports(site: Site, run_dir: Path) -> list[str]:
     return [*clean, *export_lines({**handed, **fixed, **threads, **hidden, **network, **store_at, **site.environment})]
 
 
-def guarded(setup: Sequence[str], failed: str) -> list[str]:
+def guarded(setup: Sequence[str], failed: str, folder: Path) -> list[str]:
     """A site's shell lines, for bash; the first command of them that fails ends the script with exit code 2.
 
-    failed: what is run then, with the command's exit code as $1 and its line as $2.
+    failed: what is run then, with the command's exit code as $1 and its line as $2. folder: the job's, to whose
+    snapshot the shell returns, with the options that it had: an exit code other than 0 must not end it later.
     """
     if not setup:
         return []
@@ -121,29 +125,38 @@ def guarded(setup: Sequence[str], failed: str) -> list[str]:
     told = 'farseer_setup $? "$(sed -n ${LINENO}p "$0")"'
     # of what a line sources, only the last command counts
     trap = f"trap '[ ${{#BASH_SOURCE[@]}} -gt 1 ] || {told}' ERR"
-    return [function, trap, *setup, "trap - ERR"]
+    return [function, trap, *setup, "trap - ERR; set +eu", f"cd {shlex.quote(str(folder / 'snapshot'))}"]
 
 
-def _made_way(supervise: str, max_cycles: int) -> list[str]:
-    """The shell lines that make way for the ranks, with what is done where Python itself does not begin.
+def _without_python(max_cycles: int) -> list[str]:
+    """The shell's own requeue, for where Python before or after the ranks gives no answer, or has no SLURM.
 
-    Its exit code 2 is an answer: a cancel, or what a user can mend. Anything else may be this node's, or the shared
-    disk's of this moment, and no one but the shell is left to say so and to start again: max_cycles times in a row.
+    Its exit code 2 is an answer: a cancel, or what a user can mend; with 3 it has judged and written, and cannot ask
+    SLURM. Anything else may be this node's, or the shared disk's of this moment, and no one but the shell is left to
+    say so and to start again: max_cycles times in a row. A controller that is away is asked for half an hour.
     """
     event = '{"time": %s, "attempt": 0, "job": "%s", "start": %s, "event": "%s", "reason": "%s"}\\n'
-    told = '"$(date +%s)" "$FARSEER_JOB" "$FARSEER_START" "$next"'
-    reason = '"Python did not begin on $SLURMD_NODENAME (exit code $1)"'
+    told = '"$(date +%s)" "$FARSEER_JOB" "$FARSEER_START" "$1" "$2"'
+    file, again, patience = '"$FARSEER_RUN_DIR/jobs.jsonl"', max_cycles - 1, round(slurm.PATIENCE_S / slurm.AGAIN_S)
     return [
-        "farseer_not_begun() {",
+        f"farseer_note() {{ printf '{event}' {told} >> {file}; }}",
+        "farseer_without_python() {",
         '  [ "$1" -ne 2 ] && [ ! -e "$FARSEER_RUN_DIR/cancel" ] || exit 2',
-        '  begun=$(ls "$FARSEER_RUN_DIR/starts" 2> /dev/null | sed -n "s/^$FARSEER_JOB-//p" | sort -n | tail -n 1)',
-        f"  next=requeued; [ $((FARSEER_START - ${{begun:--1}})) -lt {max_cycles} ] || next=failed",
-        f"""  printf '{event}' {told} {reason} >> "$FARSEER_RUN_DIR/jobs.jsonl\"""",
-        '  [ "$next" = failed ] || scontrol requeue "$SLURM_JOB_ID"',
+        f'  if [ "$1" -ne {BY_THE_SHELL} ]; then',
+        '    reason="Python did not $2 on $SLURMD_NODENAME (exit code $1)"',
+        "    times=$FARSEER_START",
+        f'    [ ! -r {file} ] || times=$(tail -n {again} {file} | grep -c "Python did not")',
+        f'    [ "$times" -lt {again} ] || {{ farseer_note failed "$reason"; exit "$1"; }}',
+        '    farseer_note requeued "$reason"',
+        "  fi",
+        f"  for _ in $(seq {patience}); do",
+        '    said=$(scontrol requeue "$SLURM_JOB_ID" 2>&1) && exit "$1"',
+        "    case $said in *disabled*|*'Invalid job id'*|*'ermission denied'*) break ;; esac",
+        f"    sleep {slurm.AGAIN_S:g}",
+        "  done",
+        """  farseer_note failed "it is not started again: $(printf %s "$said" | tr -cd '[:alnum:] .,:_-')\"""",
         '  exit "$1"',
         "}",
-        f"MASTER_PORT=$({supervise} before) || farseer_not_begun $?",
-        "export MASTER_PORT",
     ]
 
 
@@ -193,7 +206,8 @@ def job_executor(
             "requeue": True,
             "chdir": str(folder / "snapshot"),  # python -m looks there first
             "export": ",".join(INHERITED),
-            **{name: value for name, value in switched_on(site).items() if name != without},
+            # as submitit spells them, whose own would stand beside them else, and be the last word
+            **{key.replace("-", "_"): value for key, value in switched_on(site).items() if key != without},
         },
         **{name: value for name, value in optional.items() if value},
     )

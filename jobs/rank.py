@@ -83,12 +83,16 @@ def run(config: dict[str, Any], store: str, signal_delay_s: int, gpus: int, time
 def requeue(start: Start) -> None:
     """Have the job started again, after a preemption's save; called on rank 0.
 
-    SLURM ends the job at once, so this may not return. Outside SLURM the supervisor starts the ranks again.
+    SLURM ends the job at once, so this may not return. Outside SLURM, or in an image without its commands, the
+    supervisor sees to it.
     """
     start.end("preempted")
     if start.job.startswith("local-"):
         return
-    slurm.requeue(start.job)
+    try:
+        slurm.requeue(start.job)
+    except slurm.NotInstalled:
+        return
     start.end("preempted", requeued=True)
 
 

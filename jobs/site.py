@@ -48,6 +48,14 @@ SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "W
 _OF_ANOTHER_JOB = ("SLURM_", "SBATCH_", "SRUN_")
 # Its other tools answer and do less under these: a squeue of one user's jobs does not show whose are on a run.
 _OF_ITS_TOOLS = ("SQUEUE_", "SINFO_", "SCANCEL_", "SCONTROL_")
+# Options of sbatch that are Farseer's, each with the key of a site from which it follows.
+_OURS = {
+    **{name: name for name in ("nodes", "partition", "account", "qos", "constraint")},
+    **{"ntasks-per-node": "ranks_per_node", "cpus-per-task": "cpus_per_rank", "time": "time_limit_min"},
+    **{"signal": "signal_delay_s"},
+    **dict.fromkeys(("array", "chdir", "comment", "error", "export", "job-name", "ntasks", "open-mode", "output"), ""),
+    **dict.fromkeys(("requeue", "no-requeue"), ""),
+}
 _DEFAULTS = ("account", "partition", "qos")  # of the user's, where the site leaves them open
 _SECRET = re.compile(r"SECRET|(^|_)TOKEN(_|$)|PASSWORD|API_?KEY|ACCESS_KEY", re.IGNORECASE)
 _FILE = re.compile(r"_(FILE|PATH|DIR)$", re.IGNORECASE)  # of a secret, which may be named
@@ -94,6 +102,15 @@ class Site(Section):
         if not full.is_absolute() or "$" in str(full):  # a variable that is not set stays too
             raise ValueError("an absolute path, such as /shared/farseer or ~/farseer, of variables that are set")
         return str(full)
+
+    @field_validator("extra")
+    @classmethod
+    def _leaves_to_us_what_is_ours(cls, options: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
+        """What follows from the site's own keys, or makes a job one of Farseer's, has one place."""
+        for name in options:
+            if (key := _OURS.get(name.replace("_", "-"))) is not None:
+                raise ValueError(f"no {name}: {f'the site says it by {key}' if key else 'Farseer has its own'}")
+        return options
 
     @field_validator("extra")
     @classmethod

@@ -1,4 +1,7 @@
-"""SLURM's own commands, asked with a time limit; what they refuse becomes one line. Needs no accounting (no sacct)."""
+"""SLURM's own commands, asked with a time limit; what they refuse becomes one line. Needs no accounting (no sacct).
+
+They are asked for `--all`: else nobody but root hears of partitions that a cluster hides, nor of the own jobs there.
+"""
 
 import os
 import re
@@ -25,6 +28,10 @@ class SlurmError(UserError):
     """SLURM does not answer, or refuses what it was asked for."""
 
 
+class NotInstalled(SlurmError):
+    """This machine, or the image in which this Python runs, has none of SLURM's commands."""
+
+
 @dataclass(frozen=True)
 class Queued:
     """A job as squeue shows it. `run`: the run's place in the store, which each job of ours carries as its comment."""
@@ -47,7 +54,7 @@ def queue(runs: Sequence[str]) -> list[Queued]:
     found = []
     for first in range(0, len(runs), NAMES):
         names = ",".join(map(job_name, runs[first : first + NAMES]))
-        lines = ask("squeue", "--noheader", "--name", names, "--format", "%i|%T|%N|%r|%u|%k").splitlines()
+        lines = ask("squeue", "--all", "--noheader", "--name", names, "--format", "%i|%T|%N|%r|%u|%k").splitlines()
         for line in lines:
             if line.count("|") >= 5:
                 job, state, nodes, reason, user, run = line.strip().split("|", 5)
@@ -69,7 +76,8 @@ def job_state(job: str) -> tuple[str, str] | None:
 
 def check_partition(name: str | None, nodes: int) -> None:
     """Refuse a partition that does not exist or is too small; SLURM itself would let the job wait for ever."""
-    rows = [line.split("|") for line in ask("sinfo", "--noheader", "--summarize", "--format", "%P|%D").splitlines()]
+    lines = ask("sinfo", "--all", "--noheader", "--summarize", "--format", "%P|%D").splitlines()
+    rows = [line.split("|") for line in lines]
     sizes = {row[0].rstrip("*"): int(row[1]) for row in rows}
     wanted = name or next((row[0].rstrip("*") for row in rows if row[0].endswith("*")), None)
     named = wanted.split(",") if wanted else []
@@ -90,7 +98,7 @@ def version() -> str | None:
 def ask(*command: str) -> str:
     """What one of SLURM's commands answers. Raises SlurmError."""
     if shutil.which(command[0]) is None:
-        raise SlurmError(f"SLURM is not installed here ({command[0]} not found): make cluster-up, or another SITE=...")
+        raise NotInstalled(f"SLURM is not installed here ({command[0]} not found): {_HINT}")
     config = Path(os.environ.get("SLURM_CONF", "/"))
     if not config.exists():  # SLURM's own commands wait a minute for it
         raise SlurmError(f"SLURM does not answer (SLURM_CONF: no {config}): {_HINT}")
@@ -115,6 +123,8 @@ def requeue(job: str, patience_s: float = 0.0) -> None:
         try:
             ask("scontrol", "requeue", job)
             return
+        except NotInstalled:
+            raise
         except SlurmError as error:
             if time.monotonic() > end or re.search("disabled|Invalid job id|[Pp]ermission denied", str(error)):
                 raise
@@ -185,7 +195,7 @@ def spared(
 
 def _nodes(*which: str) -> list[list[str]]:
     """Name, partition, features and generic resources of nodes, a row for each partition that one is in."""
-    lines = ask("sinfo", "--noheader", "--Node", *which, "--format", "%N|%P|%f|%G").splitlines()
+    lines = ask("sinfo", "--all", "--noheader", "--Node", *which, "--format", "%N|%P|%f|%G").splitlines()
     return [line.split("|") for line in lines]
 
 

@@ -14,10 +14,12 @@ from typing import Any, Literal
 from data_shards.errors import UserError
 from data_shards.store import Store
 from jobs import blame, daemons
-from jobs.start import CODE_ERROR, Failure, Outcome, Start, events, note
+from jobs.start import CODE_ERROR, Failure, Outcome, Start, attempt_files, events, note
+from pipeline.journal import read_lines
 
 TOO_EARLY = "preempted before the first step"
 STORE_S = 5.0  # a store that is away longer is not waited for
+BY_THE_SHELL = 3  # exit code: to be requeued by the batch script, where this Python has no SLURM
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def after(start: Start, exit_code: int, store: Store, max_cycles: int) -> Decisi
     if not failures and blame.signalled_early(start):
         start.note("requeued", reason=TOO_EARLY)
         return Decision("requeue", TOO_EARLY)
-    committed = _newest(store, noted)
+    committed = _newest(store, start.run_dir, noted)
     stalled = stalled_starts(noted, committed)
     suspects, memory = blame.suspects(start, failures), blame.out_of_memory(start)
     decision = decide(
@@ -157,12 +159,15 @@ def stalled_starts(noted: Sequence[dict[str, Any]], committed: int | None) -> in
     return count
 
 
-def _newest(store: Store, noted: Sequence[dict[str, Any]]) -> int | None:
-    """The newest checkpoint's step; the last one known when the store is away: no progress that anyone could see."""
+def _newest(store: Store, run_dir: Path, noted: Sequence[dict[str, Any]]) -> int | None:
+    """The newest checkpoint's step; when the store is away, the last one of which anything was heard here."""
     try:
         return committed_step(store)
     except UserError:
-        return next((event["committed"] for event in reversed(noted) if "committed" in event), None)
+        told = (event for path in attempt_files(run_dir, "events.jsonl") for event in read_lines(path))
+        steps = [event["step"] for event in told if event["event"] == "committed"]
+        steps += [event["committed"] for event in noted if event.get("committed") is not None]
+        return max(steps, default=None)
 
 
 def _in_words(exit_code: int) -> str:

@@ -60,7 +60,7 @@ def test_a_task_s_script_has_no_secret_of_a_login_profile_and_no_option_that_is_
     asked = Array(site, "pack", "1", "parts", "s3://x")._executor(3).parameters
     assert asked["setup"][0].startswith("unset AWS_ACCESS_KEY_ID ")
     assert "hold" not in asked["additional_parameters"]
-    assert asked["additional_parameters"]["mail-type"] == "END"
+    assert asked["additional_parameters"]["mail_type"] == "END"
 
 
 def test_a_task_takes_no_node_for_itself_as_a_run_may() -> None:

@@ -1,9 +1,11 @@
 import errno
+import json
 import os
 import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -15,6 +17,7 @@ from jobs.launch import batch_script, guarded, launch, slurm_executor
 from jobs.runs import Job
 from jobs.site import CARRIED, Site
 from jobs.start import events
+from jobs.supervise import BY_THE_SHELL
 
 SCRIPT = """\
 #!/bin/bash
@@ -55,20 +58,31 @@ farseer_setup() { /env/bin/python -m jobs.cli supervise after --exit "$1" --setu
 --exclude-hours 12 --store s3://runs/first --exclude node9 --constraint h200; exit 2; }
 trap '[ ${#BASH_SOURCE[@]} -gt 1 ] || farseer_setup $? "$(sed -n ${LINENO}p "$0")"' ERR
 module load cuda/13
-trap - ERR
+trap - ERR; set +eu
+cd /shared/first/snapshot
 export MASTER_ADDR=${MASTER_ADDR:-$SLURMD_NODENAME}
 echo "farseer: start $FARSEER_START of job $FARSEER_JOB on $(scontrol show hostnames | paste -sd,)"
-farseer_not_begun() {
+farseer_note() { printf '{"time": %s, "attempt": 0, "job": "%s", "start": %s, "event": "%s", "reason": "%s"}\\n' \
+"$(date +%s)" "$FARSEER_JOB" "$FARSEER_START" "$1" "$2" >> "$FARSEER_RUN_DIR/jobs.jsonl"; }
+farseer_without_python() {
   [ "$1" -ne 2 ] && [ ! -e "$FARSEER_RUN_DIR/cancel" ] || exit 2
-  begun=$(ls "$FARSEER_RUN_DIR/starts" 2> /dev/null | sed -n "s/^$FARSEER_JOB-//p" | sort -n | tail -n 1)
-  next=requeued; [ $((FARSEER_START - ${begun:--1})) -lt 3 ] || next=failed
-  printf '{"time": %s, "attempt": 0, "job": "%s", "start": %s, "event": "%s", "reason": "%s"}\\n' "$(date +%s)" \
-"$FARSEER_JOB" "$FARSEER_START" "$next" "Python did not begin on $SLURMD_NODENAME (exit code $1)" \
->> "$FARSEER_RUN_DIR/jobs.jsonl"
-  [ "$next" = failed ] || scontrol requeue "$SLURM_JOB_ID"
+  if [ "$1" -ne 3 ]; then
+    reason="Python did not $2 on $SLURMD_NODENAME (exit code $1)"
+    times=$FARSEER_START
+    [ ! -r "$FARSEER_RUN_DIR/jobs.jsonl" ] || \
+times=$(tail -n 2 "$FARSEER_RUN_DIR/jobs.jsonl" | grep -c "Python did not")
+    [ "$times" -lt 2 ] || { farseer_note failed "$reason"; exit "$1"; }
+    farseer_note requeued "$reason"
+  fi
+  for _ in $(seq 360); do
+    said=$(scontrol requeue "$SLURM_JOB_ID" 2>&1) && exit "$1"
+    case $said in *disabled*|*'Invalid job id'*|*'ermission denied'*) break ;; esac
+    sleep 5
+  done
+  farseer_note failed "it is not started again: $(printf %s "$said" | tr -cd '[:alnum:] .,:_-')"
   exit "$1"
 }
-MASTER_PORT=$(/env/bin/python -m jobs.cli supervise before) || farseer_not_begun $?
+MASTER_PORT=$(/env/bin/python -m jobs.cli supervise before) || farseer_without_python $? begin
 export MASTER_PORT
 
 # command
@@ -79,7 +93,7 @@ srun --unbuffered --output /shared/first/logs/%j_%t_log.out --kill-on-bad-exit=1
 
 # teardown
 /env/bin/python -m jobs.cli supervise after --exit $? --max-cycles 3 --exclude-hours 12 --store s3://runs/first \
---exclude node9 --constraint h200"""
+--exclude node9 --constraint h200 || farseer_without_python $? judge"""
 
 
 @pytest.fixture(autouse=True)
@@ -177,7 +191,7 @@ def test_the_batch_script_is_valid_shell(site):
     ],
 )
 def test_the_first_command_of_a_setup_that_fails_ends_the_script_and_is_told(tmp_path, setup, failing):
-    told = guarded(setup, f'printf "%s %s" "$1" "$2" > {tmp_path}/told')
+    told = guarded(setup, f'printf "%s %s" "$1" "$2" > {tmp_path}/told', tmp_path)
     script, sourced = tmp_path / "script", tmp_path / "sourced"
     sourced.write_text("false\nreturn ${1:-0}\n")
     script.write_text("\n".join(["module() { echo unknown; return 7; }", *told, f"touch {tmp_path}/started"]))
@@ -187,41 +201,111 @@ def test_the_first_command_of_a_setup_that_fails_ends_the_script_and_is_told(tmp
 
 
 def test_a_setup_that_succeeds_changes_nothing_of_what_follows(tmp_path):
-    setup = ("false || true", "if false; then exit 9; fi", "export A=1")
-    script = "\n".join([*guarded(setup, "touch told"), "false", 'echo "$A" > after'])
-    subprocess.run(["bash"], input=script, text=True, cwd=tmp_path, check=True)
-    assert (tmp_path / "after").read_text() == "1\n"
-    assert not (tmp_path / "told").exists()
-    assert guarded((), "touch told") == []
+    setup = ("false || true", "if false; then exit 9; fi", "export A=1", "set -euo pipefail", "cd /")
+    (tmp_path / "snapshot").mkdir()
+    script = "\n".join([*guarded(setup, "touch told", tmp_path), "false", 'echo "$A $UNKNOWN" > after'])
+    subprocess.run(["bash"], input=script, text=True, check=True)
+    assert (tmp_path / "snapshot" / "after").read_text() == "1 \n"
+    assert files(tmp_path) == ["snapshot/after"]
+    assert guarded((), "touch told", tmp_path) == []
 
 
 @pytest.mark.parametrize(
-    ("python", "start", "begun", "event"),
+    ("before", "start", "earlier", "event"),
     [
-        ("/nowhere/python", 0, [], "requeued"),
-        ("/nowhere/python", 2, [], "failed"),  # the third one in a row
-        ("/nowhere/python", 11, [9], "requeued"),
-        ("/nowhere/python", 12, [8, 9], "failed"),
-        ("sh -c 'exit 2'", 0, [], None),  # a cancel was asked for
+        ("exit 127", 0, [], "requeued"),
+        ("exit 127", 2, ["went well", "did not begin", "did not judge"], "failed"),  # the third one in a row
+        ("exit 127", 11, ["did not begin", "went well", "did not begin"], "requeued"),
+        ("exit 127", 1, None, "requeued"),  # nothing can be read
+        ("exit 127", 2, None, "failed"),
+        ("exit 2", 0, [], None),  # a cancel was asked for
     ],
 )
-def test_a_start_whose_python_does_not_begin_is_told_and_made_again(tmp_path, python, start, begun, event):
-    (tmp_path / "starts").mkdir()
-    for number in begun:
-        (tmp_path / "starts" / f"7-{number}").mkdir()
-    scontrol = tmp_path / "scontrol"
-    scontrol.write_text(f"#!/bin/sh\n[ $1 = show ] || echo $@ >> {tmp_path}/asked\n")
-    scontrol.chmod(0o755)
-    lines, _ = batch_script(Site(shared_dir="/shared", python=python), tmp_path, "s3://runs/first")
-    script = "\n".join([*lines, f"touch {tmp_path}/ranks"])
-    slurm = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(start), "SLURMD_NODENAME": "node1"}
-    own = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    assert subprocess.run(["bash"], input=script, text=True, env=own | slurm, check=False).returncode != 0
-    reason = "Python did not begin on node1 (exit code 127)"
-    told = [(e["job"], e["start"], e["event"], e["reason"]) for e in events(tmp_path)]
-    assert told == ([("7", start, event, reason)] if event else [])
-    assert (tmp_path / "asked").exists() == (event == "requeued")
-    assert not (tmp_path / "ranks").exists()
+def test_a_start_whose_python_does_not_begin_is_told_and_made_again(run_script, before, start, earlier, event):
+    (code, told), folder = run_script(before, "", start, earlier), run_script.folder
+    assert code != 0
+    assert told == ([("7", start, event, "Python did not begin on node1 (exit code 127)")] if event else [])
+    assert run_script.asked() == ([["requeue", "7"]] if event == "requeued" else [])
+    assert not (folder / "ranks").exists()
+
+
+@pytest.mark.parametrize(
+    ("after", "event"),
+    [
+        ("exit 0", None),
+        ("exit 2", None),  # it is over
+        ("exit 1", "requeued"),  # a traceback
+        ("kill -9 $$", "requeued"),
+    ],
+)
+def test_a_start_that_python_cannot_judge_is_told_and_made_again(run_script, after, event):
+    code, told = run_script("echo 5", after, 0, [])
+    assert (run_script.folder / "ranks").exists()
+    exits = {"exit 1": 1, "kill -9 $$": 137}.get(after, 0)
+    assert told == ([("7", 0, event, f"Python did not judge on node1 (exit code {exits})")] if event else [])
+    assert run_script.asked() == ([["requeue", "7"]] if event else [])
+    assert code == (2 if after == "exit 2" else exits)
+
+
+def test_where_python_has_no_slurm_the_shell_requeues_what_it_has_judged_and_asks_again(run_script, tmp_path):
+    """In an image without SLURM's commands; the controller is away once."""
+    run_script.scontrol(f"[ -e {tmp_path}/away ] || {{ touch {tmp_path}/away; echo 'Unable to contact' >&2; exit 1; }}")
+    code, told = run_script("echo 5", f"exit {BY_THE_SHELL}", 0, ["went well"])
+    assert (code, told) == (BY_THE_SHELL, [])
+    assert run_script.asked() == [["requeue", "7"]] * 2
+
+
+def test_a_requeue_that_slurm_refuses_the_shell_is_told(run_script):
+    run_script.scontrol("echo 'Requested operation is \"presently\" disabled' >&2; exit 1")
+    _, told = run_script("echo 5", "exit 1", 0, [])
+    assert [event for _, _, event, _ in told] == ["requeued", "failed"]
+    assert told[-1][-1] == "it is not started again: Requested operation is presently disabled"
+
+
+@pytest.fixture
+def run_script(tmp_path):
+    """Runs a batch script of whose Python one says what it does before and after the ranks."""
+    return ScriptRun(tmp_path)
+
+
+class ScriptRun:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.scontrol("")
+
+    def scontrol(self, does: str) -> None:
+        self._program("scontrol", f"[ $1 = show ] && exit; echo $@ >> {self.folder}/asked; {does}")
+
+    def _program(self, name: str, does: str) -> None:
+        (self.folder / name).write_text(f"#!/bin/sh\n{does}\n")
+        (self.folder / name).chmod(0o755)
+
+    def __call__(self, before: str, after: str, start: int, earlier: list[str] | None) -> tuple[int, list[Any]]:
+        """Exit code, and what was noted. earlier: of the events before this start, None where there is no file."""
+        if earlier is not None:
+            lines = [json.dumps({"event": "requeued", "reason": f"Python {said}"}) + "\n" for said in earlier]
+            (self.folder / "jobs.jsonl").write_text("".join(lines))
+        self._program("python", f"case $4 in before) {before} ;; *) {after} ;; esac")
+        self._program("sleep", "")
+        site = Site(shared_dir="/shared", python=str(self.folder / "python"))
+        head, end = batch_script(site, self.folder, "s3://runs/first")
+        script = "\n".join([*head, f"touch {self.folder}/ranks", *end])
+        slurm = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(start), "SLURMD_NODENAME": "node1"}
+        own = {"PATH": f"{self.folder}:{os.environ['PATH']}"}
+        done = subprocess.run(["bash"], input=script, text=True, env=own | slurm, check=False)
+        told = events(self.folder)[len(earlier or []) :]
+        return done.returncode, [(e["job"], e["start"], e["event"], e["reason"]) for e in told]
+
+    def asked(self) -> list[list[str]]:
+        path = self.folder / "asked"
+        return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_an_option_of_the_sites_extra_takes_the_place_of_the_one_that_follows_from_its_keys(site):
+    typed = site.model_copy(update={"extra": {"gpus-per-node": "a100:8"}})
+    executor = slurm_executor(typed, "first", "s3://runs/first")
+    text = executor._make_submission_file_text(executor._submitit_command_str, "0")
+    assert re.findall(r"--gpus-per-node=.*", text) == ["--gpus-per-node=a100:8"]
 
 
 def test_only_named_variables_of_the_submitter_travel_and_no_secret_stands_in_the_script(site, monkeypatch):
@@ -390,7 +474,8 @@ def test_a_folder_that_is_no_run_is_never_taken_for_one(tmp_path):
 
 def test_a_python_of_several_words_is_a_command(site):
     lines, after = batch_script(site.model_copy(update={"python": "apptainer exec img python"}), Path("/s"), "s3://r")
-    assert "MASTER_PORT=$(apptainer exec img python -m jobs.cli supervise before) || farseer_not_begun $?" in lines
+    begin = "MASTER_PORT=$(apptainer exec img python -m jobs.cli supervise before) || farseer_without_python $? begin"
+    assert begin in lines
     assert after[0].startswith("apptainer exec img python -m jobs.cli supervise after ")
 
 

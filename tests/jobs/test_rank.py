@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from jobs.daemons import wait_until
+from jobs.rank import requeue
 from jobs.start import Outcome, Start, cancel_marker, events
 
 RANK = """
@@ -104,6 +105,14 @@ def test_a_preemption_before_the_first_step_is_no_failure_however_often_it_comes
     assert outcome is not None
     assert (outcome.outcome, outcome.requeued, start.failures()) == ("preempted", False, [])
     assert [event["reason"] for event in events(start.run_dir)] == ["preempted before the first step"]
+
+
+def test_a_preempted_rank_in_an_image_without_slurm_leaves_the_requeue_to_the_batch_script(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    requeue(start)
+    assert start.outcome() == Outcome("preempted")
 
 
 @pytest.mark.slow

@@ -59,6 +59,22 @@ def test_a_shared_folder_that_another_folder_or_node_would_take_for_another_one_
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("option", "why"),
+    [
+        ("nodes: 4", "no nodes: the site says it by nodes"),
+        ("cpus-per-task: 4", "no cpus-per-task: the site says it by cpus_per_rank"),
+        ("job_name: mine", "no job_name: Farseer has its own"),
+        ("comment: mine", "no comment: Farseer has its own"),
+        ("no-requeue: true", "no no-requeue: Farseer has its own"),
+    ],
+)
+def test_an_option_that_follows_from_other_keys_or_is_farseers_is_refused(tmp_path, option, why):
+    (tmp_path / "mine.yaml").write_text(f"shared_dir: /shared\nextra: {{{option}}}\n")
+    with pytest.raises(UserError, match=why):
+        load_site(str(tmp_path / "mine.yaml"))
+
+
 @pytest.mark.parametrize("option", ["gpus-per-task: 1", "gpus_per_task: 1", "gpu-bind: closest"])
 def test_an_option_that_would_hide_gpus_from_a_rank_is_refused(tmp_path, option):
     path = write(tmp_path, f"shared_dir: /shared\ngpus_per_node: 8\nextra: {{{option}}}")

@@ -90,6 +90,7 @@ def test_only_usable_nodes_that_have_what_the_job_needs_are_spared(
     calls = fake("sinfo", SINFO)
     assert slurm.spared(["node1", "node3"], partition, needed, constraint) == spared
     assert "--states=idle,alloc," in lines(calls)[0]
+    assert all(line.startswith("--all ") for line in lines(calls))  # else not those of hidden partitions
 
 
 def test_a_host_that_the_site_keeps_its_jobs_off_takes_the_place_of_no_other(
@@ -168,7 +169,7 @@ def test_jobs_are_found_by_the_runs_name_whoever_submitted_them(fake: Fake) -> N
     calls = fake("squeue", "echo '12|RUNNING|node[1-2]|None|ada|s3://runs/big'")
     (found,) = slurm.queue(["big", "small"])
     assert (found.job, found.state, found.run, found.user) == ("12", "RUNNING", "s3://runs/big", "ada")
-    assert lines(calls) == ["--noheader --name farseer-big,farseer-small --format %i|%T|%N|%r|%u|%k"]
+    assert lines(calls) == ["--all --noheader --name farseer-big,farseer-small --format %i|%T|%N|%r|%u|%k"]
     assert slurm.queue([]) == []
     assert len(lines(calls)) == 1
 
@@ -178,7 +179,7 @@ def test_more_runs_than_a_command_line_holds_are_asked_for_in_portions(fake: Fak
     runs = [f"{number:05d}{'x' * 59}" for number in range(4000)]
     found = slurm.queue(runs)
     assert [entry.job for entry in found] == [str(number) for number in range(1, len(found) + 1)]
-    asked = [line.split()[2].split(",") for line in lines(calls)]
+    asked = [line.split()[3].split(",") for line in lines(calls)]
     assert [name for portion in asked for name in portion] == [f"farseer-{run}" for run in runs]
     assert 1 < len(asked) == len(found) < 10
 

@@ -12,8 +12,8 @@ from jobs import slurm, supervise
 from jobs.blame import START_LINE, excluded
 from jobs.cli import main
 from jobs.rank import OutOfTime
-from jobs.start import Failure, Outcome, Start, cancel_marker, events, note, this_host
-from jobs.supervise import Decision, after, before, committed_step, decide, publish, stalled_starts
+from jobs.start import Failure, Outcome, Start, append_lines, cancel_marker, events, note, this_host
+from jobs.supervise import BY_THE_SHELL, Decision, after, before, committed_step, decide, publish, stalled_starts
 from pipeline.journal import read_events
 
 CRASH = Failure(1, "node2", 2.0, "RuntimeError: gloo", "Traceback ...", None)
@@ -143,6 +143,16 @@ def test_a_requeue_that_slurm_refuses_is_told_where_one_looks(start, store, tmp_
     signal.signal(signal.SIGTERM, terminated)
     last = events(start.run_dir)[-1]
     assert (last["event"], "it is not started again: SLURM refused" in last["reason"]) == ("failed", True)
+
+
+def test_where_this_python_has_no_slurm_the_shell_around_it_is_asked_to_requeue(start, store, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("FARSEER_RUN_DIR", str(start.run_dir))
+    monkeypatch.setenv("FARSEER_JOB", start.job)
+    terminated = signal.getsignal(signal.SIGTERM)
+    assert main(["supervise", "after", "--exit", "137", "--store", store.url]) == BY_THE_SHELL
+    signal.signal(signal.SIGTERM, terminated)
+    assert [event["event"] for event in events(start.run_dir)] == ["submitted", "requeued"]
 
 
 def test_a_setup_that_fails_is_a_failed_start_which_may_be_made_again(start, store, monkeypatch, capsys):
@@ -276,6 +286,20 @@ def test_a_store_that_is_away_is_no_progress_and_no_traceback(start, tmp_path):
         start.note("requeued", reason="preempted")
         after(start, 137, away, max_cycles=9)
     assert events(start.run_dir)[-1]["committed"] == 200  # the last one known
+
+
+def test_of_a_store_that_is_often_away_the_checkpoints_in_between_count_as_progress(start, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    away, actions = Store("s3://runs/x", retry_seconds=0.1), []
+    for number in range(1, 5):
+        (start.run_dir / f"a{number:02d}").mkdir(parents=True)
+        told = [{"event": "committed", "step": 100 * number}, {"event": "upload failed", "reason": "away"}]
+        append_lines(start.run_dir / f"a{number:02d}" / "events.jsonl", told)
+        actions.append(after(Start(start.run_dir, "7", number), 137, away, max_cycles=2).action)
+    assert actions == ["requeue"] * 4
+    assert [event["committed"] for event in events(start.run_dir)] == [None, 100, 200, 300, 400]
 
 
 def test_a_user_error_of_a_rank_stops_the_run_at_once(start, store):
