@@ -25,13 +25,13 @@ from data_shards.files import opened
 from data_shards.images import Photo, Refused, Rules, check_bytes, examine
 from data_shards.index import MANIFEST, REFUSED, Manifest
 from data_shards.merge import Refusal
-from data_shards.pack import PackReport, report
+from data_shards.pack import INDEXED, PackReport, report
 from data_shards.plan import load_plans
 from data_shards.processes import unordered, worker_count
 from data_shards.progress import Progress, quiet
 from data_shards.shard import Row, Written, put_index, row
-from data_shards.sources import Source, list_tars
-from data_shards.store import NotFound, Store
+from data_shards.sources import Source, folder_label, list_tars
+from data_shards.store import AlreadyExists, NotFound, Store
 
 VERSION = 1
 MIXING = (
@@ -39,7 +39,7 @@ MIXING = (
     "the tars are sorted, by class or by site, batches are less mixed than those of a packed set: pack them to mix them"
 )
 _WORTH_PROCESSES = 8  # tars
-_FOLDER = "plans/indexed"
+_FOLDER = INDEXED.rpartition("/")[0]
 _TEXTS = pa.schema({"txt": pa.string(), "json": pa.string()})
 
 
@@ -81,16 +81,19 @@ def index_shards(
 
 def _claim(dst: Store, asked: dict[str, Any]) -> bool:
     """Whether the set is complete. Raises UserError when something else is, or is being made, there."""
-    path, mine = f"{_FOLDER}/TARS.json", json.dumps(asked).encode()
-    there = dst.exists(MANIFEST)
-    if dst.exists(path):
-        if dst.get(path) != mine:
-            raise UserError(f"{dst.url}: the index of other tars, or by other rules; give a DST of its own")
-        return there
-    if there or load_plans(dst):
+    mine = json.dumps(asked).encode()
+    there = Manifest.load(dst) if dst.exists(MANIFEST) else None
+    begun = dst.exists(INDEXED)
+    if begun and dst.get(INDEXED) != mine:
+        raise UserError(f"{dst.url}: the index of other tars, or by other rules; give a DST of its own")
+    if load_plans(dst) or (there is not None and (not begun or list(there.tars) != asked["tars"])):
         raise UserError(f"{dst.url}: holds another shard set; give a DST of its own")
-    dst.put(path, mine)
-    return False
+    if not begun:
+        try:
+            dst.put(INDEXED, mine, create_only=True)
+        except AlreadyExists:  # somebody else's, this very moment
+            return _claim(dst, asked)
+    return there is not None
 
 
 def _index(dst: Store, rules: Rules, tar: tuple[int, str]) -> tuple[int, Indexed]:
@@ -120,7 +123,7 @@ def _rows(number: int, file: BinaryIO, url: str, rules: Rules, refused: list[Ref
     place = 0
     for member in images(file, url, "tar", Counter()):
         texts = dict(member.texts or {})
-        label = texts.pop("cls", None) or member.name.rpartition("/")[0] or None
+        label = texts.pop("cls", None) or folder_label(member.name)
         source = Source(url, name=f"{url.rpartition('/')[2]}/{member.name}", label=label, columns=texts)
         try:
             photo = _examine(file, member, rules)

@@ -107,7 +107,8 @@ def _sample(file: BinaryIO, group: list[Member], ignored: Counter[str]) -> list[
     found = found or [m for e, m in by_extension if not e]
     texts = {e: _text(file, m) for e, m in by_extension if e in TEXTS and m.size <= _TEXT_BYTES and found}
     read = {extension: text for extension, text in texts.items() if text is not None}
-    ignored.update(_kind(e) for e, m in by_extension if m not in found and e not in read)
+    chosen = set(map(id, found))  # frame.0001.png to frame.9999.png are of one key
+    ignored.update(_kind(e) for e, m in by_extension if id(m) not in chosen and e not in read)
     return [member._replace(texts=read or None) for member in found]
 
 

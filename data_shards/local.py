@@ -98,8 +98,8 @@ class Folder(_Local):
 
     async def find(self, prefix: str, more: str | None) -> tuple[list[Entry], str | None]:
         found = []
-        for path in Path("/", prefix).rglob("*"):
-            with contextlib.suppress(FileNotFoundError):  # gone meanwhile
+        for path in _files(prefix):
+            with contextlib.suppress(NotFound), _named(path.as_posix()[1:]):  # gone meanwhile
                 if path.is_file() and not path.name.startswith(HIDDEN):
                     found.append(Entry(path.as_posix()[1:], path.stat().st_size))
         return found, None
@@ -114,11 +114,23 @@ class Folder(_Local):
                 Path("/", key).unlink(missing_ok=True)
 
     async def abandon(self, prefix: str) -> int:
-        left = list(Path("/", prefix).rglob(f"{HIDDEN}*"))
+        left = [path for path in _files(prefix) if path.name.startswith(HIDDEN)]
         for path in left:
             with _named(path.as_posix()[1:]):
                 path.unlink(missing_ok=True)
         return len(left)
+
+
+def _files(prefix: str) -> Iterator[Path]:
+    """All below a folder. One that cannot be read is an error: a list of removed images may lie in it."""
+
+    def unless_gone(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise error
+
+    with _named(prefix):
+        for folder, _, names in os.walk(Path("/", prefix), onerror=unless_gone):
+            yield from (Path(folder, name) for name in names)
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from data_shards.work import pack_groups
 
 __all__ = ["PackReport", "PackSettings", "Refusal", "Source", "SourceOptions", "finish", "pack", "prepare", "report"]
 
+INDEXED = "plans/indexed/TARS.json"  # what data_shards.adopt was asked for
 _PROBE = "plans/writable"
 EXAMPLES = 20  # of refused sources, in a report
 WORTH_A_PROCESS = 2000  # sources: to start a process takes as long as to pack these
@@ -169,6 +170,8 @@ def _begun(asked: Asked, dst: Store, plans: list[Plan], manifest: Manifest | Non
         raise _other(dst, asked, plans[0])
     if same is None and manifest is not None:
         raise UserError(f"{dst.url}: holds another shard set ({manifest.samples:,} samples); give a DST of its own")
+    if dst.exists(INDEXED):
+        raise UserError(f"{dst.url}: holds the begin of an index of tars (IN_PLACE=1); give a DST of its own")
     return same
 
 

@@ -243,7 +243,8 @@ class S3:
             code, said = error.get("Code", ""), error.get("Message")
             if is_passing(code):
                 raise Transient(f"{code} of {error['Key']}")
-            raise StoreError(f"{self._bucket.url(error['Key'])}: not deleted: {said or code}")
+            kind = Denied if code == "AccessDenied" else StoreError
+            raise kind(f"{self._bucket.url(error['Key'])}: not deleted: {said or code}")
 
     async def check(self) -> None:
         ask = partial(self._bucket.call, "list_objects_v2", MaxKeys=1)

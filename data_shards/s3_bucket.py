@@ -139,8 +139,11 @@ class Bucket:
         if found is None:
             return "no key; set AWS_PROFILE"
         source = "the environment" if found.method == "env" else f"profile {session.profile or 'default'}"
-        async with self._in_time():
-            key = await found.get_frozen_credentials()  # those that expire have no other way to it
+        try:
+            async with self._in_time():
+                key = await found.get_frozen_credentials()  # those that expire have no other way to it
+        except (boto.BotoCoreError, boto.ClientError) as error:  # of a role that is refused, say
+            return f"no key from {source}: {one_line(error)}"
         return f"key id {key.access_key[:4]}.. from {source}"
 
     @contextlib.asynccontextmanager

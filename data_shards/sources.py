@@ -138,7 +138,7 @@ def _listed(src: str, options: SourceOptions, ignored: Counter[str], own: str) -
             continue
         if _is_image(url, prefix):
             name = prefix.rstrip("/")
-            yield Source(url, name=name, label=_folder_of(name) if _wants_folder(options, url) else None)
+            yield Source(url, name=name, label=folder_label(name) if _wants_folder(options, url) else None)
             continue
         if not _is_folder(url):
             yield from _contents(url, prefix, options, ignored)
@@ -149,7 +149,7 @@ def _listed(src: str, options: SourceOptions, ignored: Counter[str], own: str) -
             if _ARCHIVE.search(name):
                 yield from _contents(file, f"{prefix}{name}/", options, ignored)
             else:
-                label = _folder_of(name) if _wants_folder(options, url) else None
+                label = folder_label(name) if _wants_folder(options, url) else None
                 yield Source(file, size=size, name=prefix + name, label=label)
 
 
@@ -330,8 +330,9 @@ def _member_label(name: str, texts: dict[str, str], options: SourceOptions, url:
         return texts.pop(options.label)
     if _label_column(options):
         raise UserError(f"{url}: {name!r} has no .{options.label}; SET=label=folder, or none")
-    return None if options.label == "none" else _folder_of(name)
+    return None if options.label == "none" else folder_label(name)
 
 
-def _folder_of(name: str) -> str | None:
-    return name.rpartition("/")[0] or None
+def folder_label(name: str) -> str | None:
+    """The folder of a file or of a member of an archive; `./cat/1.jpg`, as `tar -C photos .` has it, is of `cat`."""
+    return name.removeprefix("./").rpartition("/")[0] or None

@@ -36,6 +36,7 @@ from pipeline.collectives import late, record
 MEDIANS = 20  # a step that takes so many times the median is none any more
 SILENT_BEATS = 3  # without a new one in this time a rank is silent
 CLOSE_S = 5.0  # for what is just being written; a disk that does not answer holds up no end
+LEAVE_S = 4 * CLOSE_S
 LATE_S = 3.0  # after the deadline of a stop: the thread that trains says better why it is not done
 
 
@@ -188,10 +189,12 @@ class Watchdog:
             file.write(f"the thread that trains:\n{trainer}\nall threads:\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)  # a hundred of them at most
-        # torch's own lock may be what hangs
+        # torch's own lock may be what hangs; should it keep Python's too, this process ends without another word
+        faulthandler.dump_traceback_later(LEAVE_S, exit=True)
         recording = threading.Thread(target=record, args=(_collectives(self._folder, self._rank),), daemon=True)
         recording.start()
         recording.join(CLOSE_S)
+        faulthandler.cancel_dump_traceback_later()
         return path
 
 

@@ -14,8 +14,8 @@ from PIL import Image
 from data_shards.adopt import index_shards
 from data_shards.errors import UserError
 from data_shards.images import Rules
-from data_shards.index import RECORD, ShardSet, index_path
-from data_shards.pack import PackSettings, pack
+from data_shards.index import MANIFEST, RECORD, ShardSet, index_path
+from data_shards.pack import INDEXED, PackSettings, pack
 from data_shards.store import Store
 from data_shards.verify import verify
 from tests.data_shards.test_archives import tar_of
@@ -107,6 +107,45 @@ def test_a_place_that_holds_something_else_is_refused_and_left_as_it_is(tars: Pa
     pack(write_tiles(tmp_path / "tiles", 5), packed, PackSettings())
     with pytest.raises(UserError, match="holds another shard set"):
         index_shards(str(tars), packed, Rules())
+
+
+def test_of_two_sets_that_were_begun_in_one_place_the_second_is_refused_and_the_first_goes_on(
+    tars: Path, tmp_path: Path
+) -> None:
+    """Also where the first was killed before its manifest."""
+    dst = Store(f"file://{tmp_path}/dst")
+    first, _ = index_shards(str(tars), dst, Rules())
+    dst.delete([MANIFEST])
+    with pytest.raises(UserError, match=r"holds the begin of an index of tars \(IN_PLACE=1\); give a DST of its own"):
+        pack(write_tiles(tmp_path / "tiles", 5), dst, PackSettings())
+    again, _ = index_shards(str(tars), dst, Rules())
+    assert (again.already_there, again.samples, again.layout_id) == (False, first.samples, first.layout_id)
+
+
+def test_an_index_is_never_written_over_that_of_packed_shards(tars: Path, tmp_path: Path) -> None:
+    """A set that was packed, before such was refused, where an index had been begun."""
+    dst, begun = Store(f"file://{tmp_path}/dst"), Store(f"file://{tmp_path}/begun")
+    index_shards(str(tars), begun, Rules())
+    pack(write_tiles(tmp_path / "tiles", 5), dst, PackSettings())
+    dst.put(INDEXED, begun.get(INDEXED))
+    before = {entry.path: dst.get(entry.path) for entry in dst.list()}
+    with pytest.raises(UserError, match="holds another shard set"):
+        index_shards(str(tars), dst, Rules())
+    assert {entry.path: dst.get(entry.path) for entry in dst.list()} == before
+
+
+def test_labels_do_not_tell_how_an_archive_was_made(tmp_path: Path, photos: list[bytes]) -> None:
+    """`tar -C photos .` has ./cat/1.jpg where `tar cat` has cat/1.jpg."""
+    names, found = ("cat/1.jpg", "dog/2.jpg", "top.jpg"), list[list[str | None]]()
+    for n, start in enumerate(("", "./")):
+        tar_of(tmp_path / f"{n}.tar", {start + name: data for name, data in zip(names, photos, strict=False)})
+        packed, indexed = Store(f"file://{tmp_path}/packed{n}"), Store(f"file://{tmp_path}/indexed{n}")
+        pack(str(tmp_path / f"{n}.tar"), packed, PackSettings())
+        index_shards(str(tmp_path / f"{n}.tar"), indexed, Rules())
+        for dst in (packed, indexed):
+            labels = [label for table in ShardSet.open(dst).tables(["label"]) for label in table["label"].to_pylist()]
+            found.append(sorted(labels, key=str))
+    assert found == [[None, "cat", "dog"]] * 4
 
 
 @pytest.mark.parametrize(

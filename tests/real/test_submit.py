@@ -43,6 +43,7 @@ class Scene:
             nodes=2,
             time_limit_min=10,
             signal_delay_s=20,
+            setup=("set -euo pipefail", "cd /"),  # after which the job is what it would be without
             environment=environment,
         )
 
