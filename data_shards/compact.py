@@ -9,10 +9,12 @@ read as an empty place), then the tar, then the table: with it the shard is done
 again. What a bucket keeps of objects that were written over (S3 versioning) is the bucket's owner's to delete.
 """
 
+import contextlib
 import io
 import tarfile
 import tempfile
 from collections import defaultdict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +26,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from data_shards.errors import UserError, told_when_full
+from data_shards.errors import UserError, one_line, told_when_full
 from data_shards.index import RECORD, ShardSet, dali_path, index_path, shard_path, table_path
 from data_shards.plan import Plan, forgotten, load_plans
 from data_shards.progress import Progress, quiet
@@ -102,13 +104,27 @@ def _compact_group(
     store: Store, plans: list[Plan], group: Group, touched: list[tuple[int, Places]]
 ) -> list[tuple[int, int]]:
     """Of each shard that was not done before: how many images were erased, and their bytes."""
-    tables = {shard: pq.read_table(pa.BufferReader(store.get(table_path(shard)))) for shard, _ in touched}
+    tables = {shard: _table(store, shard) for shard, _ in touched}
     todo = [(shard, places) for shard, places in touched if _left(tables[shard], places)]
     with told_when_full():
         if group and todo:
             sources = {shard: tables[shard]["source"].take(places).to_pylist() for shard, places in todo}
             _erase_in_plan(store, plans[group[0]], group[1], {shard: set(names) for shard, names in sources.items()})
         return [_compact_shard(store, shard, places, tables[shard]) for shard, places in todo]
+
+
+def _table(store: Store, shard: int) -> pa.Table:
+    with _whole(store, shard):
+        return pq.read_table(pa.BufferReader(store.get(table_path(shard))))
+
+
+@contextlib.contextmanager
+def _whole(store: Store, shard: int) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, IndexError, tarfile.TarError) as error:
+        place, why = f"{store.url}/{shard_path(shard)}", f"it, its index or its table is damaged ({one_line(error)})"
+        raise UserError(f"{place}: {why}; make verify DST={store.url} FULL=1") from error
 
 
 def _left(table: pa.Table, places: Places) -> int:
@@ -119,15 +135,21 @@ def _left(table: pa.Table, places: Places) -> int:
 def _compact_shard(store: Store, shard: int, places: Places, table: pa.Table) -> tuple[int, int]:
     """How many images were erased, and their bytes."""
     images = _left(table, places)
+    with _whole(store, shard):
+        size = _erase(store, shard, places)
+    store.put(table_path(shard), _without(table, places))
+    return images, size
+
+
+def _erase(store: Store, shard: int, places: Places) -> int:
+    """In all that belongs to a shard but its table, which tells that it is done; how many bytes were images'."""
     records = np.frombuffer(store.get(index_path(shard)), RECORD).copy()
     for name in set(RECORD.names or ()) - {"offset"}:
         records[name][places] = 0
     store.put(index_path(shard), records.tobytes())
     offsets = records["offset"][places].tolist()
     _erase_in_dali_index(store, shard, set(offsets))
-    size = _erase_in_tar(store, shard, offsets)
-    store.put(table_path(shard), _without(table, places))
-    return images, size
+    return _erase_in_tar(store, shard, offsets)
 
 
 def _erase_in_tar(store: Store, shard: int, offsets: list[int]) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_shards.errors import UserError, one_line
+from data_shards.errors import UserError, one_line, told_when_full
 
 if TYPE_CHECKING:
     import duckdb
@@ -37,7 +37,7 @@ def connected(what: str) -> "Iterator[tuple[duckdb.DuckDBPyConnection, Path]]":
     """
     import duckdb
 
-    with tempfile.TemporaryDirectory(prefix="farseer-") as name:
+    with told_when_full(), tempfile.TemporaryDirectory(prefix="farseer-") as name:
         try:
             with connect(Path(name), MEMORY_BYTES) as database:
                 yield database, Path(name)

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_shards.errors import UserError
+from data_shards.errors import UserError, one_line
 
 # Of a shard's table; a list's columns of these names get `source_` before them.
 OURS = {"key", "offset", "size", "width", "height", "format", "sha256", "phash", "label", "source"}
@@ -35,10 +35,20 @@ def parquet_rows(file: BinaryIO, url: str, path_column: str | None, label_column
     table = _opened(file, url)
     path_column = _column(table.schema_arrow, url, path_column, label_column)
     for batch in table.iter_batches(batch_size=1024):
-        for row in batch.to_pylist():
+        for row in _values(batch, url):
             path, label = row.pop(path_column), row.pop(label_column) if label_column else None
+            path = path.decode("utf-8", "surrogateescape") if isinstance(path, bytes) else path
             columns = {_renamed(name): value for name, value in row.items()}
             yield Row(str(path or ""), None if label is None else str(label), columns or None)
+
+
+def _values(batch: pa.RecordBatch, url: str) -> list[dict[str, Any]]:
+    try:
+        return list(batch.to_pylist())
+    except ValueError as error:  # a time below a microsecond, text that is none
+        raise UserError(
+            f"{url}: a value cannot be read ({one_line(error)}); cast its column, or leave it out"
+        ) from None
 
 
 def parquet_schema(file: BinaryIO, url: str, path_column: str | None, label_column: str | None) -> pa.Schema | None:
@@ -69,6 +79,9 @@ def _column(schema: pa.Schema, url: str, path_column: str | None, label_column: 
     elif label_column and label_column not in names:
         missing, setting = label_column, "label"
     else:
+        kept = [_renamed(name) for name in names if name not in (wanted, label_column)]
+        if twice := [name for name in kept if kept.count(name) > 1]:
+            raise UserError(f"{url}: two columns {twice[0]}; rename one (label, say, is kept as source_label)")
         return wanted
     raise UserError(f'{url}: no column {missing}; it has {", ".join(names)} (SET="{setting}=NAME")')
 

@@ -126,11 +126,11 @@ def _files(prefix: str) -> Iterator[Path]:
 
     def unless_gone(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
-            raise error
+            with _named(str(error.filename).lstrip("/")):
+                raise error
 
-    with _named(prefix):
-        for folder, _, names in os.walk(Path("/", prefix), onerror=unless_gone):
-            yield from (Path(folder, name) for name in names)
+    for folder, _, names in os.walk(Path("/", prefix), onerror=unless_gone):
+        yield from (Path(folder, name) for name in names)
 
 
 @contextlib.contextmanager

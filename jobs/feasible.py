@@ -82,6 +82,8 @@ def _wrong_without_data(config: Config, site: Site) -> Iterator[str]:
         )
     if 0 < site.gpus_per_node < site.ranks_per_node:
         yield f"{where}: ranks_per_node: {site.ranks_per_node} ranks for {site.gpus_per_node} GPUs; one each at most"
+    if config.loader.device == "cuda" and not site.gpus_per_node:
+        yield f"loader.device: cuda, and {where} has no GPUs (gpus_per_node: 0); auto takes what there is"
     if site.signal_delay_s >= 60 * site.time_limit_min:
         yield f"{where}: signal_delay_s: {site.signal_delay_s} is not below the time limit, {site.time_limit_min} min"
 

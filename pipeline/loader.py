@@ -22,6 +22,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 from torch.profiler import record_function
 
+from data_shards.errors import UserError
 from data_shards.reader import BadSample, Reader, Sample
 from data_shards.section import Section
 from pipeline.augment import AugmentSettings, Draws, draw, philox
@@ -319,9 +320,11 @@ def difference(crops: list[Tensor], host: list[Tensor], draws: list[Draws], augm
 
 
 def device_of(name: str) -> torch.device:
-    """What cpu, cuda or auto means here."""
+    """What cpu, cuda or auto means here. Raises UserError for a GPU that is not there."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("loader.device: cuda, and torch finds no GPU on this machine; auto takes what there is")
     return torch.device("cuda", torch.cuda.current_device())
 
 

@@ -260,3 +260,13 @@ def test_a_full_disk_is_told_in_one_line(shards: ShardSet, monkeypatch: pytest.M
             compact(shards.store)
     assert "\n" not in str(error.value)
     assert compact(shards.store).images == len(GONE)
+
+
+@pytest.mark.parametrize("path", [index_path(0), shard_path(0), table_path(0)])
+def test_a_damaged_shard_is_told_with_what_to_do(shards: ShardSet, path: str) -> None:
+    data = shards.store.get(path)
+    shards.store.put(path, data[: len(data) // 3] + b"x")
+    with pytest.raises(
+        UserError, match=rf"{shard_path(0)}: it, its index or its table is damaged .*; make verify DST=.* FULL=1"
+    ):
+        compact(shards.store)

@@ -14,9 +14,10 @@ import pytest
 from aiobotocore.awsrequest import AioAWSResponse
 from aiobotocore.httpsession import AIOHTTPSession
 
+from data_shards.pack import _check_writable
 from data_shards.s3 import PART_BYTES
 from data_shards.s3_bucket import Bucket
-from data_shards.store import Store, StoreError
+from data_shards.store import Denied, Store, StoreError
 
 
 class Question(NamedTuple):
@@ -92,6 +93,34 @@ def test_a_deletion_carries_the_md5_that_older_servers_insist_on(server: Server)
     server.answer = insist
     Store("s3://bucket/set").delete(["a", "b"])
     assert [question.target for question in server.questions] == ["/bucket?delete"]
+
+
+def test_a_key_that_may_put_and_not_delete_is_told_so_and_packs_all_the_same(server: Server) -> None:
+    """S3 answers 200 to a deletion that it refuses, with a cause for each object."""
+    cause = b"<Error><Key>set/plans/writable</Key><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+    server.answer = lambda _: Answer(body=b"<DeleteResult>" + cause + b"</DeleteResult>")
+    store = Store("s3://bucket/set")
+    with pytest.raises(Denied, match="s3://bucket/set/plans/writable: not deleted: Access Denied"):
+        store.delete(["plans/writable"])
+    _check_writable(store)
+
+
+def test_a_role_that_is_refused_is_one_line(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "config").write_text(
+        "[profile role]\nrole_arn = arn:aws:iam::123456789012:role/x\nsource_profile = keys\n"
+        "[profile keys]\naws_access_key_id = a\naws_secret_access_key = b\n"
+    )
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    for name, value in {"AWS_CONFIG_FILE": str(tmp_path / "config"), "AWS_PROFILE": "role"}.items():
+        monkeypatch.setenv(name, value)
+    refused = b"<ErrorResponse><Error><Code>AccessDenied</Code><Message>not you</Message></Error></ErrorResponse>"
+    server.answer = lambda _: Answer(403, body=refused)
+    with pytest.raises(Denied) as told:
+        Store("s3://bucket/set", retry_seconds=1).check()
+    assert "no key from profile role: " in str(told.value)
+    assert "AssumeRole operation: not you" in str(told.value)
+    assert "\n" not in str(told.value)
 
 
 @pytest.mark.slow

@@ -308,6 +308,38 @@ def test_a_column_of_a_type_that_cannot_be_sorted_is_told_with_what_to_do(kind: 
     assert metadata_schema(str(tmp_path / "list.parquet")) == pa.schema({"odd": fine})
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        pa.array([1], pa.timestamp("ns")),
+        pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff"], pa.binary()).buffers()),
+    ],
+    ids=["a time below a microsecond", "text that is none"],
+)
+def test_a_value_that_cannot_be_read_is_told_with_what_to_do(odd: pa.Array, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"path": ["a.jpg"], "odd": odd}), tmp_path / "list.parquet")
+    with pytest.raises(UserError, match=r"list\.parquet: a value cannot be read .*; cast its column, or leave it out"):
+        names(tmp_path / "list.parquet")
+
+
+def test_two_columns_that_would_bear_one_name_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "list.parquet"
+    for columns in (["path", "label", "source_label"], ["path", "score", "score"]):
+        pq.write_table(pa.Table.from_arrays([pa.array(["a.jpg"])] * 3, columns), path)
+        for ask in (names, lambda path: metadata_schema(str(path))):
+            with pytest.raises(UserError, match=r"list\.parquet: two columns (source_label|score); rename one"):
+                ask(path)
+    pq.write_table(pa.Table.from_arrays([pa.array(["a.jpg"])] * 3, ["path", "label", "source_label"]), path)
+    assert names(path, label="label") == ["a.jpg"]
+
+
+def test_a_column_of_bytes_is_one_of_paths_too(tiles: Path, tmp_path: Path) -> None:
+    """As Spark and DuckDB may write text."""
+    paths = sorted(map(str, tiles.rglob("*.jpg")))
+    pq.write_table(pa.table({"path": pa.array([path.encode() for path in paths])}), tmp_path / "list.parquet")
+    assert names(tmp_path / "list.parquet") == paths
+
+
 def test_several_parquet_lists_must_agree_in_their_columns(tiles: Path, tmp_path: Path) -> None:
     _, table = parquet_list(tmp_path, tiles)
     pq.write_table(table, tmp_path / "part-0.parquet")

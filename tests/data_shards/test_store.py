@@ -123,6 +123,30 @@ def test_files_go_up_and_down_unchanged_and_leave_nothing_beside_them(store: Sto
     assert [path.name for path in (tmp_path / "down").iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize(
+    ("number", "words"), [(errno.EACCES, "Permission denied"), (errno.ESTALE, "Stale file handle")]
+)
+def test_a_folder_that_cannot_be_listed_is_no_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str
+) -> None:
+    """Lists of removed images may be in it. Root may read any, so the system's answer is made up."""
+    store, scandir = Store(f"file://{tmp_path}/a"), os.scandir
+    store.put("removed/000001.txt", b"1")
+
+    def refused(path: str) -> object:
+        if str(path).endswith("/removed"):
+            raise OSError(number, os.strerror(number), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    for ask in (store.list, lambda: store.list("removed"), lambda: store.abandon("removed")):
+        with pytest.raises(StoreError, match=f"a/removed: {words}"):
+            ask()
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert [entry.path for entry in store.list("removed")] == ["removed/000001.txt"]
+    assert store.list("gone") == store.list("removed/000001.txt/x") == []
+
+
 def test_an_upload_to_a_folder_whose_process_was_killed_is_given_up(tmp_path: Path) -> None:
     store = Store(f"file://{tmp_path}/a")
     (tmp_path / "file").write_bytes(b"1")

@@ -134,6 +134,12 @@ def test_all_that_cannot_work_is_said_at_once_a_line_each(tmp_path):
     assert "signal_delay_s: 120 is not below the time limit" in lines[2]
 
 
+def test_a_gpu_that_no_node_has_is_not_asked_for(tmp_path):
+    config = small(put_set(tmp_path, 1000, 4000), "loader.device=cuda")
+    with pytest.raises(UserError, match=r"loader\.device: cuda, and SITE=here has no GPUs \(gpus_per_node: 0\)"):
+        make_plan(config, site(tmp_path, nodes=2))
+
+
 def test_lanes_that_fit_neither_the_batch_nor_the_ranks_are_both_said(tmp_path):
     config = small(put_set(tmp_path, 1000, 4000), "data.lanes=12", "model.batch_norm_lanes=4")
     with pytest.raises(UserError) as refused:

@@ -184,4 +184,6 @@ def test_a_gpu_makes_features_that_point_the_same_way(tmp_path: Path) -> None:
     for device, one in made.items():
         extract(one, one.left(), trunk.to(device), AUGMENT)
     cpu, gpu = (one.read(CPU)[1].float() for one in made.values())
-    assert torch.cosine_similarity(cpu - cpu.mean(0), gpu - gpu.mean(0)).min() > 0.98
+    alike = torch.cosine_similarity(cpu - cpu.mean(0), gpu - gpu.mean(0))
+    assert alike.mean() > 0.99
+    assert alike.min() > 0.95
