@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
 from data_shards.errors import UserError, one_line, told_when_full
 
 if TYPE_CHECKING:
@@ -27,6 +29,29 @@ def connect(folder: Path, memory_bytes: int) -> "duckdb.DuckDBPyConnection":
     database = duckdb.connect(str(folder / "work.duckdb"), config=options)
     database.execute("set enable_progress_bar = false")  # it would go to stdout, among what a script reads
     return database
+
+
+@contextlib.contextmanager
+def fed(database: "duckdb.DuckDBPyConnection", name: str, schema: pa.Schema, batches: Iterator[Any]) -> Iterator[None]:
+    """Batches as a table of that name, read as they come by what is asked meanwhile; raises their own UserError."""
+    import duckdb
+
+    met: list[UserError] = []
+
+    def watched() -> Iterator[Any]:
+        try:
+            yield from batches
+        except UserError as error:
+            met.append(error)
+            raise
+
+    database.register(name, pa.RecordBatchReader.from_batches(schema, watched()))
+    try:
+        yield
+    except duckdb.Error:
+        if met:
+            raise met[0] from None  # of which the engine has made an error of its own
+        raise
 
 
 @contextlib.contextmanager

@@ -14,8 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from data_shards.database import connected
-from data_shards.errors import told_when_full
+from data_shards.database import connected, fed
 from data_shards.index import ShardSet
 from data_shards.progress import Progress, quiet
 
@@ -44,7 +43,7 @@ def find(shards: ShardSet, lines: Iterable[str], progress: Progress = quiet) -> 
     """
     keys: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
     count = 0
-    with told_when_full(), connected("looking for the images") as (db, _):
+    with connected("looking for the images") as (db, _):
         db.execute("CREATE TABLE wanted (line VARCHAR)")
         named = filter(None, (line.strip() for line in lines))
         while some := list(islice(named, 100_000)):
@@ -86,12 +85,12 @@ def _scan(
         return np.empty(0, np.int64), 0, ()
     # what is wanted is what is held, the tables' rows go by: the engine cannot know how many these are
     db.execute("SET disabled_optimizers = 'join_order,build_side_probe_side'")
-    db.register("rows", pa.RecordBatchReader.from_batches(_ROWS, _rows(shards, progress)))
-    db.execute("""
-        CREATE TABLE found AS
-        SELECT DISTINCT id, line FROM (SELECT id, unnest([key, sha256, source]) AS name FROM rows)
-        JOIN (SELECT DISTINCT line FROM wanted) ON name = line
-    """)
+    with fed(db, "rows", _ROWS, _rows(shards, progress)):
+        db.execute("""
+            CREATE TABLE found AS
+            SELECT DISTINCT id, line FROM (SELECT id, unnest([key, sha256, source]) AS name FROM rows)
+            JOIN (SELECT DISTINCT line FROM wanted) ON name = line
+        """)
     ids = db.execute("SELECT DISTINCT id FROM found").fetchnumpy()["id"]
     db.execute("CREATE TABLE lost AS SELECT line FROM wanted ANTI JOIN found USING (line)")
     ((unknown,),) = db.execute("SELECT count(*) FROM lost").fetchall()

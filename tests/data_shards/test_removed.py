@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data_shards.errors import UserError
-from data_shards.index import Manifest, ShardSet, sample_key
+from data_shards.index import Manifest, ShardSet, sample_key, table_path
 from data_shards.lookup import find
 from data_shards.mixture import Mixture
 from data_shards.order import Order
@@ -183,6 +183,18 @@ def test_what_is_removed_is_replaced_by_the_order_and_is_no_bad_sample(shards: S
         ks = range(1, 9)
         stand_ins = [ORDER.replacement(before.lane, before.index, k) for k in ks]
         assert after.id == next(sample for sample in stand_ins if sample not in gone)
+
+
+def test_a_damaged_table_is_told_as_that_and_not_as_a_full_disk(tmp_path: Path) -> None:
+    store = Store((tmp_path / "set").as_uri())
+    pack(write_tiles(tmp_path / "tiles", 12), store, PackSettings(shard_bytes=20_000), workers=1)
+    shards = ShardSet.open(store)
+    last = table_path(len(shards.manifest.shard_samples) - 1)
+    store.put(last, store.get(last)[:200])
+    with pytest.raises(UserError) as told:
+        find(shards, ["photos/a.jpg"])
+    assert f"{last}: is damaged" in str(told.value)
+    assert "TMPDIR" not in str(told.value)
 
 
 def test_an_engine_without_room_to_look_for_images_is_told_in_one_line(
