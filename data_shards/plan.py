@@ -31,7 +31,7 @@ from data_shards.images import Refused, Rules, examine
 from data_shards.permutation import MAX_SIZE, Permutation
 from data_shards.progress import Progress, quiet
 from data_shards.shard import COLUMNS
-from data_shards.sources import Source, SourceOptions, one_spelling, read_source
+from data_shards.sources import Source, SourceOptions, base_of, one_spelling, read_source
 from data_shards.store import AlreadyExists, NotFound, Store
 
 if TYPE_CHECKING:
@@ -174,7 +174,8 @@ def _is_place(source: str) -> bool:
 
 
 def _is_same_place(one: str, other: str) -> bool:
-    """Also by way of links."""
+    """Also by way of links, and by patterns of which one has grown."""
+    one, other = base_of(one), base_of(other)
     return one == other or (one[:1] == other[:1] == "/" and os.path.realpath(one) == os.path.realpath(other))
 
 

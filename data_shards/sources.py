@@ -26,6 +26,7 @@ from data_shards.section import Section
 from data_shards.store import Denied, Unavailable
 
 _ARCHIVE = re.compile(r"\.(tar|zip|tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst|lz4))$", re.IGNORECASE)
+_PATTERN = re.compile(r"[*?\[{]")  # where one begins
 
 
 class Source(NamedTuple):
@@ -81,6 +82,18 @@ def tally(ignored: Mapping[str, int]) -> str:
 def one_spelling(src: str) -> str:
     """The same text for a source however it is typed, from whatever folder; a set knows by it what it was made of."""
     return src.rstrip("/") if is_remote(src) else _local(src)
+
+
+def base_of(src: str) -> str:
+    """From where the names in a source are counted, so that a pattern which has grown is known for the same source.
+
+    Of archives or images by a pattern that is the folder before it, as of all that lies in the folder; lists, which
+    name files from their own folders, are what they are.
+    """
+    special = _PATTERN.search(src)
+    if not special or not (_ARCHIVE.search(src) or _is_image(src, src)) or (src[:1] == "/" and Path(src).exists()):
+        return src
+    return one_spelling(src[: special.start()].rpartition("/")[0])
 
 
 def list_tars(src: str) -> list[str]:
@@ -155,7 +168,7 @@ def _listed(src: str, options: SourceOptions, ignored: Counter[str], own: str) -
 
 def _own(src: str, dst: str) -> str:
     """The folder of a set as the listing of `src` would spell it; a set that the sources lie in is not among them."""
-    special = re.search(r"[*?\[{]", src)
+    special = _PATTERN.search(src)
     folder = _spelled(src[: special.start()].rpartition("/")[0] if special else src)
     own = _spelled(dst)
     if not is_remote(folder) and not is_remote(own):  # links
@@ -179,7 +192,7 @@ def _is_in(url: str, folder: str) -> bool:
 
 def _expanded(src: str) -> Iterator[tuple[str, str]]:
     """Each url that a pattern stands for, and what goes before the names of what is in it. Raises UserError."""
-    special = re.search(r"[*?\[{]", src)
+    special = _PATTERN.search(src)
     if not special or (not is_remote(src) and Path(_local(src)).exists()):
         yield (src if is_remote(src) else _local(src)), ""
         return

@@ -13,6 +13,7 @@ from data_shards.index import Manifest, ShardSet
 from data_shards.pack import PackSettings, pack, prepare
 from data_shards.plan import forgotten, load_plans
 from data_shards.store import Store
+from tests.data_shards.test_archives import tar_of
 from tests.photos import write_tiles
 
 SMALL = PackSettings(shard_bytes=60_000)
@@ -88,6 +89,33 @@ def test_another_source_is_added_whole_even_when_its_names_are_the_same(folder: 
     shutil.copytree(folder, tmp_path / "copy")
     assert pack(tmp_path / "copy", store, PackSettings(shard_bytes=2**20), append=True).samples == 80
     assert [plan.number for plan in load_plans(store)] == [1, 2]
+
+
+@pytest.mark.parametrize("wider", ["{000..002}.tar", "*.tar", ""])
+@pytest.mark.parametrize("kind", ["file", "memory"])
+def test_a_pattern_that_has_grown_adds_what_is_new(tmp_path: Path, wider: str, kind: str) -> None:
+    tiles = sorted(write_tiles(tmp_path / "tiles", 24).rglob("*.jpg"))
+    tars = Store(f"file://{tmp_path}/tars" if kind == "file" else f"memory://{tmp_path.name}/tars")
+    for number in range(3):
+        members = {f"{path.stem}.jpg": path.read_bytes() for path in tiles[8 * number : 8 * number + 8]}
+        tar_of(tmp_path / "one.tar", members)
+        tars.put(f"{number:03d}.tar", (tmp_path / "one.tar").read_bytes())
+    store = Store(f"file://{tmp_path}/dst")
+    assert pack(f"{tars.url}/{{000..001}}.tar", store, SMALL).samples == 16
+    assert pack(f"{tars.url}/{wider}", store, SMALL, append=True).samples == 24
+    hashes = ShardSet.open(store).table()["sha256"].to_pylist()
+    assert len(set(hashes)) == 24
+
+
+def test_lists_by_a_pattern_are_other_sources_when_it_is_another_one(tmp_path: Path) -> None:
+    """They name files from their own folders: the same name may be another file."""
+    for folder in ("a", "b"):
+        tile = next(write_tiles(tmp_path / folder, 2).rglob("*.jpg"))
+        tile.rename(tmp_path / folder / "x.jpg")
+        (tmp_path / folder / "list.txt").write_text("x.jpg\n")
+    store = Store(f"file://{tmp_path}/dst")
+    assert pack(f"{tmp_path}/[a]/list.txt", store, SMALL).samples == 1
+    assert pack(f"{tmp_path}/[b]/list.txt", store, SMALL, append=True).samples == 2
 
 
 @pytest.mark.parametrize("spelling", ["src/", "src/.", "/{root}/src", "file://{root}/src/", "dst/../src", "link"])
