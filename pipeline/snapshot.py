@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from pipeline.sharding import first_row, is_parted, part
 
 _PARTS = "DCP_SHARDING_INFO"
+_ALIGNED = 64  # bytes
 _OWN = "queue."  # what the names in Queue.state begin with
 
 
@@ -62,7 +63,10 @@ def first_rows(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, i
 
 
 class HostCopy:
-    """Host memory for a rank's share, pinned where there is a GPU and used again by each copy."""
+    """Host memory for a rank's share, pinned where there is a GPU and used again by each copy.
+
+    In one piece: torch pins each by itself, and rounds it up to a power of two.
+    """
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
@@ -70,18 +74,25 @@ class HostCopy:
     def take(self, state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
         """Contiguous copies of what this rank has of them, complete at the return, overwritten by the next call."""
         parts = {name: part(state[name].detach()) for name in names}
-        self._buffers = {name: self._buffer(name, tensor) for name, tensor in parts.items()}
+        if _layout(parts) != _layout(self._buffers):
+            self._buffers = {}  # before there is memory for others
+            self._buffers = _room_for(parts)
         for name, buffer in self._buffers.items():
             buffer.copy_(parts[name], non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()
         return dict(self._buffers)
 
-    def _buffer(self, name: str, tensor: Tensor) -> Tensor:
-        old = self._buffers.get(name)
-        if old is not None and old.shape == tensor.shape and old.dtype == tensor.dtype:
-            return old
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=torch.cuda.is_available())
+
+def _layout(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+
+def _room_for(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    sizes = [-(-tensor.nbytes // _ALIGNED) * _ALIGNED for tensor in tensors.values()]
+    memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    room = zip(tensors.items(), torch.split(memory, sizes), strict=True)
+    return {name: piece[: tensor.nbytes].view(tensor.dtype).view(tensor.shape) for (name, tensor), piece in room}
 
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:

@@ -23,7 +23,7 @@ from data_shards.store import AlreadyExists, Denied, Store, StoreError, Unavaila
 from pipeline import commit, sender
 from pipeline.checkpoint import Checkpointer, CheckpointSettings, order_for
 from pipeline.commit import File, Manifest, NoRoom, Part, Place, Retention
-from pipeline.snapshot import deal
+from pipeline.snapshot import HostCopy, deal, write
 from pipeline.weights import point
 from tests.pipeline.distributed import run
 from tests.waiting import until
@@ -920,3 +920,26 @@ def test_two_ranks_save_load_refuse_and_fall_back_as_one(tmp_path: Path) -> None
     state = zeros(with_lanes(range(LANES)))
     one.checkpoints.load(found, state)
     assert same(state, with_lanes(range(LANES)))
+
+
+def test_a_copy_is_of_its_moment_in_one_piece_of_memory_that_the_next_one_takes_again(tmp_path: Path) -> None:
+    state = {
+        "odd": torch.arange(7, dtype=torch.float32),
+        "scalar": torch.tensor(3, dtype=torch.int64),
+        "half": torch.randn(3, 5).to(torch.bfloat16),
+        "flags": torch.tensor([True, False, True]),
+        "turned": torch.arange(6.0).view(2, 3).t(),
+    }
+    host = HostCopy()
+    first = host.take(state, state)
+    assert all(torch.equal(first[name], tensor) for name, tensor in state.items())
+    write(first, tmp_path / "first.safetensors")  # which refuses tensors that overlap
+    assert len({tensor.untyped_storage().data_ptr() for tensor in first.values()}) == 1
+    state["odd"] += 1
+    assert first["odd"][0] == 0
+    again = host.take(state, state)
+    assert again["odd"][0] == 1
+    assert [tensor.data_ptr() for tensor in again.values()] == [tensor.data_ptr() for tensor in first.values()]
+    other = host.take({"odd": torch.zeros(9)}, ["odd"])
+    assert other.keys() == {"odd"}
+    assert other["odd"].shape == (9,)
