@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,31 @@ def test_a_host_that_failed_twice_is_kept_out_and_three_starts_without_progress_
     assert all(node != first for record in (0, 1) for node in [one["node"] for one in said(job, record)][2:])
     assert excluded(Path(alone.site.shared_dir), alone.site.exclude_hours)[0] == first
     assert runs.status(job).state.startswith("failed (3 starts without a new checkpoint (out of memory); the last")
+
+
+BLINKS = 'case "$*" in *"supervise after"*) [ -e {once} ] || {{ touch {once}; exit 1; }} ;; esac; exec {python} "$@"'
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "reason"),
+    [
+        pytest.param(BLINKS, r"Python did not judge on node\d \(exit code 1\)", id="a shared disk that blinks"),
+        pytest.param(
+            'exec env PATH=/nowhere {python} "$@"', r"a rank on node\d left first", id="an image without SLURM"
+        ),
+    ],
+)
+def test_the_shell_of_the_batch_script_requeues_where_python_cannot(scene, wrapper, reason):
+    program, once = scene.folder / "python", scene.folder / "once"
+    program.write_text(f"#!/bin/bash\n{wrapper.format(python=sys.executable, once=once)}\n")
+    program.chmod(0o755)
+    scene.site = scene.site.model_copy(update={"python": str(program)})
+    job = scene.start(die_at=12, die_from=0, die_rank=1, die_how="kill")
+    wait(job)
+    assert [one["step"] for one in said(job, 0)] == [0, 10], tails(job)
+    assert ended(job, 1) == "finished"
+    (requeued,) = [event for event in events(job.run_dir) if event["event"] == "requeued"]
+    assert re.match(reason, requeued["reason"])
 
 
 def test_all_ranks_killed_at_once_are_requeued(scene):
