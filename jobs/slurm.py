@@ -58,7 +58,8 @@ def queue(runs: Sequence[str]) -> list[Queued]:
         for line in lines:
             if line.count("|") >= 5:
                 job, state, nodes, reason, user, run = line.strip().split("|", 5)
-                found.append(Queued(job, state, nodes, reason, run, user))
+                if state != "REVOKED":  # of a federation: another cluster has taken it
+                    found.append(Queued(job, state, nodes, reason, run, user))
     return found
 
 

@@ -166,7 +166,8 @@ def test_a_job_that_names_no_partition_comes_into_the_default_one(fake: Fake) ->
 
 
 def test_jobs_are_found_by_the_runs_name_whoever_submitted_them(fake: Fake) -> None:
-    calls = fake("squeue", "echo '12|RUNNING|node[1-2]|None|ada|s3://runs/big'")
+    revoked = "echo '67108865|REVOKED||None|ada|s3://runs/big'"
+    calls = fake("squeue", f"{revoked}; echo '12|RUNNING|node[1-2]|None|ada|s3://runs/big'")
     (found,) = slurm.queue(["big", "small"])
     assert (found.job, found.state, found.run, found.user) == ("12", "RUNNING", "s3://runs/big", "ada")
     assert lines(calls) == ["--all --noheader --name farseer-big,farseer-small --format %i|%T|%N|%r|%u|%k"]
