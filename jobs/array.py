@@ -92,8 +92,10 @@ class Array:
         """The array that was submitted for this before, if SLURM still has it."""
         try:
             number = str(json.loads((self.folder / "array.json").read_text())["job"])
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError, KeyError):  # none yet, or one that a full disk has cut
             return None
+        except PermissionError as error:
+            raise UserError(f"SITE={self.site.name}: another user is at the same work: {error}") from None
         return number if slurm.job_state(number) is not None else None
 
     def _submit(self, task: Task, workers: int) -> str:

@@ -34,6 +34,8 @@ def checkpoints(job: Job, verify: bool = False) -> list[Stored]:
         state, damage = "committed" if commit.MANIFEST in objects else "not committed", None
         if verify and state == "committed":
             damage = commit.damage(store, place)
+            if damage and not store.exists(f"{place.path}/{commit.MANIFEST}"):
+                continue  # an old one, which its run has deleted meanwhile
             state = "damaged" if damage else "verified"
         at = told.get((place.step, place.attempt))
         age_s = None if at is None else time.time() - at

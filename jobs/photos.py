@@ -227,7 +227,7 @@ def _from_folder(src: Path, folder: Path) -> Pictures:
     used = looked_at = 0
     for path in files:
         looked_at += 1
-        used += _write_photograph(path, f"{looked_at:04d}-{_slug(path.stem)}", folder)
+        used += _write_photograph(path, f"{looked_at:04d}-{_slug(path.stem)[:50]}", folder)
         if used == MOST_PHOTOGRAPHS:
             break
     tiles = _count(folder / "train")

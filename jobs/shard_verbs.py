@@ -226,7 +226,8 @@ def compact(options: argparse.Namespace) -> int:
 def seen(options: argparse.Namespace) -> int:
     from pipeline.seen import seen as look
 
-    found = look(run_folder(options), options.image, ProgressLine())
+    image = os.fsencode(options.image).decode(errors="backslashreplace")  # as the tables write such names
+    found = look(run_folder(options), image, ProgressLine())
     say_found(options, found, found.lines())
     return 0
 

@@ -139,10 +139,13 @@ def publish(run_dir: Path, job: str, store: Store) -> None:
 
 
 def committed_step(store: Store) -> int | None:
-    """The step of the newest checkpoint that exists (its manifest does), None when there is none."""
-    pattern = re.compile(r"checkpoints/step-(\d+)-a\d+/MANIFEST\.json")
-    steps = [int(found[1]) for entry in store.list("checkpoints") if (found := pattern.fullmatch(entry.path))]
-    return max(steps, default=None)
+    """The step of the newest attempt's newest checkpoint that exists (its manifest does), None when there is none.
+
+    One of an earlier attempt may be above it: damaged, so that the later one went on from below.
+    """
+    pattern = re.compile(r"checkpoints/step-(\d+)-a(\d+)/MANIFEST\.json")
+    found = filter(None, (pattern.fullmatch(entry.path) for entry in store.list("checkpoints")))
+    return max(((int(one[2]), int(one[1])) for one in found), default=(0, None))[1]
 
 
 def stalled_starts(noted: Sequence[dict[str, Any]], committed: int | None) -> int:

@@ -42,7 +42,9 @@ class NoRoom(UserError):
 
 
 class Refused(UserError):
-    """A checkpoint that a rank does not let come into being."""
+    """A checkpoint that a rank does not let come into being: its disk is full, say, and another start's may not be."""
+
+    passing = True
 
 
 @dataclass(frozen=True, order=True)

@@ -229,7 +229,10 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> _Source:
         return own
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(f"{path}: found no mapping; valid is a mapping of sections, such as `optim: {{lr: 0.3}}`")
-    own.values = _mapping(root, path, "", own)
+    try:
+        own.values = _mapping(root, path, "", own)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a tag, a date that is none, an anchor in itself
+        raise ConfigError(not_yaml(path, error)) from None
     parent = own.values.pop("extends", None)
     return own if parent is None else _merge(_read_file(path.parent / str(parent), (*seen, path.resolve())), own)
 
@@ -287,7 +290,7 @@ def _override(source: _Source, text: str) -> None:
         target = inner
     try:
         target[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # the latter: a date that is none
         source.errors.append(f"SET: {key}: found {value!r}, which is not a YAML value")
     source.places[key] = "SET"
 

@@ -115,7 +115,7 @@ class Watchdog:
 
         The first step, with its data, is part of the start.
         """
-        if self._at != "start" or at not in ("step", "data"):
+        if self._at != "start" or at not in ("step", "data", "profile"):
             self._at, self._moved = at, time.monotonic()
 
     def close(self) -> None:

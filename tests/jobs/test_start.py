@@ -5,7 +5,7 @@ import pytest
 
 from data_shards.errors import BadHost, UserError
 from jobs.daemons import Process
-from jobs.start import Start, attempt_files, events, newest_start, note, this_host
+from jobs.start import Start, append_lines, attempt_files, events, newest_start, note, this_host
 
 LACKED = "libcuda.so.1: cannot open shared object file"  # by this host: no error of the code
 
@@ -103,3 +103,12 @@ def test_what_happens_to_a_start_is_noted_with_its_job_and_the_attempt_that_was_
     }  # fmt: skip
     assert second["event"] == "submitted"
     assert attempt_files(start.run_dir, "metrics.jsonl") == [start.run_dir / "a10" / "metrics.jsonl"]
+
+
+def test_a_line_that_a_full_disk_has_cut_takes_no_other_with_it(tmp_path):
+    path = tmp_path / "jobs.jsonl"
+    append_lines(path, [{"event": "submitted"}])
+    with path.open("a") as file:
+        file.write('{"event": "requ')
+    append_lines(path, [{"event": "submitted", "job": "8"}, {"event": "failed"}])
+    assert [event["event"] for event in events(tmp_path)] == ["submitted", "submitted", "failed"]

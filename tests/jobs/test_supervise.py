@@ -106,6 +106,14 @@ def test_only_a_checkpoint_with_its_manifest_counts_as_committed(tmp_path):
     assert committed_step(store) == 100
 
 
+def test_progress_below_a_damaged_checkpoint_is_progress(tmp_path):
+    """A later attempt has passed over it, and goes on from an older one."""
+    store = Store(f"file://{tmp_path}/run")
+    for path in ("step-000000400-a1", "step-000000100-a2", "step-000000200-a2"):
+        store.put(f"checkpoints/{path}/MANIFEST.json", b"{}")
+    assert committed_step(store) == 200
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Start:
     (tmp_path / "shared" / "run" / "logs").mkdir(parents=True)

@@ -69,6 +69,17 @@ def test_a_silent_rank_is_named_and_the_stacks_of_the_others_are_saved(watched: 
     assert "test_watchdog.py" in (watched.folder / "stacks-0000.txt").read_text()
 
 
+def test_the_first_step_is_part_of_the_start_whatever_is_looked_at_before_it(watched: Watched) -> None:
+    """As a profile that nobody has asked for, of which rank 0 makes sure."""
+    (dog,) = watched.start(1, WatchdogSettings(floor_s=0.6, start_s=600.0, beat_s=0.1))
+    for at in ("data", "profile", "step"):
+        dog.now(at)
+    assert dog._at == "start"
+    dog.step(1)
+    dog.now("profile")
+    assert dog._at == "profile"
+
+
 # A store is forgotten, and collected the later the larger `after` is, while stacks are saved and threads come and go.
 GARBAGE = """
 import faulthandler, gc, sys, threading
