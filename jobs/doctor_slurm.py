@@ -37,7 +37,7 @@ def _look_at_partition(site: Site, name: str, config: dict[str, str]) -> Iterato
     shown = slurm.ask("scontrol", "show", "partition", name, "--oneliner", "--all")
     partition = dict(pair.split("=", 1) for pair in shown.split() if "=" in pair)
     up = partition["State"] == "UP"
-    states = slurm.ask("sinfo", "--all", "--noheader", "--partition", name, "--format", "%D %T").splitlines()
+    states = slurm.ask("sinfo", "--noheader", "--partition", name, "--format", "%D %T").splitlines()
     counted = ", ".join(line.strip() for line in states)
     yield Finding("partition", up, f"{name} is {partition['State']}: {counted} ({slurm.version()})")
     yield _time_limit(site, name, partition["MaxTime"])

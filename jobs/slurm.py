@@ -196,7 +196,8 @@ def spared(
 
 def _nodes(*which: str) -> list[list[str]]:
     """Name, partition, features and generic resources of nodes, a row for each partition that one is in."""
-    lines = ask("sinfo", "--all", "--noheader", "--Node", *which, "--format", "%N|%P|%f|%G").splitlines()
+    shown = () if "--partition" in which else ("--all",)  # sinfo takes one of them; a partition's name shows it, too
+    lines = ask("sinfo", *shown, "--noheader", "--Node", *which, "--format", "%N|%P|%f|%G").splitlines()
     return [line.split("|") for line in lines]
 
 
