@@ -137,6 +137,7 @@ def _without_python(max_cycles: int) -> list[str]:
     """
     event = '{"time": %s, "attempt": 0, "job": "%s", "start": %s, "event": "%s", "reason": "%s"}\\n'
     told = '"$(date +%s)" "$FARSEER_JOB" "$FARSEER_START" "$1" "$2"'
+    final = "|".join(f"*{shlex.quote(sign)}*" for sign in slurm.FINAL)
     file, again, patience = '"$FARSEER_RUN_DIR/jobs.jsonl"', max_cycles - 1, round(slurm.PATIENCE_S / slurm.AGAIN_S)
     return [
         f"farseer_note() {{ printf '{event}' {told} >> {file}; }}",
@@ -151,7 +152,7 @@ def _without_python(max_cycles: int) -> list[str]:
         "  fi",
         f"  for _ in $(seq {patience}); do",
         '    said=$(scontrol requeue "$SLURM_JOB_ID" 2>&1) && exit "$1"',
-        "    case $said in *disabled*|*'Invalid job id'*|*'ermission denied'*) break ;; esac",
+        f"    case $said in {final}) break ;; esac",
         f"    sleep {slurm.AGAIN_S:g}",
         "  done",
         """  farseer_note failed "it is not started again: $(printf %s "$said" | tr -cd '[:alnum:] .,:_-')\"""",

@@ -48,14 +48,21 @@ SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "W
 _OF_ANOTHER_JOB = ("SLURM_", "SBATCH_", "SRUN_")
 # Its other tools answer and do less under these: a squeue of one user's jobs does not show whose are on a run.
 _OF_ITS_TOOLS = ("SQUEUE_", "SINFO_", "SCANCEL_", "SCONTROL_")
-# Options of sbatch that are Farseer's, each with the key of a site from which it follows.
-_OURS = {
-    **{name: name for name in ("nodes", "partition", "account", "qos", "constraint")},
-    **{"ntasks-per-node": "ranks_per_node", "cpus-per-task": "cpus_per_rank", "time": "time_limit_min"},
-    **{"signal": "signal_delay_s"},
-    **dict.fromkeys(("array", "chdir", "comment", "error", "export", "job-name", "ntasks", "open-mode", "output"), ""),
-    **dict.fromkeys(("requeue", "no-requeue"), ""),
+# Options of sbatch that follow from a key of the site.
+_OF_ITS_KEYS = {
+    "nodes": "nodes",
+    "ntasks-per-node": "ranks_per_node",
+    "cpus-per-task": "cpus_per_rank",
+    "partition": "partition",
+    "account": "account",
+    "qos": "qos",
+    "constraint": "constraint",
+    "time": "time_limit_min",
+    "signal": "signal_delay_s",
 }
+# And those by which a job is one of Farseer's.
+_OURS = {"array", "chdir", "comment", "error", "export", "job-name", "ntasks", "open-mode", "output"}
+_OURS |= {"requeue", "no-requeue"}
 _DEFAULTS = ("account", "partition", "qos")  # of the user's, where the site leaves them open
 _SECRET = re.compile(r"SECRET|(^|_)TOKEN(_|$)|PASSWORD|API_?KEY|ACCESS_KEY", re.IGNORECASE)
 _FILE = re.compile(r"_(FILE|PATH|DIR)$", re.IGNORECASE)  # of a secret, which may be named
@@ -108,8 +115,11 @@ class Site(Section):
     def _leaves_to_us_what_is_ours(cls, options: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
         """What follows from the site's own keys, or makes a job one of Farseer's, has one place."""
         for name in options:
-            if (key := _OURS.get(name.replace("_", "-"))) is not None:
-                raise ValueError(f"no {name}: {f'the site says it by {key}' if key else 'Farseer has its own'}")
+            option = name.replace("_", "-")
+            if option in _OF_ITS_KEYS:
+                raise ValueError(f"no {name}: the site says it by {_OF_ITS_KEYS[option]}")
+            if option in _OURS:
+                raise ValueError(f"no {name}: Farseer has its own")
         return options
 
     @field_validator("extra")

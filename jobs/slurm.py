@@ -4,7 +4,6 @@ They are asked for `--all`: else nobody but root hears of partitions that a clus
 """
 
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +18,7 @@ from data_shards.errors import UserError
 TIMEOUT_S = 30.0
 PATIENCE_S = 1800.0  # for a requeue while the controller is busy or starts again
 AGAIN_S = 5.0
+FINAL = ("disabled", "Invalid job id", "ermission denied")  # in what is said of a requeue that will never be
 NAMES = 1000  # of 72 letters at most: Linux takes no argument of 128 KiB
 _HINT = "make cluster-up for the local one, or another SITE=..."
 USABLE = "idle,alloc,mix,comp,resv,plnd"  # states of nodes that run jobs, or soon will
@@ -124,10 +124,9 @@ def requeue(job: str, patience_s: float = 0.0) -> None:
         try:
             ask("scontrol", "requeue", job)
             return
-        except NotInstalled:
-            raise
         except SlurmError as error:
-            if time.monotonic() > end or re.search("disabled|Invalid job id|[Pp]ermission denied", str(error)):
+            final = isinstance(error, NotInstalled) or any(sign in str(error) for sign in FINAL)
+            if final or time.monotonic() > end:
                 raise
         time.sleep(AGAIN_S)
 

@@ -168,9 +168,9 @@ def _newest(store: Store, run_dir: Path, noted: Sequence[dict[str, Any]]) -> int
         return committed_step(store)
     except UserError:
         told = (event for path in attempt_files(run_dir, "events.jsonl") for event in read_lines(path))
-        steps = [event["step"] for event in told if event["event"] == "committed"]
-        steps += [event["committed"] for event in noted if event.get("committed") is not None]
-        return max(steps, default=None)
+        known = [event["committed"] for event in noted if "committed" in event]
+        known += [event["step"] for event in told if event["event"] == "committed"]
+        return known[-1] if known else None
 
 
 def _in_words(exit_code: int) -> str:

@@ -38,11 +38,11 @@ class Late(NamedTuple):
 
 def record(path: Path) -> None:
     """Write down what this process has begun, and what of it goes on; nothing where torch does not tell."""
-    torch = sys.modules.get("torch._C._distributed_c10d")  # else there are no collectives
+    c10d = sys.modules.get("torch._C._distributed_c10d")  # else there are no collectives
     told = {}
     for backend, name in _RECORDERS.items():
         with suppress(Exception):  # a private function, which torch without NCCL has not
-            told[backend] = json.loads(getattr(torch, name)(includeCollectives=True, onlyActive=True))
+            told[backend] = json.loads(getattr(c10d, name)(includeCollectives=True, onlyActive=True))
     if told:
         with suppress(OSError):  # the disk may be full
             write_whole(path, json.dumps(told))

@@ -36,7 +36,7 @@ from pipeline.collectives import late, record
 MEDIANS = 20  # a step that takes so many times the median is none any more
 SILENT_BEATS = 3  # without a new one in this time a rank is silent
 CLOSE_S = 5.0  # for what is just being written; a disk that does not answer holds up no end
-LEAVE_S = 4 * CLOSE_S
+LEAVE_S = 4 * CLOSE_S  # then a process goes that nothing else can end
 LATE_S = 3.0  # after the deadline of a stop: the thread that trains says better why it is not done
 
 
