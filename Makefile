@@ -163,7 +163,7 @@ replay: .venv/stamp ## what RUN= saw at STEP=: images and crops, checked by the 
 	@$(FARSEER) replay $(run_option) $(site_option) --step "$(or $(STEP),$(error say which step: make replay RUN=name STEP=1000))" $(if $(TO),--to "$(TO)")
 
 .PHONY: sync
-sync: .venv/stamp ## send to W&B what RUN= has recorded offline, as one run
+sync: .venv/stamp ## send to W&B what it has not got of RUN=: recorded offline, or lost while W&B was away
 	@$(FARSEER) sync $(run_option) $(site_option)
 
 .PHONY: chaos

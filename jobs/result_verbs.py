@@ -50,7 +50,7 @@ def result_verbs(verbs: Any) -> None:
     options.add_argument("--to", help="the page's file; by default var/replay-<run>-<step>.html")
     options.add_argument("--device", choices=("cpu", "cuda", "auto"), default="auto", help="that makes the crops")
     site_option(options)
-    site_option(run_option(add_verb(verbs, "sync", sync, "send to W&B what a run has recorded offline")))
+    site_option(run_option(add_verb(verbs, "sync", sync, "send to W&B what it has not got of a run")))
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -140,9 +140,11 @@ def replay(options: argparse.Namespace) -> int:
 
 def sync(options: argparse.Namespace) -> int:
     from jobs.wandb_sync import send
+    from pipeline.report.figures import listed, times
 
-    sent = send(newest_job(options))
-    say(f"{len(sent)} sent" if sent else "all of it was sent before")
+    starts, rows = send(newest_job(options))
+    sent = [times(starts, "start") + " recorded offline"] * bool(starts) + [times(rows, "missed row")] * bool(rows)
+    say(f"{listed(sent)} sent" if sent else "W&B has all of it")
     return 0
 
 

@@ -5,31 +5,25 @@ memory), never compared. Neither the store nor W&B can hold up or stop the train
 what they do not take is said by an event. The local lines are the truth; W&B gets from them what it has missed.
 """
 
-import json
 import math
-import queue
 import threading
 import time
 from collections import deque
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from data_shards.errors import one_line
 from data_shards.section import Section
-from data_shards.whole import write_whole
-from pipeline.journal import attempt_folders, last_line, read_lines
-from pipeline.wandb_client import Mode, end_service, finish, open_client
+from pipeline.journal import attempt_folders, last_line
+from pipeline.wandb_client import Mode
+from pipeline.wandb_rows import WandbRows, WandbRun
 
 if TYPE_CHECKING:  # pipeline.run reads a config, of which the settings below are a section
     from pipeline.run import Run
 
 CLOSE_S = 10.0  # for the last upload and for W&B's end, together; the requeue of a preempted job waits for it
 LAST_S = 60.0  # the same for a run that has finished: no later start sends what W&B has not got
-SETTLED_S = 3.0  # after that a row has certainly reached the file
-WAITING_ROWS = 100_000  # that W&B may be behind
 
 
 def close_s(finished: bool, stop_budget_s: float) -> float:
@@ -76,7 +70,8 @@ class Monitor:
         self._closing = threading.Event()
         self._uploader = threading.Thread(target=self._upload_now_and_then, name="metrics-upload", daemon=True)
         self._uploader.start()
-        self._wandb = WandbRows(run, settings, config, wandb_id) if settings.wandb != "disabled" else None
+        of_run = WandbRun(run.local.parent, run.store.url, wandb_id, settings, config)
+        self._wandb = WandbRows(run, of_run) if settings.wandb != "disabled" else None
 
     def row(self, result: dict[str, Any], run_part: dict[str, Any]) -> None:
         """Take one step's values; numbers that are not finite become None."""
@@ -152,118 +147,3 @@ class Recovery:
             return None
         redone, self._reached = max(0, self._reached - self._start), None
         return {"step": step, "seconds": round(time - self._heard, 1), "redone": redone}
-
-
-class WandbRows:
-    """W&B's own client in a thread, fed each row of the run, in the order of steps, under one id.
-
-    `wandb/sent.json` beside W&B's files on the shared disk says up to which step they are complete. A row above goes
-    out; rows of earlier attempts that W&B has missed, since it or the process died, go first. So each row goes out
-    once, or twice if it went out in the seconds before a kill. After an error, or when it is far behind, W&B gets no
-    more rows of this attempt.
-    """
-
-    def __init__(self, run: "Run", settings: MonitorSettings, config: dict[str, Any], wandb_id: str) -> None:
-        self._run, self._settings, self._config, self._id = run, settings, config, wandb_id
-        self._state = run.local.parent / "wandb" / "sent.json"
-        self._rows: queue.Queue[dict[str, Any] | tuple[str, str] | None] = queue.Queue(WAITING_ROWS)  # None: the end
-        self._outcome: str | None = None
-        self._behind = False
-        self._sent = 0  # the last step that W&B has got
-        self._settling = (0, 0.0)  # a step that it had got by that time
-        self._thread = threading.Thread(target=self._serve, name="wandb", daemon=True)
-        self._thread.start()
-
-    def row(self, row: dict[str, Any]) -> None:
-        """Take a row as it stands in metrics.jsonl. Never waits."""
-        if not self._thread.is_alive() or self._behind:
-            return
-        try:
-            self._rows.put_nowait(row)
-        except queue.Full:
-            self._behind = True
-            self._run.event("W&B failed", reason=f"it is {WAITING_ROWS} rows behind; they go out with the next start")
-
-    def alert(self, title: str, text: str) -> None:
-        """Have W&B tell those who want to be told, by mail or Slack."""
-        with suppress(queue.Full):
-            self._rows.put_nowait((title, text))
-
-    def close(self, deadline: float, outcome: str | None = None) -> None:
-        """Finish W&B's files and end its process, by the deadline (monotonic). May be called twice."""
-        self._outcome = self._outcome or outcome
-        with suppress(queue.Full):
-            self._rows.put_nowait(None)
-        self._thread.join(max(0.0, deadline - time.monotonic()))
-
-    def _serve(self) -> None:
-        try:
-            self._sent = self._read_sent()
-            self._settling = (self._sent, time.monotonic())
-            client = self._open()
-            self._feed(client)
-            finish(client, self._outcome)
-            self._keep(self._sent)
-        except Exception as error:  # noqa: BLE001 - whatever befalls W&B, the training goes on
-            self._run.event("W&B failed", reason=f"{one_line(error)}; its rows go out with the next start")
-        finally:
-            end_service()
-
-    def _feed(self, client: Any) -> None:
-        """Send rows until there are no more, before the first one those that W&B has missed."""
-        behind = True
-        for row in iter(self._rows.get, None):
-            if isinstance(row, tuple):
-                client.alert(*row, level="WARN")
-                continue
-            for earlier in self._missed(row["result"]["step"]) if behind else ():
-                self._send(client, earlier)
-            behind = False
-            self._send(client, row)
-
-    def _send(self, client: Any, row: dict[str, Any]) -> None:
-        step = row["result"]["step"]
-        if step <= self._sent:
-            return
-        named = {f"{part}/{key}": value for part in ("result", "run") for key, value in row[part].items()}
-        client.log({"step": step} | {k: v for k, v in named.items() if v is not None and k != "result/step"})
-        self._sent = step
-        settled, since = self._settling
-        if time.monotonic() - since > SETTLED_S:
-            self._keep(settled)
-            self._settling = (step, time.monotonic())
-
-    def _missed(self, first: int) -> list[dict[str, Any]]:
-        """Rows of earlier attempts between the last step sent and `first`, in order; a later attempt's counts."""
-        rows: dict[int, dict[str, Any]] = {}
-        if self._sent + 1 < first:
-            for folder in attempt_folders(self._run.local.parent).values():
-                path = folder / "metrics.jsonl"
-                last = last_line(path) if folder != self._run.local else None
-                if last is not None and last["result"]["step"] > self._sent:  # of days, one attempt alone is parsed
-                    rows |= {row["result"]["step"]: row for row in read_lines(path)}
-        return [rows[step] for step in sorted(rows) if self._sent < step < first]
-
-    def _open(self) -> Any:
-        self._state.parent.mkdir(parents=True, exist_ok=True)
-        return open_client(
-            self._settings.wandb,
-            self._state.parent.parent,
-            lambda reason: self._run.event("W&B offline", reason=reason),
-            id=self._id,
-            name=(name := self._run.store.url.rsplit("/", 1)[-1]),
-            group=name,
-            project=self._settings.project,
-            entity=self._settings.entity,
-            config=self._config,
-        )
-
-    def _read_sent(self) -> int:
-        try:
-            state = json.loads(self._state.read_text())
-            return int(state["step"]) if state["id"] == self._id else 0  # else of a run that had the same name
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return 0  # none, or cut by a machine that lost its power: rows go out again
-
-    def _keep(self, step: int) -> None:
-        write_whole(self._state, json.dumps({"id": self._id, "step": step}))

@@ -13,8 +13,9 @@ from data_shards.errors import one_line
 
 Mode = Literal["auto", "online", "offline", "disabled"]
 INIT_S = 30.0  # for a W&B server to answer, before the run is recorded offline
-FINISH_S = 5.0
+FINISH_S = 5.0  # for W&B to get the last rows, where a job waits for it
 FLUSH_S = 1.0  # between W&B's writes to its file
+RETRIES = 10_000  # a minute apart: W&B drops all rows of a start, without an error, when it has given up
 
 
 def wandb_url() -> str:
@@ -36,21 +37,23 @@ def wandb_mode(asked: Mode) -> Mode:
     return "online" if known else "offline"
 
 
-def open_client(asked: Mode, folder: Path, went_offline: Callable[[str], None], **identity: Any) -> Any:
+def open_client(
+    asked: Mode, folder: Path, went_offline: Callable[[str], None], finish_s: float = FINISH_S, **identity: Any
+) -> Any:
     """W&B's client, whose files go to folder/wandb; offline when there is no network to be online with.
 
-    went_offline: is told why. identity: what `wandb.init` is to know of the run.
+    went_offline: is told why. finish_s: how long its end may take. identity: what `wandb.init` is to know of the run.
     """
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else a crash sends stack frames to W&B
     mode = wandb_mode(asked)
     try:
-        return _init(mode, folder, identity)
+        return _init(mode, folder, finish_s, identity)
     except Exception as error:
         if mode == "offline":
             raise
         went_offline(f"{one_line(error)}; make sync sends the run later")
         end_service()
-        return _init("offline", folder, identity)
+        return _init("offline", folder, finish_s, identity)
 
 
 def finish(client: Any, outcome: str | None) -> None:
@@ -71,7 +74,7 @@ def end_service() -> None:
         wandb.teardown()
 
 
-def _init(mode: Any, folder: Path, identity: dict[str, Any]) -> Any:
+def _init(mode: Any, folder: Path, finish_s: float, identity: dict[str, Any]) -> Any:
     import wandb
 
     settings = wandb.Settings(
@@ -80,10 +83,11 @@ def _init(mode: Any, folder: Path, identity: dict[str, Any]) -> Any:
         disable_git=True,
         disable_code=True,
         init_timeout=INIT_S,
-        finish_timeout=FINISH_S,
+        finish_timeout=finish_s,
         finish_timeout_raises=True,  # else what W&B has not got by then would count as sent
         x_disable_meta=True,
         x_transaction_log_flush_interval=FLUSH_S,
+        x_file_stream_retry_max=RETRIES,
     )
     client = wandb.init(mode=mode, dir=folder, resume="allow", settings=settings, **identity)
     client.define_metric("*", step_metric="step")

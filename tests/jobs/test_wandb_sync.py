@@ -1,20 +1,28 @@
-"""What was recorded offline is found and handed to W&B's own command; whatever keeps it here is told in one line."""
+"""What W&B has not got of a run is found and goes out; whatever keeps it here is told in one line."""
 
 import http.server
+import json
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import yaml
 
 from data_shards.errors import UserError
+from data_shards.store import Store
 from jobs.cli import main
 from jobs.daemons import Process
 from jobs.runs import Job
+from jobs.site import ROOT
 from jobs.wandb_sync import send
+from pipeline.config import load
+from pipeline.run import Record
+from tests.pipeline.wandb_server import serve
 
 RECORD = """
 import sys, wandb
@@ -57,7 +65,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def job(tmp_path: Path) -> Job:
     """The last job of a run that is over."""
     (tmp_path / "run").mkdir()
-    job = Job("run", tmp_path / "run", "s3://runs/run", "local-7", Process(2**30, 0))
+    job = Job("run", tmp_path / "run", f"file://{tmp_path}/runs/run", "local-7", Process(2**30, 0))
     job.save()
     return job
 
@@ -80,14 +88,41 @@ def test_what_the_server_refuses_is_named_and_stays_to_be_sent(
     assert "/graphql" in Refusing.asked  # W&B's own command has asked, though it leaves with 0
     (file,) = folder.glob("*.wandb")
     file.with_name(f"{file.name}.synced").touch()  # as that command does when all has gone out
-    assert send(job) == []
+    assert send(job) == (0, 0)
     assert list(here.iterdir()) == []  # that command writes a log into the folder where it is called
+
+
+@pytest.mark.slow
+def test_what_was_recorded_offline_goes_out_and_then_what_a_start_online_has_lost(
+    job: Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorded(job)
+    (job.run_dir / "wandb" / "run-20260101_000000-run-id").mkdir()  # of a start online, which has lost step 2
+    (job.run_dir / "a01").mkdir()
+    rows = [{"result": {"step": step, "loss": 0.5}, "run": {"attempt": 1}} for step in (1, 2)]
+    (job.run_dir / "a01" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    store = Store(job.store)
+    store.put("run.json", json.dumps(asdict(Record("f", "layout", 10, 1, "run-id", 0.0, {}))).encode())
+    store.put("config.yaml", yaml.safe_dump(load(ROOT / "conf" / "demo.yaml").dump()).encode())
+    site = tmp_path / "site.yaml"
+    site.write_text(f"executor: local\nshared_dir: {tmp_path}\n")
+    monkeypatch.setenv("WANDB_API_KEY", 40 * "a")
+    with serve() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        for _ in range(2):
+            assert main(["sync", "--run", "run", "--site", str(site)]) == 0
+        assert [(row["step"], row.get("loss"), row.get("result/loss")) for row in server.runs["run-id"].rows] == [
+            (1, 0.5, None),
+            (2, None, 0.5),
+        ]
+    told = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("wandb:")]
+    assert told == ["1 start recorded offline and 1 missed row sent", "W&B has all of it"]
 
 
 def test_nothing_recorded_no_key_and_no_server_are_a_line_each(
     job: Job, server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match="nothing was recorded offline"):
+    with pytest.raises(UserError, match="W&B has recorded nothing of this run"):
         send(job)
     (job.run_dir / "wandb" / "offline-run-20260101_000000-run-id").mkdir(parents=True)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
