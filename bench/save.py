@@ -19,6 +19,7 @@ from torch import Tensor
 from bench.figures import keep, options
 from data_shards.store import Store
 from pipeline.checkpoint import Checkpointer, CheckpointSettings
+from pipeline.ranks import Ranks
 
 LARGEST_MIB = 32  # of a tensor, halved again and again for the others
 
@@ -56,8 +57,8 @@ def state_of(mib: int) -> dict[str, Tensor]:
 def measure(state: dict[str, Tensor], folder: Path, rounds: int) -> tuple[list[float], list[float]]:
     """Seconds of a save and of a bare copy, by turns, after one of each that warms up."""
     checkpoints = Checkpointer(
-        Store(f"file://{folder}/store"), folder / "local", attempt=1, fingerprint="bench", rank=0, world_size=1,
-        group=None, settings=CheckpointSettings(), fence=lambda: None, event=lambda name, **fields: None,
+        Store(f"file://{folder}/store"), folder / "local", attempt=1, fingerprint="bench", host="node1",
+        ranks=Ranks(0, 1, None), settings=CheckpointSettings(), fence=lambda: None, event=lambda name, **fields: None,
     )  # fmt: skip
     into = {name: torch.empty_like(tensor) for name, tensor in state.items()}
     saves, copies = list[float](), list[float]()

@@ -13,7 +13,6 @@ Each process counts what it writes and looks at the disk again after a 64th of t
 
 import os
 import re
-import secrets
 import time
 import warnings
 from collections.abc import Iterator
@@ -22,10 +21,11 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
+from data_shards.whole import HIDDEN, write_whole
+
 FOLDER = "farseer-cache"
 LEFTOVER_S = 3600.0  # a file that was not finished by then never will be
 _ENTRY = re.compile(r"([0-9a-f]{32})-(\d+)-(\d+)\.bytes")
-_PART = re.compile(r"[0-9a-f]{12}\.part")
 
 
 class Part(NamedTuple):
@@ -71,15 +71,7 @@ class Cache:
         try:
             if self._since_trim is None or self._since_trim + len(data) > self._limit // 64:
                 self._trim()
-            folder = self._folder / name[:2]
-            folder.mkdir(parents=True, exist_ok=True)
-            aside = folder / f"{secrets.token_hex(6)}.part"
-            try:
-                aside.write_bytes(data)
-                aside.replace(folder / f"{name}-{start}-{start + len(data)}.bytes")
-            except OSError:
-                aside.unlink(missing_ok=True)
-                raise
+            write_whole(self._folder / name[:2] / f"{name}-{start}-{start + len(data)}.bytes", data)
         except OSError as error:
             self._writes = False
             warnings.warn(f"{self._folder}: {error.strerror}; going on without new entries", stacklevel=2)
@@ -108,7 +100,7 @@ class Cache:
                 found = path.stat()
                 if _ENTRY.fullmatch(path.name):
                     entries.append((found.st_mtime, found.st_size, path))
-                elif _PART.fullmatch(path.name) and time.time() - found.st_mtime > LEFTOVER_S:
+                elif path.name.startswith(HIDDEN) and time.time() - found.st_mtime > LEFTOVER_S:
                     path.unlink()
         held = sum(size for _, size, _ in entries)
         for _, size, path in sorted(entries):

@@ -96,7 +96,7 @@ def _group_of(plans: list[Plan], shard: int) -> Group:
     """Which plan, and which part of it, has the sources of a shard; None for a set that was made without."""
     for number, plan in enumerate(plans):
         if plan.first_shard <= shard < plan.end_shard:
-            return number, next(n for n in range(plan.groups) if shard in plan.group_shards(n))
+            return number, plan.group_of(shard)
     return None
 
 
@@ -190,13 +190,17 @@ def _erase_in_plan(store: Store, plan: Plan, group: int, sources: dict[int, set[
         with pq.ParquetWriter(after, file.schema_arrow, compression="zstd") as writer:
             for number, shard in enumerate(plan.group_shards(group)):
                 rows = file.read_row_group(number)
-                names = [name.decode("utf-8", "backslashreplace") for name in rows["name"].to_pylist()]
-                gone = np.array([name in sources.get(shard, ()) for name in names], bool)
-                hashed = pa.array([forgotten(name) for name in rows["name"].to_pylist()], pa.binary())
+                names = rows["name"].to_pylist()
+                gone = np.array([_as_in_tables(name) in sources.get(shard, ()) for name in names], bool)
+                kept = [forgotten(name) if out else name for name, out in zip(names, gone, strict=True)]
                 rows = _emptied(rows, gone, keep=("name",))
-                name = pc.if_else(pa.array(gone), hashed, rows["name"])
-                writer.write_table(rows.set_column(rows.schema.names.index("name"), "name", name))
+                column = rows.schema.names.index("name")
+                writer.write_table(rows.set_column(column, "name", pa.array(kept, pa.binary())))
         store.upload(after, plan.group_path(group))
+
+
+def _as_in_tables(name: bytes) -> str:
+    return name.decode("utf-8", "backslashreplace")
 
 
 def _without(table: pa.Table, places: Places) -> bytes:

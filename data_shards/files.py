@@ -50,8 +50,8 @@ def _store(root: str) -> Store:
     return Store(root)
 
 
-def read_whole(url: str, max_bytes: int) -> bytes:
-    """All bytes of a file. Raises Refused, or StoreError when the place cannot be read at all."""
+def read_whole(url: str, max_bytes: int, size: int | None = None) -> bytes:
+    """All bytes of a file. size: as listed. Raises Refused, or StoreError when the place cannot be read at all."""
     if not is_remote(url):
         data = _read_local(Path(url.removeprefix("file://")), max_bytes)
     elif (place := store_of(url)) is None:
@@ -59,7 +59,7 @@ def read_whole(url: str, max_bytes: int) -> bytes:
     else:
         store, path = place
         try:
-            check_bytes(store.size(path), max_bytes)
+            check_bytes(store.size(path) if size is None else size, max_bytes)
             data = store.get(path)
         except NotFound:
             raise Refused("cannot be read", "no such object") from None

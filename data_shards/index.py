@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from data_shards.errors import UserError
+from data_shards.errors import UserError, one_line
 from data_shards.store import NotFound, Store, split
 
 FORMAT = 2
@@ -226,8 +226,6 @@ class ShardSet:
 
         Raises UserError when one is damaged.
         """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
 
         paths = list(map(table_path, range(len(self.manifest.shard_samples))))
         reads = (self.store.submit(self.store.read(path)) for path in paths)
@@ -235,8 +233,15 @@ class ShardSet:
         for path in paths:
             data = ahead.popleft().result()
             ahead.extend(islice(reads, 1))
-            try:
-                yield pq.ParquetFile(pa.BufferReader(data)).read(columns=columns)
-            except (pa.ArrowException, OSError) as error:
-                url = self.store.url
-                raise UserError(f"{url}/{path}: is damaged ({error}); make verify DST={url}") from error
+            yield self.parsed(path, data, columns)
+
+    def parsed(self, path: str, data: bytes, columns: Sequence[str] | None = None) -> Any:
+        """The rows of a table, which lies there. Raises UserError when it is damaged."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            return pq.ParquetFile(pa.BufferReader(data)).read(columns=columns)
+        except (pa.ArrowException, OSError) as error:
+            url = self.store.url
+            raise UserError(f"{url}/{path}: is damaged ({one_line(error)}); make verify DST={url}") from error

@@ -116,6 +116,10 @@ class Plan:
         first, end = (self.first_shard + _border(n, self.shards, self.groups) for n in (group, group + 1))
         return range(first, end)
 
+    def group_of(self, shard: int) -> int:
+        """The group that a shard belongs to."""
+        return ((shard - self.first_shard + 1) * self.groups - 1) // self.shards
+
     def shard_sources(self, shard: int) -> int:
         """How many sources a shard was given."""
         number = shard - self.first_shard

@@ -136,7 +136,7 @@ def read_source(source: Source, max_bytes: int, *, skip_unreachable: bool = Fals
         check_bytes(source.size, max_bytes)
     try:
         if source.offset is None or source.size is None:
-            return read_whole(source.url, max_bytes)
+            return read_whole(source.url, max_bytes, source.size)
         data = read_range(source.url, source.offset, source.size)
     except (Denied, Unavailable) as error:
         if skip_unreachable:

@@ -22,7 +22,7 @@ from jobs.site import ROOT, load_site
 from jobs.submit import submit
 from jobs.verbs import say
 from pipeline.config import Config, load
-from pipeline.evaluate.run import evaluate_run
+from pipeline.evaluate.run import evaluate_run, open_tiles
 from pipeline.evaluate.table import Evaluation
 from pipeline.journal import read_events, read_metrics
 from pipeline.report.run import report_run
@@ -80,13 +80,13 @@ def demo(src: Path | None = None, overrides: str = "", var: Path = VAR) -> Figur
 
     _stage(5, "What the trunk has learned")
     store = Store(job.store)
-    evaluation = evaluate_run(store, bank, held_out)
+    tiles = open_tiles(bank), open_tiles(held_out)
+    evaluation = evaluate_run(store, *tiles)
     say(*evaluation.text())
 
     _stage(6, "The report")
-    report = report_run(
-        store, bank, held_out, evaluation, var / "report.html", authors=pictures.authors, site=site.name
-    )
+    page = var / "report.html"
+    report = report_run(store, *tiles, evaluation, page, authors=pictures.authors, site=site.name)
     figures = _figures(store, config, evaluation, len(planted), packed, time.monotonic() - began)
     (var / "demo.json").write_text(json.dumps(asdict(figures), indent=2) + "\n")
     again = f'make submit CONF=conf/demo.yaml RUN=mine SET="data.url={bank} optim.lr=0.004"'

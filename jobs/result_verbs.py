@@ -82,13 +82,14 @@ def _wandb_folder(options: argparse.Namespace) -> Path:
 
 
 def report(options: argparse.Namespace) -> int:
-    from pipeline.evaluate.run import evaluate_run
+    from pipeline.evaluate.run import evaluate_run, open_tiles
     from pipeline.report.run import report_run
 
     store = run_folder(options)
     page = output(options.to, f"report-{_name(options)}.html")
-    found = evaluate_run(store, options.bank, options.held_out)
-    say(*found.text(), f"report: {report_run(store, options.bank, options.held_out, found, page)}")
+    bank, held_out = open_tiles(options.bank), open_tiles(options.held_out)
+    found = evaluate_run(store, bank, held_out)
+    say(*found.text(), f"report: {report_run(store, bank, held_out, found, page)}")
     return 0
 
 

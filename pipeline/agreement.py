@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-_Words = NDArray[np.uint64]
+from data_shards.permutation import mix
 
 _UNIT = 2.0**-32  # losses are added as integers of this unit: the sum does not depend on the order of ranks
 _LARGEST = 1e5  # a loss beyond is told as this: the sum fits 64 bits on 20,000 ranks
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # splitmix64's step, without which zero would stay zero
 _RANKS = 2**20  # below a number of microseconds stands whose it is
 
 
@@ -106,13 +107,5 @@ def batch_hash(ids: NDArray[np.int64], lanes: range, step: int) -> int:
     place = (np.uint64(step) << np.uint64(32)) + np.arange(
         lanes.start * per_lane, lanes.stop * per_lane, dtype=np.uint64
     )
-    mixed = _mix(_mix(ids.astype(np.uint64)) ^ _mix(place))
+    mixed = mix((mix(ids.astype(np.uint64) + _GOLDEN) ^ mix(place + _GOLDEN)) + _GOLDEN)
     return int(mixed.sum(dtype=np.uint64).astype(np.int64))
-
-
-def _mix(x: _Words) -> _Words:
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: _Words = x ^ (x >> np.uint64(31))
-    return mixed

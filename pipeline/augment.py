@@ -8,7 +8,7 @@ torchvision's rule for RandomResizedCrop; the rest follows SwAV (arXiv 2006.0988
 """
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,8 +51,6 @@ class AugmentSettings(Section):
     0.8 draws a factor from 0.2 to 1.8; hue is in turns (0.2: up to 72 degrees either way). sigma is in pixels of the
     finished crop, whatever its size.
     """
-
-    affects_results: ClassVar[bool] = True
 
     crops: Annotated[tuple[CropSettings, ...], Field(min_length=1)] = (
         CropSettings(size=224, count=2, scale=(0.14, 1.0)),

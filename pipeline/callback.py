@@ -50,7 +50,8 @@ class Watch(pl.Callback):
         self._pace = Pace(module.net.trunk)
         self._slow = SlowRank(session.config.monitor.slow_factor, session.hosts)
         self._profiler = Profiler(session.run.local, session._event) if session.launch.rank == 0 else None
-        self._recovery = Recovery(Path(session.launch.run_dir), session.run.attempt, found.step if found else 0)
+        start = found.step if found else 0
+        self._recovery = Recovery(Path(session.launch.run_dir), session.run.attempt, start) if self._monitor else None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         session, origin = self.session, self.session.config.train.start_from
@@ -173,7 +174,7 @@ class Watch(pl.Callback):
             self._monitor.row(*self._row(result, run_part, agreed))
             if (slow := self._slow.step(agreed)) is not None:
                 self._monitor.alarm(result.step, "a rank is slow", slow)
-            if (recovered := self._recovery.step(result.step, run_part["time"])) is not None:
+            if self._recovery and (recovered := self._recovery.step(result.step, run_part["time"])) is not None:
                 self.session._event("recovered", **recovered)
 
     def _row(

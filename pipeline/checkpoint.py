@@ -8,7 +8,6 @@ collectives run in the thread that trains, so none can meet another of their gro
 
 import hashlib
 import json
-import os
 import random
 import shutil
 import time
@@ -18,7 +17,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
-import torch.distributed as dist
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
@@ -58,7 +56,7 @@ class Checkpointer:
     """The checkpoints of one attempt of a run, on one rank. All methods are called on all ranks alike.
 
     store: the run's folder. local: on the node's own disk, best the same for all attempts: what a killed one left there
-    completes its checkpoint. group: gloo, used by one thread only; None at world size 1. fence raises when a newer
+    completes its checkpoint. ranks: all of them, their group used by one thread only. fence raises when a newer
     attempt owns the run, and is called before each write to the store; before_commit is called on rank 0 before its
     part is sent. host: by which the launcher knows this machine. event(name, **fields) is called from threads too:
     saved, committed, save delayed | refused | failed | dropped, checkpoint damaged | completed | not deleted, leftover
@@ -66,14 +64,14 @@ class Checkpointer:
     """
 
     def __init__(
-        self, store: Store, local: Path, *, attempt: int, fingerprint: str, rank: int, world_size: int,
-        group: dist.ProcessGroup | None, settings: CheckpointSettings, fence: Fence, event: Callable[..., None],
-        before_commit: Callable[[], None] = lambda: None, host: str = "",
+        self, store: Store, local: Path, *, attempt: int, fingerprint: str, ranks: Ranks, host: str,
+        settings: CheckpointSettings, fence: Fence, event: Callable[..., None],
+        before_commit: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self._store, self._attempt, self._fingerprint = store, attempt, fingerprint
         self._local = local / _folder_of(store.url)
         self._fetched = self._local / f"fetched-a{attempt}"
-        self._ranks, self._node = Ranks(rank, world_size, group), host or os.uname().nodename
+        self._ranks, self._node = ranks, host
         self._fence, self._event = fence, event
         keep = Retention(settings.keep, settings.keep_every)
         self._sender = Sender(store, fence, event, before_commit, keep)

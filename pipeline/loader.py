@@ -134,7 +134,7 @@ class Loader:
         self._graph: Graph | None = None
         self._spare: Graph | None = None
         self._host: Graph | None = None
-        names = ("batches_repaired", "samples_undecodable", "graphs_rebuilt", "decode_compared", "decode_mismatch")
+        names = ("batches_repaired", "samples_undecodable", "decode_compared", "decode_mismatch")
         self._counters: dict[str, float] = {**dict.fromkeys(names, 0), "batch_wait_s": 0.0}
 
     @property
@@ -242,7 +242,6 @@ class Loader:
         if self._failures > 1 and self._device.type == "cuda":
             self._graph = None  # to be opened again: it is not known whether a graph on a GPU outlives failed runs
             self._failures = 0
-            self._counters["graphs_rebuilt"] += 1
         else:
             graph.schedule()
         return crops
@@ -333,7 +332,7 @@ def render(
     sizes: NDArray[np.integer],
     augment: AugmentSettings,
     draws: list[Draws],
-    settings: LoaderSettings,
+    threads: int = 1,
     device: str = "cpu",
 ) -> list[Tensor]:
     """Crops of n images by given draws, in one go through the same graph.
@@ -342,7 +341,7 @@ def render(
     `augment` only mean, std and the largest sigma count. Returns one (n, count, 3, s, s) tensor a size, as in Batch.
     Raises ValueError when an image does not decode or is of another size than said.
     """
-    graph = Graph(augment, [d.size for d in draws], len(images), device_of(device), threads=settings.threads)
+    graph = Graph(augment, [d.size for d in draws], len(images), device_of(device), threads=threads)
     try:
         return graph.run(Encoded(images, np.asarray(sizes, np.int64), draws))
     except UndecodableError as error:

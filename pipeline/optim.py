@@ -6,7 +6,7 @@ Rates in the settings are for 256 images and grow with the batch. Sources: SwAV 
 
 import math
 from collections.abc import Iterable
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
@@ -19,8 +19,6 @@ from pipeline.sharding import is_parted, norm_of_parts, part
 
 class OptimSettings(Section):
     """LARC over SGD, as in SwAV and SEER; AdamW for small trunks, which leave the plateau at ln K sooner with it."""
-
-    affects_results: ClassVar[bool] = True
 
     name: Literal["larc", "adamw"] = "larc"
     lr: PositiveFloat = 0.3  # the peak; like the two others per 256 images, multiplied by the global batch / 256

@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import ClassVar, Self
+from typing import Self
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
@@ -78,9 +78,7 @@ TRUNKS: dict[str, TrunkShape] = {
 class ModelSettings(Section):
     """Which trunk, and over which lanes its batch norms see."""
 
-    affects_results: ClassVar[bool] = True
-
-    trunk: str = "regnety_016"  # regnety_002 to regnety_2560, or custom, which the five numbers make
+    trunk: str = "regnety_016"  # regnety_002 to regnety_2560, regnety_10b, or custom, which the five numbers make
     w_0: PositiveInt | None = Field(None, multiple_of=8)
     w_a: NonNegativeFloat | None = None
     w_m: float | None = Field(None, gt=1)

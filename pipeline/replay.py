@@ -22,12 +22,13 @@ from pipeline.agreement import batch_hash
 from pipeline.augment import AugmentSettings
 from pipeline.config import Config
 from pipeline.journal import read_events, read_metrics
-from pipeline.loader import Batch, LoaderSettings, Work, device_of, render
+from pipeline.loader import Batch, Work, device_of, render
 from pipeline.pixels import digests
 from pipeline.run import open_data, read_config, read_record
 from pipeline.seen import name_of, quarantine
 
 SHOWN = 32  # images, from all lanes alike
+THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def replay(store: Store, step: int, device: str = "auto", progress: Progress = q
         raise UserError(f"STEP={step}: the steps of {store.url} are 1 to {last:,}")
     row = next((row for row in read_metrics(store) if row["result"]["step"] == step), None)
     known = _Known(shards, order, config, _bad(store, step), _removed(store, shards, row))
-    made, shown = _lanes(known, step - 1, LoaderSettings(device=device, threads=4), progress)
+    made, shown = _lanes(known, step - 1, device, progress)
     result = row["result"] if row is not None else {}
     in_lanes = (batch_hash(one.ids, range(lane, lane + 1), step - 1) for lane, one in enumerate(made))
     return Replayed(
@@ -113,18 +114,18 @@ class _Known:
     removed: Removed
 
 
-def _lanes(known: _Known, step: int, settings: LoaderSettings, progress: Progress) -> tuple[list[Batch], list[Shown]]:
+def _lanes(known: _Known, step: int, device: str, progress: Progress) -> tuple[list[Batch], list[Shown]]:
     lanes = known.order.lanes
     made, shown = list[Batch](), list[Shown]()
     for lane in range(lanes):
         progress("lanes", lane, lanes)
-        one, own = _lane(known, lane, step, settings, min(-(-SHOWN // lanes), SHOWN - len(shown)))
+        one, own = _lane(known, lane, step, device, min(-(-SHOWN // lanes), SHOWN - len(shown)))
         made.append(one)
         shown += own
     return made, shown
 
 
-def _lane(known: _Known, lane: int, step: int, settings: LoaderSettings, show: int) -> tuple[Batch, list[Shown]]:
+def _lane(known: _Known, lane: int, step: int, device: str, show: int) -> tuple[Batch, list[Shown]]:
     """What the lane gave to the step, without its crops but for those to show."""
     augment, lanes = known.config.augment, range(lane, lane + 1)
     reader = Reader(known.shards, known.order, lanes, step, known.config.reader, known.bad, known.removed)
@@ -133,7 +134,7 @@ def _lane(known: _Known, lane: int, step: int, settings: LoaderSettings, show: i
     work = Work.of(step, samples, augment, known.config.data.seed)
     images, sizes, draws = work.encoded.images, work.encoded.sizes, work.encoded.draws
     try:
-        crops = render(images, sizes, augment, draws, settings, settings.device)
+        crops = render(images, sizes, augment, draws, THREADS, device)
     except ValueError as error:
         raise UserError(f"step {step + 1}, lane {lane}: an image does not decode any more: {error}") from None
     return work.batch([], digests(crops).cpu()), list(_shown(known.shards, samples[:show], crops))

@@ -137,9 +137,10 @@ class History:
 
 
 def _sighting(history: History, sample: int) -> Sighting:
-    own = [step for step, _, _ in history.places(sample) if step < history.last]
+    places = history.places(sample)
+    own = [step for step, _, _ in places if step < history.last]
     url, key = name_of(history.shards, sample)
-    others = sorted({stood for place in history.places(sample) for stood in _stood_in(history, sample, *place[1:])})
+    others = sorted({stood for place in places for stood in _stood_in(history, sample, *place[1:])})
     return Sighting(
         url=url,
         key=key,

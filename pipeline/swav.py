@@ -7,7 +7,7 @@ the trunk: at epsilon 0.05 the rounding of a score in bfloat16 changes its code 
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 import torch.distributed as dist
@@ -24,8 +24,6 @@ ASSIGNING = 2  # views whose codes the others predict: the first ones, which are
 
 class SwAVSettings(Section):
     """The loss and what it learns besides the trunk."""
-
-    affects_results: ClassVar[bool] = True
 
     prototypes: Annotated[int, Field(ge=2)] = 3000  # K
     head: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (2048, 128)  # widths of its layers, the last is D

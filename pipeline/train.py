@@ -132,14 +132,12 @@ class Session:
             self.config.checkpoint.folder(Path(launch.run_dir)),
             attempt=self.run.attempt,
             fingerprint=self.record.fingerprint,  # not the config's: FORCE=1 goes on under another one
-            rank=launch.rank,
-            world_size=launch.world_size,
-            group=self.control,
+            ranks=self.ranks,
+            host=self.hosts[launch.rank],
             settings=self.config.checkpoint,
             fence=self.run.fence,
             event=self._event,
             before_commit=self.run.upload,
-            host=launch.host,
         )
 
     def train(self) -> Outcome:

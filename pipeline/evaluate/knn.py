@@ -60,14 +60,14 @@ def _wide(features: Tensor) -> Tensor:
     return features.float() if features.dtype == torch.float16 else features
 
 
-def vote(similarities: Tensor, labels: Tensor, classes: int, temperature: float = TEMPERATURE) -> Tensor:
-    """The label with most weight; a neighbour weighs exp(similarity / temperature).
+def vote(similarities: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """The label with most weight; a neighbour weighs exp(similarity / TEMPERATURE).
 
     similarities: (Q, k); labels: (Q, k), of the neighbours, whole numbers below `classes`. Returns (Q,); of equal
     labels the smallest. Source: Wu et al. (arXiv 1805.01978), section 3.4.
     """
     nearest_first = similarities[:, :1]
-    weights = ((similarities - nearest_first) / temperature).double().exp()  # one factor for all: the winner stays
+    weights = ((similarities - nearest_first) / TEMPERATURE).double().exp()  # one factor for all: the winner stays
     scores = weights.new_zeros(len(labels), classes).scatter_add_(1, labels, weights)
     return scores.argmax(dim=1)
 

@@ -7,7 +7,7 @@ are read a block at a time and may lie on a GPU in half precision, so that a ban
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -43,22 +43,22 @@ class Probe:
         return self.logits(features).argmax(dim=1)
 
 
-def fit(features: Tensor, labels: Tensor, classes: int, decays: Sequence[float] = DECAYS) -> Probe:
+def fit(features: Tensor, labels: Tensor, classes: int) -> Probe:
     """Choose the decay, then fit on the whole bank. features: (N, C); labels: (N,), whole numbers below `classes`.
 
     Both on one device: in float64 on a CPU, in float32 on a GPU.
     """
     with _one_thread(features.numel()):
-        return _fit(features, labels, classes, decays)
+        return _fit(features, labels, classes)
 
 
-def _fit(features: Tensor, labels: Tensor, classes: int, decays: Sequence[float]) -> Probe:
+def _fit(features: Tensor, labels: Tensor, classes: int) -> Probe:
     left_out = _every_fifth_of_each_class(labels)
     if not left_out.any():
-        return solve(features, labels, classes, sorted(decays)[len(decays) // 2])
+        return solve(features, labels, classes, DECAYS[len(DECAYS) // 2])
     problem, best, lowest = _Problem(features, labels, classes, (~left_out).nonzero()[:, 0]), None, math.inf
     asked = left_out.nonzero()[:, 0]
-    for decay in sorted(decays, reverse=True):  # each starts where the stronger one before it ended
+    for decay in DECAYS:  # each starts where the stronger one before it ended
         probe = problem.solve(decay, best, gradient=10 * _GRADIENT)
         loss = _mean_loss(probe, features, labels, asked)
         if not loss < lowest:  # weaker ones fit the rest ever closer, and take longest

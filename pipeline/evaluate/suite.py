@@ -31,6 +31,7 @@ TITLES = {
     "stamps_knn1": "Cut-out → its kind, 1 neighbour, leaving one out",
     "stamps_probe": "Held-out cut-out → its kind, linear probe",
 }
+COUNTS = (1, 5, 20)  # neighbours that vote
 EXAMPLES = 10  # held-out tiles whose neighbours are kept
 NEIGHBOURS = 5  # of each
 
@@ -135,16 +136,16 @@ def _scores(f: _Features, photographs: _Task, stamps: _Task) -> dict[str, Tensor
     bank, labels = f.bank[photographs.bank], photographs.bank_labels
     clean, asked = f.held_out[photographs.held_out], photographs.held_out_labels
 
-    def by_neighbours(queries: Tensor, k: int) -> Tensor:
-        similarity, places = nearest(bank, queries, k)
-        return vote(similarity, labels[places], photographs.classes) == asked
+    def by_neighbours(queries: Tensor, *counts: int) -> list[Tensor]:
+        similarity, places = nearest(bank, queries, max(counts))
+        return [vote(similarity[:, :k], labels[places[:, :k]], photographs.classes) == asked for k in counts]
 
     probe = fit(bank, labels, photographs.classes)
-    right = {f"distorted_knn{k}": by_neighbours(f.distorted, k) for k in (1, 5, 20)}
-    right |= {
+    right = {
+        **dict(zip((f"distorted_knn{k}" for k in COUNTS), by_neighbours(f.distorted, *COUNTS), strict=True)),
         "distorted_probe": probe.predict(f.distorted) == asked,
         "copy": found(clean, f.distorted),
-        "clean_knn1": by_neighbours(clean, 1),
+        "clean_knn1": by_neighbours(clean, 1)[0],
         "clean_probe": probe.predict(clean) == asked,
         "grey_copy": found(clean, f.grey),
     }

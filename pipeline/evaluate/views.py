@@ -17,7 +17,7 @@ from torch import Tensor
 from data_shards.errors import UserError
 from pipeline.augment import AugmentSettings, CropSettings, Draws, draw
 from pipeline.evaluate.tiles import Tiles, unusable
-from pipeline.loader import LoaderSettings, render
+from pipeline.loader import render
 
 SIZE = 96  # pixels; figures at another size are not comparable
 SEED = 20  # of the distortions
@@ -73,7 +73,7 @@ def _show(tiles: Tiles, places: Places, draws: Draws, augment: AugmentSettings) 
         part = slice(first, first + PART)
         images, sizes = [tiles.images[place] for place in places[part]], tiles.sizes[places[part]]
         try:
-            (crops,) = render(images, sizes, augment, [_part(draws, part)], LoaderSettings(device="cpu"))
+            (crops,) = render(images, sizes, augment, [_part(draws, part)])
         except ValueError as error:
             told = partial(_unusable, tiles, places[part])
             raise culprit(images, sizes, augment, told) or UserError(f"{tiles.url}: an image {error}") from error
@@ -93,7 +93,7 @@ def culprit(
     for place in range(len(images)):
         one = slice(place, place + 1)
         try:
-            render(images[one], sizes[one], augment, [plain(sizes[one])], LoaderSettings(device="cpu"))
+            render(images[one], sizes[one], augment, [plain(sizes[one])])
         except ValueError as error:
             return told(place, str(error))
     return None

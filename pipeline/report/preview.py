@@ -1,6 +1,6 @@
 """What is in a shard set, on one page: pictures sampled evenly, and how large, long, heavy and of what kind they are.
 
-Costs as much for a billion images as for a million: at most TABLES shards' rows and SHOWN images are read, by range.
+Costs as much for a billion images as for a million: rows of TABLES + SHOWN shards at most and SHOWN images are read.
 """
 
 import io
@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -86,7 +85,7 @@ class Preview:
 
 
 def gather(store: Store) -> Preview:
-    """Read what a page needs of a set. Raises UserError when there is none."""
+    """Read what a page needs of a set. Raises UserError when there is none, or a table is damaged."""
     shards = ShardSet.open(store)
     manifest = shards.manifest
     removed = read_removed(shards)
@@ -111,9 +110,8 @@ def _evenly(count: int, most: int) -> list[int]:
 
 def _shard(shards: ShardSet, removed: Removed, shard: int, places: list[int]) -> tuple[pa.Table, list[Shown]]:
     """A shard's rows but their keys and sources, and the images at these places or next to them."""
-    with pq.ParquetFile(pa.BufferReader(shards.store.get(table_path(shard)))) as file:
-        rows = file.read(columns=COLUMNS, use_threads=False)
-    first = sum(shards.manifest.shard_samples[:shard])
+    rows = shards.parsed(path := table_path(shard), shards.store.get(path), COLUMNS)
+    first = int(shards.starts[shard])
     chosen = (_present(rows, removed, first, place) for place in places)
     found = [_shown(shards, shard, row) for row in chosen if row]
     return rows.select(["size", "width", "height", "format", "label"]), found

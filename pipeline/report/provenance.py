@@ -59,8 +59,7 @@ def _facts(data: ReportData) -> Iterator[tuple[str, str]]:
 
 
 def _start(event: dict[str, Any]) -> str:
-    ranks = event.get("ranks", event.get("world_size"))
-    return f"at step {event['step']:,}" + (f" with {times(ranks, 'rank')}" if ranks else "")
+    return f"at step {event['step']:,}" + (f" with {times(event['ranks'], 'rank')}" if "ranks" in event else "")
 
 
 def _interruption(event: dict[str, Any]) -> str:

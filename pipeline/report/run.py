@@ -12,14 +12,13 @@ from data_shards.merge import read_refused
 from data_shards.store import Store
 from pipeline.augment import draw
 from pipeline.config import Config
-from pipeline.evaluate.run import open_tiles
 from pipeline.evaluate.score import read_scores
 from pipeline.evaluate.table import Evaluation, Neighbours
 from pipeline.evaluate.tiles import Tiles
 from pipeline.evaluate.views import render_distorted
 from pipeline.goodput import goodput
 from pipeline.journal import read_events
-from pipeline.loader import LoaderSettings, render
+from pipeline.loader import render
 from pipeline.report.data import Example, Neighbour, ReportData
 from pipeline.report.figures import duration, percent, times
 from pipeline.report.page import write_report
@@ -32,8 +31,8 @@ SHOWN = 8  # images whose crops are shown
 
 def report_run(
     store: Store,
-    bank_url: str,
-    held_out_url: str,
+    bank: Tiles,
+    held_out: Tiles,
     evaluation: Evaluation,
     path: Path,
     *,
@@ -42,12 +41,11 @@ def report_run(
 ) -> Path:
     """Write the report of a run to `path`, and return it.
 
-    store: the run's folder. evaluation: of that run, by `evaluate_run` on the two shard sets. authors: whose the images
+    store: the run's folder. evaluation: of that run, by `evaluate_run` on the same two sets. authors: whose the images
     are. site: where it ran.
     """
     config = read_config(store)
     events, rows = read_events(store), RowReader().in_store(store)
-    bank, held_out = open_tiles(bank_url), open_tiles(held_out_url)
     data = ReportData(
         run=store.url.rstrip("/").rpartition("/")[2],
         config=config.dump(),
@@ -55,16 +53,16 @@ def report_run(
         events=events,
         evaluation=evaluation,
         scores=read_scores(store),
-        crops=first_crops(config, read_record(store), bank) if bank_url == config.data.url else (),
+        crops=first_crops(config, read_record(store), bank) if bank.url == (config.data.url or "").rstrip("/") else (),
         examples=examples(evaluation, bank, held_out, config),
-        refused=[refusal for url in (bank_url, held_out_url) for refusal in read_refused(Store(url))],
+        refused=[refusal for url in (bank.url, held_out.url) for refusal in read_refused(Store(url))],
         environments=environments(store),
         authors=authors,
         facts={
             "Goodput": _goodput(events, rows),
             "Site": site,
             "Run's folder": store.url,
-            "Shards": f"{bank_url}, held out {held_out_url}",
+            "Shards": f"{bank.url}, held out {held_out.url}",
         },
     )
     write_report(path, data)
@@ -80,7 +78,7 @@ def first_crops(config: Config, record: Record | None, bank: Tiles) -> list[byte
     chosen = np.searchsorted(bank.ids, ids[lane, index])
     sizes, images = bank.sizes[chosen], [bank.images[i] for i in chosen]
     draws = draw(config.augment, config.data.seed, lane, index, sizes[:, 0], sizes[:, 1])
-    crops = render(images, sizes, config.augment, draws, LoaderSettings(device="cpu"))
+    crops = render(images, sizes, config.augment, draws)
     return crop_strips(crops, images, config.augment.mean, config.augment.std)
 
 

@@ -9,7 +9,8 @@ from pipeline.report.document import section
 from pipeline.report.figures import column, last_step, listed, ln_k, pace, waits
 from pipeline.report.markup import Markup, element, join
 
-MARKED = ("preempted", "terminated", "cancelled", "failed", "resumed")
+OF_TRAINING = ("preempted", "terminated", "cancelled", "resumed")
+OF_JOBS = ("failed", "requeued")  # after a failure; what was committed by then says where
 
 
 def training(data: ReportData) -> Markup:
@@ -31,7 +32,10 @@ def marks(data: ReportData) -> list[Mark]:
 
 
 def _happened(data: ReportData) -> list[dict[str, Any]]:
-    return [event for event in data.events if event["event"] in MARKED and isinstance(event.get("step"), int)]
+    told = [event for event in data.events if event["event"] in OF_TRAINING]
+    failed = [{**event, "step": event.get("committed")} for event in data.events if event["event"] in OF_JOBS]
+    at_a_step = (event for event in told + failed if isinstance(event.get("step"), int))
+    return sorted(at_a_step, key=lambda event: float(event["time"]))
 
 
 def _in_words(data: ReportData) -> str:

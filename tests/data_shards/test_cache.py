@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from data_shards.cache import LEFTOVER_S, Cache, Part, cache_name
+from data_shards.whole import HIDDEN
 
 MB = 2**20
 NAME = cache_name("s3://shards/set", "shards/3f/000012.tar", "layout", "contents", 1000)
@@ -140,7 +141,7 @@ def test_a_writer_killed_in_the_middle_leaves_only_whole_entries_and_what_goes_b
     for k in range(20):
         assert all(part.data in (None, data) for part in Cache(tmp_path, MB).parts(cache_name(k), 0, len(data)))
     folder = next((tmp_path / "farseer-cache").iterdir())
-    old, young = folder / f"{'0' * 12}.part", folder / f"{'1' * 12}.part"
+    old, young = folder / f"{HIDDEN}{'0' * 12}", folder / f"{HIDDEN}{'1' * 12}"
     for path, age in ((old, LEFTOVER_S + 60), (young, LEFTOVER_S - 60)):
         path.write_bytes(b"half")
         os.utime(path, (time.time() - age,) * 2)

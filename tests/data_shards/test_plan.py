@@ -29,6 +29,8 @@ def test_groups_cover_the_shards_in_their_order_and_shards_are_of_one_size(count
     parts = [plan.group_shards(group) for group in (0, plan.groups // 2, plan.groups - 1)]
     assert (parts[0].start, parts[-1].stop) == (first, plan.end_shard)
     assert all(len(part) in (plan.shards // plan.groups, -(-plan.shards // plan.groups)) for part in parts)
+    found = {plan.group_of(shard): part for part in parts for shard in (part.start, part[-1])}
+    assert found == {group: plan.group_shards(group) for group in (0, plan.groups // 2, plan.groups - 1)}
     sizes = {plan.shard_sources(shard) for part in parts for shard in (part.start, part[-1])}
     assert max(sizes) - min(sizes) <= 1
     assert plan.shard_sources(plan.first_shard) >= 1

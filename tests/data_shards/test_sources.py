@@ -379,6 +379,11 @@ def test_an_fsspec_url_of_any_kind_is_read(tiles: Path) -> None:
     data = next(tiles.rglob("*.jpg")).read_bytes()
     fsspec.filesystem("memory").pipe_file("/sources/a.jpg", data)
     assert read_source(Source("memory://sources/a.jpg"), MB) == data
+    place = store_of("memory://sources/a.jpg")
+    assert place
+    asked = place[0].counters.requests
+    assert read_source(Source("memory://sources/a.jpg", size=len(data)), MB) == data
+    assert place[0].counters.requests == asked + 1  # its size was listed, and is not asked for
     assert read_source(Source(f"local://{next(tiles.rglob('*.jpg'))}"), MB) == data
     assert refused(Source("memory://sources/b.jpg")) == "cannot be read"
     with pytest.raises(StoreError, match=r"nosuch://a: .*nosuch"):

@@ -23,6 +23,7 @@ from data_shards.store import AlreadyExists, Denied, Store, StoreError, Unavaila
 from pipeline import commit, sender
 from pipeline.checkpoint import Checkpointer, CheckpointSettings, order_for
 from pipeline.commit import File, Manifest, NoRoom, Part, Place, Retention
+from pipeline.ranks import Ranks
 from pipeline.snapshot import HostCopy, deal, write
 from pipeline.weights import point
 from tests.pipeline.distributed import run
@@ -71,17 +72,16 @@ class Attempt:
     def __init__(
         self, folder: Path, number: int = 1, *, keep: int = 2, keep_every: int | None = None,
         local: Path | None = None, fingerprint: str = "f1",
-        ranks: tuple[int, int, dist.ProcessGroup | None] = (0, 1, None),
+        ranks: Ranks = Ranks(0, 1, None),  # noqa: B008 - of one rank, without a state
     ) -> None:  # fmt: skip
         self.store = LoggedStore(f"file://{folder}/store")
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.fence: Callable[[], object] = lambda: None
         self.local = local or folder / "local"
         self.checkpoints = Checkpointer(
-            self.store, self.local, attempt=number, fingerprint=fingerprint, rank=ranks[0],
-            world_size=ranks[1], group=ranks[2], settings=CheckpointSettings(keep=keep, keep_every=keep_every),
+            self.store, self.local, attempt=number, fingerprint=fingerprint, ranks=ranks,
+            host=f"node{ranks.rank}", settings=CheckpointSettings(keep=keep, keep_every=keep_every),
             fence=self.call_fence, event=self.event, before_commit=lambda: self.store.log.append("before commit"),
-            host=f"node{ranks[0]}",
         )  # fmt: skip
 
     def call_fence(self) -> None:
@@ -801,7 +801,7 @@ def test_a_rank_of_512_knows_in_no_time_what_it_writes() -> None:
 
 
 def one_bad_disk(rank: int, folder: Path) -> dict[str, str]:
-    ranks = (rank, 2, dist.new_group(backend="gloo"))
+    ranks = Ranks(rank, 2, dist.new_group(backend="gloo"))
     Attempt(folder, 1, ranks=ranks).commit(10, with_lanes([rank])).commit(20, with_lanes([rank]))
     later = Attempt(folder, 2, local=folder / f"node{rank}", ranks=ranks)
     found = later.checkpoints.newest()
@@ -837,7 +837,7 @@ def test_a_node_on_which_whole_checkpoints_arrive_damaged_is_named_and_no_checkp
 def two_ranks(rank: int, folder: Path) -> dict[str, Any]:
     """What a rank of two sees; asserted by the test."""
     own = range(rank * 2, rank * 2 + 2)
-    ranks = (rank, 2, dist.new_group(backend="gloo"))
+    ranks = Ranks(rank, 2, dist.new_group(backend="gloo"))
     seen: dict[str, Any] = {}
 
     one = Attempt(folder / "from one", 2, ranks=ranks)

@@ -17,6 +17,7 @@ from pipeline.checkpoint import Checkpointer, CheckpointSettings
 from pipeline.commit import Place
 from pipeline.config import Config
 from pipeline.export import UNFINISHED, describe, export_run
+from pipeline.ranks import Ranks
 from pipeline.regnet import TRUNKS, ModelSettings, RegNet
 from tests.pipeline.test_regnet import import_timm
 
@@ -37,7 +38,7 @@ def a_run(folder: Path, *steps: int, model: dict[str, Any] = TINY) -> tuple[Stor
     )
     store.put("config.yaml", yaml.safe_dump(config.dump()).encode())
     checkpoints = Checkpointer(
-        store, folder / "local", attempt=1, fingerprint="f", rank=0, world_size=1, group=None,
+        store, folder / "local", attempt=1, fingerprint="f", ranks=Ranks(0, 1, None), host="node1",
         settings=CheckpointSettings(keep=9), fence=lambda: None, event=lambda name, **fields: None,
         before_commit=lambda: None,
     )  # fmt: skip

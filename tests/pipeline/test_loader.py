@@ -149,7 +149,7 @@ def test_the_difference_of_two_makings_is_the_worst_crops_in_levels_of_before_it
     sizes = sizes_of(tiles)[:1]
     (height, width), one = np.array(sizes).T, np.zeros(1, np.int64)
     draws = draw(AUGMENT, SEED, one, one, height, width)
-    host = render(tiles[:1], np.array(sizes), AUGMENT, draws, CPU)
+    host = render(tiles[:1], np.array(sizes), AUGMENT, draws)
     std = torch.tensor(AUGMENT.std)[:, None, None]
     device = [crops[0].clone() for crops in host]
     assert difference(device, host, draws, AUGMENT) == 0
@@ -298,7 +298,7 @@ def top_left(image: bytes, size: tuple[int, int]) -> np.ndarray:
     """Its upper left 160 x 160 pixels as they leave the loader, as values from 0 to 255."""
     zero, one = np.zeros(1, np.float32), np.ones(1, np.float32)
     box = np.array([[0, 0, 160, 160]], np.int32)
-    (crops,) = render([image], np.array([size]), AUGMENT, [Draws(160, box, zero > 0, one, one, one, zero, zero)], CPU)
+    (crops,) = render([image], np.array([size]), AUGMENT, [Draws(160, box, zero > 0, one, one, one, zero, zero)])
     return 255 * (crops[0, 0].permute(1, 2, 0).numpy().astype(np.float64) * AUGMENT.std + AUGMENT.mean)
 
 
@@ -306,7 +306,7 @@ def test_rendering_an_image_that_does_not_decode_says_so(tiles: list[bytes]) -> 
     sizes = np.array(sizes_of(tiles[:2]))
     drawn = draw(AUGMENT, SEED, np.zeros(2, np.int64), np.arange(2), sizes[:, 0], sizes[:, 1])
     with pytest.raises(ValueError, match="does not decode"):
-        render([tiles[0], tiles[1][:500]], sizes, AUGMENT, drawn, CPU)
+        render([tiles[0], tiles[1][:500]], sizes, AUGMENT, drawn)
 
 
 DALIS = "Critical error in pipeline:\nError in MIXED operator `nvidia.dali.fn.decoders.image`\n"
@@ -385,7 +385,7 @@ def test_one_giant_image_among_small_ones_gives_its_crops_and_changes_no_others(
     small = encode(photo.resize((500, 375)), quality=97)
     sizes = np.array([[375, 500]])
     drawn = draw(AUGMENT, SEED, batches[1].lanes[[place]], batches[1].indices[[place]], *sizes.T)
-    for ours, theirs in zip(batches[1].crops, render([small], sizes, AUGMENT, drawn, CPU), strict=True):
+    for ours, theirs in zip(batches[1].crops, render([small], sizes, AUGMENT, drawn), strict=True):
         assert (255 * 0.229 * (ours[place] - theirs[0]).abs()).mean() < 6
 
 

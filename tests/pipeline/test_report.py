@@ -245,6 +245,23 @@ def test_marks_near_each_other_share_their_words(shown: Any) -> None:
     assert [label.text for label in labels] == ["resumed", "preempted"]
 
 
+def test_a_start_that_failed_stands_where_it_goes_on_with_its_reason(shown: Any) -> None:
+    started = report().events[0]
+    later = {"time": started["time"] + 1e6, "attempt": 1, "job": "7", "start": 0}
+    events = [
+        started,
+        later | {"event": "requeued", "reason": "rank 1 on node2: it was killed", "committed": 60},
+        later | {"time": later["time"] + 1, "event": "failed", "reason": "3 starts", "committed": 80},
+        later | {"event": "requeued", "reason": "preempted before the first step"},
+    ]
+    page = shown(events=events)
+    assert (
+        "The run was requeued at step 60 (rank 1 on node2: it was killed) and failed at step 80 (3 starts)."
+        in page.text
+    )
+    assert [label.text for label in chart(page, "Loss").all("span", "mark-label")] == ["requeued · failed"]
+
+
 def test_the_first_step_of_each_start_does_not_count_as_pace(shown: Any) -> None:
     page = shown()
     figures = dict(zip([n.text for n in page.all("dt")], [n.text for n in page.all("dd")][::2], strict=True))
@@ -259,7 +276,7 @@ def test_what_comes_from_outside_cannot_become_markup(shown: Any) -> None:
     table = evaluation()
     rows_of_table = [replace(row, title=evil) for row in table.rows]
     events = [*report().events, {"time": 1.8e9, "attempt": 1, "event": evil, "step": 7, "reason": evil}]
-    events.append({"time": 1.8e9, "attempt": 1, "event": "failed", "step": 9, "reason": evil})
+    events.append({"time": 1.8e9, "attempt": 1, "event": "failed", "committed": 9, "reason": evil})
     page = shown(
         run=evil,
         config={**CONFIG, evil: evil},

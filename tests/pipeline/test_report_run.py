@@ -101,9 +101,8 @@ def write_run(run: Store, config: Config) -> None:
 @pytest.fixture(scope="module")
 def page(made: Made, tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("report") / "new folder" / "report.html"
-    assert (
-        report_run(made.run, made.bank, made.held_out, made.evaluation, path, authors=["An Author"], site="x") == path
-    )
+    tiles = open_tiles(made.bank), open_tiles(made.held_out)
+    assert report_run(made.run, *tiles, made.evaluation, path, authors=["An Author"], site="x") == path
     return path.read_text("utf-8")
 
 

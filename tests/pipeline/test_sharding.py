@@ -102,8 +102,9 @@ def put_together(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def checkpointer(folder: Path, rank: int, world_size: int) -> Checkpointer:
     return Checkpointer(
-        Store(f"file://{folder}/store"), folder / "local", attempt=1, fingerprint="f", rank=rank, world_size=world_size,
-        group=dist.group.WORLD if world_size > 1 else None, settings=CheckpointSettings(), fence=lambda: None,
+        Store(f"file://{folder}/store"), folder / "local", attempt=1, fingerprint="f", host="node1",
+        ranks=Ranks(rank, world_size, dist.group.WORLD if world_size > 1 else None),
+        settings=CheckpointSettings(), fence=lambda: None,
         event=lambda name, **fields: None,
     )  # fmt: skip
 

@@ -18,6 +18,7 @@ from data_shards.store import AlreadyExists, Store
 from pipeline import commit
 from pipeline.checkpoint import Checkpointer, CheckpointSettings
 from pipeline.commit import Place
+from pipeline.ranks import Ranks
 from tests.proxy import Wire
 
 MEGABYTES = 24  # of a state; an upload of two parts
@@ -37,8 +38,8 @@ class Events(list[tuple[str, int]]):
 
 def checkpointer(store: Store, local: Path, attempt: int, event: Callable[..., None]) -> Checkpointer:
     return Checkpointer(
-        store, local, attempt=attempt, fingerprint="f", rank=0, world_size=1, group=None, settings=CheckpointSettings(),
-        fence=lambda: None, event=event,
+        store, local, attempt=attempt, fingerprint="f", ranks=Ranks(0, 1, None), host="node1",
+        settings=CheckpointSettings(), fence=lambda: None, event=event,
     )  # fmt: skip
 
 

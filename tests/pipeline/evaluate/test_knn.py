@@ -30,7 +30,7 @@ def test_the_vote_of_neighbours_is_that_of_a_plain_loop_over_the_formula(k: int)
     bank, queries = drawn.normal(size=(60, 8)) + 0.5, drawn.normal(size=(40, 8))
     labels = drawn.integers(0, 7, 60)
     similarity, places = nearest(torch.tensor(bank), torch.tensor(queries), k)
-    voted = vote(similarity, torch.tensor(labels)[places], classes=7, temperature=0.07)
+    voted = vote(similarity, torch.tensor(labels)[places], classes=7)
     assert voted.tolist() == [plain_knn(bank, labels.tolist(), query, k, 0.07) for query in queries]
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from data_shards.errors import UserError
 from data_shards.pack import Source
-from pipeline.evaluate.run import evaluate_run
+from pipeline.evaluate.run import evaluate_run, open_tiles
 from tests.photos import write_tiles
 from tests.pipeline.evaluate.sets import packed
 from tests.pipeline.test_export import a_run
@@ -23,4 +23,4 @@ def test_an_image_that_does_not_decode_is_named_with_what_to_type(tmp_path: Path
     (key,) = [row["key"] for row in shards.table().to_pylist() if row["size"] == len(broken)]
     url = re.escape(shards.store.url)
     with pytest.raises(UserError, match=rf"^{url}: image {key}: does not decode: .*; make verify DST={url} FULL=1 "):
-        evaluate_run(run, bank, shards.store.url)
+        evaluate_run(run, open_tiles(bank), open_tiles(shards.store.url))

@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from data_shards.errors import UserError
-from data_shards.index import ShardSet, shard_path
+from data_shards.index import ShardSet, shard_path, table_path
 from data_shards.pack import PackSettings, pack
 from data_shards.store import Store
 from pipeline.report import preview as module
@@ -54,6 +55,14 @@ def test_the_page_asks_for_nothing_from_elsewhere_and_stays_small(page: str) -> 
     assert all(link.startswith("data:image/webp;base64,") for link in links)
     assert not re.search(r"url\(|@import", page)
     assert len(page) < 3_000_000
+
+
+def test_a_damaged_table_is_one_line(packed: Store, tmp_path: Path) -> None:
+    shutil.copytree(packed.url.removeprefix("file://"), tmp_path / "set")
+    store = Store(f"file://{tmp_path}/set")
+    store.put(table_path(0), b"garbage")
+    with pytest.raises(UserError, match=rf"{table_path(0)}: is damaged .*; make verify DST={store.url}"):
+        gather(store)
 
 
 def test_the_sheet_shows_images_of_the_set_in_their_own_proportions(page: str, packed: Store) -> None:
