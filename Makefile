@@ -84,7 +84,7 @@ verify: .venv/stamp ## whether the shard set DST= is whole (FULL=1: every image 
 
 .PHONY: preview
 preview: .venv/stamp ## one page of the shard set DST=: pictures, sizes, kinds, what was refused (TO=file.html)
-	@$(FARSEER) preview "$(or $(DST),$(error say which set: make preview DST=s3://bucket/folder))" $(site_option) $(if $(TO),--to "$(TO)")
+	@$(FARSEER) preview "$(or $(DST),$(error say which set: make preview DST=s3://bucket/folder))" $(site_option) $(if $(TO),--to "$(TO)") $(call flag,JSON,json)
 
 .PHONY: dedup
 dedup: .venv/stamp ## what DST= has twice, or an evaluation set has (AGAINST="s3://.. s3://.." NEAR=bits OUT=)

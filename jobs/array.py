@@ -76,11 +76,13 @@ class Array:
 
         left: how many parts are. Raises UserError when SLURM refuses it, or with what the first task said that failed.
         """
-        job, total, over = self._at_work() or self._submit(task, workers), left(), False
-        while (now := left()) and not over:
+        job, over = self._at_work() or self._submit(task, workers), False
+        now = total = left()
+        while now and not over:
             progress(self.what, total - now, total)
             time.sleep(POLL_S)
             over = _is_over(job)
+            now = left()
         if now:
             said = [path.read_text() for path in sorted(self.errors.iterdir())]
             why = said[0] if said else f"{self.folder / 'logs'} says why"

@@ -22,33 +22,7 @@ _LEFT = re.compile(r"srun: error: (\S+): tasks? [\d,-]+: (.+)")
 _LOST = re.compile(r"srun: error: .*(?:io error.*|Cannot communicate with) node (\d+)")  # by its place in the step
 
 
-def last_words(start: Start) -> tuple[str, str] | None:
-    """The host whose rank left first in this start, and how, by what srun said of it; None where srun said nothing."""
-    found = _LEFT.search(_log(start))
-    return (found[1], found[2].strip()) if found else None
-
-
-def signalled_early(start: Start) -> bool:
-    """Whether the first rank to leave was ended by the signal of a preemption: it did not listen yet."""
-    left = last_words(start)
-    return left is not None and left[1].startswith("User defined signal 2")
-
-
-def lost(start: Start) -> str | None:
-    """The host on which srun has lost its step in this start; ranks elsewhere are then ended by srun itself."""
-    log = _log(start)
-    begun, found = _BEGUN.search(log), _LOST.search(log)
-    hosts = begun[1].split(",") if begun else []
-    return hosts[int(found[1])] if found and int(found[1]) < len(hosts) else None
-
-
-def out_of_memory(start: Start) -> str | None:
-    """What srun said of a rank of this start that had no memory left, None where it said nothing of the kind."""
-    full = (found for found in _LEFT.finditer(_log(start)) if "Out Of Memory" in found[2])
-    return next((found[0].replace("error: ", "").strip() for found in full), None)
-
-
-def _log(start: Start) -> str:
+def log_of(start: Start) -> str:
     """What the batch script, srun and rank 0 have said in this start, "" if it did not come to its first line."""
     log = start.run_dir / "logs" / f"{start.job}_0_log.out"
     text = log.read_text(errors="replace") if log.exists() else ""
@@ -56,7 +30,32 @@ def _log(start: Start) -> str:
     return text[begun:] if begun >= 0 else ""
 
 
-def suspects(start: Start, failures: Sequence[Failure]) -> dict[str, str]:
+def last_words(log: str) -> tuple[str, str] | None:
+    """The host whose rank left first, and how, by what srun said of it in a start's log; None where it said nothing."""
+    found = _LEFT.search(log)
+    return (found[1], found[2].strip()) if found else None
+
+
+def signalled_early(log: str) -> bool:
+    """Whether the first rank to leave was ended by the signal of a preemption: it did not listen yet."""
+    left = last_words(log)
+    return left is not None and left[1].startswith("User defined signal 2")
+
+
+def lost(log: str) -> str | None:
+    """The host on which srun has lost its step; ranks elsewhere are then ended by srun itself."""
+    begun, found = _BEGUN.search(log), _LOST.search(log)
+    hosts = begun[1].split(",") if begun else []
+    return hosts[int(found[1])] if found and int(found[1]) < len(hosts) else None
+
+
+def out_of_memory(log: str) -> str | None:
+    """What srun said of a rank that had no memory left, None where it said nothing of the kind."""
+    full = (found for found in _LEFT.finditer(log) if "Out Of Memory" in found[2])
+    return next((found[0].replace("error: ", "").strip() for found in full), None)
+
+
+def suspects(log: str, failures: Sequence[Failure]) -> dict[str, str]:
     """Hosts that may be to blame for the end of a start, and for each what happened, in words.
 
     Those that a rank names (silent in a hang); else the one that srun has lost, or whose rank left first, if it left
@@ -66,11 +65,11 @@ def suspects(start: Start, failures: Sequence[Failure]) -> dict[str, str]:
     for failure in failures:
         if failure.host not in named:  # who stood still, and wakes up as all are ended, finds the others silent
             named |= {host: str(failure) for host in failure.suspects if host not in named}
-    if named or out_of_memory(start):  # too little was asked for, or too much is used
+    if named or out_of_memory(log):  # too little was asked for, or too much is used
         return named
-    if gone := lost(start):
+    if gone := lost(log):
         broken, how = gone, f"srun has lost {gone}: its step's daemon is gone"
-    elif left := last_words(start):
+    elif left := last_words(log):
         broken, how = left[0], f"a rank on {left[0]} left first, without a word ({left[1]})"
     else:
         return {}

@@ -48,7 +48,7 @@ def checkpoints(job: Job, verify: bool = False) -> list[Stored]:
 def _here(job: Job, sure: set[tuple[int, int]]) -> list[Stored]:
     """What ranks of this host saved and the store does not have whole; the next start sends it."""
     found = []
-    for folder in _local_root(job).glob("*/step-*"):
+    for folder in (_local_root(job) / commit.local_folder(job.store)).glob("step-*"):
         place = Place.parse(folder.name)
         if place is not None and (place.step, place.attempt) not in sure:
             size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -60,5 +60,5 @@ def _local_root(job: Job) -> Path:
     try:
         config = yaml.safe_load((job.run_dir / "config.yaml").read_text())
         return Path(config["checkpoint"]["local_dir"])
-    except (OSError, KeyError, TypeError):  # not set: in the run's folder
+    except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError):  # not set: in the run's folder
         return job.run_dir / "checkpoints"

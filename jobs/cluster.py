@@ -9,6 +9,7 @@
 Where SLURM is not installed or does not start, the site is S3 and submitit's local executor.
 """
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,13 @@ def up(directory: Path) -> list[str]:
     except UserError as error:
         said = f"{error}; going on without it: jobs run through submitit's local executor"
     write_whole(directory / "site.yaml", yaml.safe_dump(_site(directory, s3, slurm), sort_keys=False), PRIVATE)
-    parts = [f". '{part}/env.sh'" for part in (s3.directory, *([slurm.directory] if slurm else []))]
+    parts = [f". {shlex.quote(f'{part}/env.sh')}" for part in (s3.directory, *([slurm.directory] if slurm else []))]
     write_whole(directory / "env.sh", "\n".join(parts) + "\n", PRIVATE)
-    return [f"S3: {s3.url}, buckets {' and '.join(s3.buckets)}", said, f"for your shell: . {directory / 'env.sh'}"]
+    return [
+        f"S3: {s3.url}, buckets {' and '.join(s3.buckets)}",
+        said,
+        f"for your shell: . {shlex.quote(str(directory / 'env.sh'))}",
+    ]
 
 
 def down(directory: Path) -> None:

@@ -29,7 +29,7 @@ def briefs(
     runs, by default those in which the site's lie) that were last heard of. readers: by the runs' folders in the store,
     those of an earlier call, which have its rows; new ones are added. Raises UserError for a name without a run.
     """
-    own = [one for one in statuses(site) if one.store]
+    own = [one for one in statuses(site, names) if one.store]
     folders = {one.store: site.run_dir(one.run) for one in own}
     complaints = list[str]()
     if names:

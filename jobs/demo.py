@@ -116,17 +116,17 @@ def _follow(job: Job, config: Config) -> None:
         over = is_over(job)
         events = history(job.run_dir)
         for event in events[told:]:
-            say(f"  {sentence(event)}")
+            progress.tell(sentence(event))
         told = len(events)
-        progress.show()
-        if not preempted and progress.step >= steps // 2:
+        step = progress.show()
+        if not preempted and step >= steps // 2:
             preempted = True
-            say(f"  preempting job {job.id} at step {progress.step}, as SLURM would: USR2 to its ranks")
+            progress.tell(f"preempting job {job.id} at step {step}, as SLURM would: USR2 to its ranks")
             preempt(job)
         if over:
             break
         time.sleep(POLL_S)
-    if not any(event["event"] == "finished" for event in history(job.run_dir)):
+    if not any(event["event"] == "finished" for event in events):
         raise UserError(f"RUN={job.run}: the job is over, the run is not finished; make logs RUN={job.run} shows why")
 
 

@@ -112,9 +112,9 @@ def _gpus(site: Site) -> Iterator[Finding]:
     elsewhere = site.executor == "slurm"
     if shutil.which("nvidia-smi") is None:
         ok = None if elsewhere or site.gpus_per_node == 0 else False
-        yield Finding(
-            "GPUs", ok, "none here" + ("; PROBE=1 looks on the nodes" if elsewhere else ": runs go on the CPU")
-        )
+        says = "; PROBE=1 looks on the nodes" if elsewhere else ": runs go on the CPU"
+        says = f"; the site's gpus_per_node is {site.gpus_per_node}" if ok is False else says
+        yield Finding("GPUs", ok, f"none here{says}")
         return
     ask = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     done = subprocess.run(ask, capture_output=True, text=True, timeout=8, check=False)

@@ -26,9 +26,7 @@ CLOCKS_S = 2.0  # between nodes
 def look_at_slurm(site: Site) -> Iterator[Finding]:
     """From the login node. Raises SlurmError when SLURM does not answer."""
     config = dict(re.findall(r"^(\w+)\s*= (.*)$", slurm.ask("scontrol", "show", "config"), re.MULTILINE))
-    slurm.check_partition(site.used_partition, site.nodes)
-    default = slurm.ask("sinfo", "--all", "--noheader", "--format", "%P").partition("*")[0].split()[-1:]
-    for name in site.used_partition.split(",") if site.used_partition else default:
+    for name in slurm.check_partition(site.used_partition, site.nodes):
         yield from _look_at_partition(site, name, config)
     yield _accepted(site)
 
@@ -39,7 +37,7 @@ def _look_at_partition(site: Site, name: str, config: dict[str, str]) -> Iterato
     up = partition["State"] == "UP"
     states = slurm.ask("sinfo", "--noheader", "--partition", name, "--format", "%D %T").splitlines()
     counted = ", ".join(line.strip() for line in states)
-    yield Finding("partition", up, f"{name} is {partition['State']}: {counted} ({slurm.version()})")
+    yield Finding("partition", up, f"{name} is {partition['State']}: {counted} ({config['SLURM_VERSION']})")
     yield _time_limit(site, name, partition["MaxTime"])
     yield _preemption(site, name, partition, config)
 

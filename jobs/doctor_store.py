@@ -118,17 +118,17 @@ def _s3(url: str) -> Iterator[Finding]:
         says = "an upload in parts is begun, aborted, and gone"
         stays = "an aborted upload stays; a lifecycle rule (AbortIncompleteMultipartUpload) removes such"
         yield Finding("multipart", not left, stays if left else says)
-    ahead = ahead_of_store_s(url)
+    ahead = ahead_of_store_s(url, client)
     near = ahead is not None and abs(ahead) <= CLOCKS_S
     says = "the store does not say its time" if ahead is None else f"{ahead:+.1f} s from the store's"
     yield Finding("clock", None if ahead is None else near, says if near else f"{says}; start chrony or ntpd")
 
 
-def ahead_of_store_s(url: str) -> float | None:
+def ahead_of_store_s(url: str, client: Any = None) -> float | None:
     """Seconds that this machine's clock is ahead of the store's, which tells whole seconds; None if it does not."""
     bucket = url.removeprefix("s3://").partition("/")[0]
     try:
-        client = _client()
+        client = client or _client()
         client.call_s3("head_bucket", Bucket=bucket)  # connects
         begun = time.time()
         answer = client.call_s3("head_bucket", Bucket=bucket)

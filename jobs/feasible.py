@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from data_shards.errors import UserError
+from data_shards.index import ShardSet
 from data_shards.order import Order, make_order
 from data_shards.order_limits import divisors
 from data_shards.store import Store
@@ -15,7 +16,9 @@ from jobs.reasons import Reasons
 from jobs.site import Site
 from jobs.verbs import bytes_text
 from pipeline.config import SAVING, Config
-from pipeline.run import filled_in, open_data
+from pipeline.run import Record, filled_in, open_data
+
+Opened = tuple[float, Order, Config, ShardSet | None]
 
 CHECK_SECONDS = 20.0  # how long a store that does not answer is asked again before a run is refused
 
@@ -28,46 +31,51 @@ class Assumed(NamedTuple):
 
 
 class Feasible(NamedTuple):
-    """sample_bytes: on average; config: filled in; held: None where the site does not tell its memory."""
+    """sample_bytes: on average; config: filled in; held: None where the site does not tell its memory.
+
+    shards: None where they are assumed.
+    """
 
     sample_bytes: float
     order: Order
     config: Config
     held: Held | None
+    shards: ShardSet | None
 
 
-def feasible(config: Config, site: Site, assumed: Assumed | None = None) -> Feasible:
+def feasible(config: Config, site: Site, assumed: Assumed | None = None, record: Record | None = None) -> Feasible:
     """Raises UserError with a line for each reason why the run cannot work there.
 
-    assumed: in the place of the config's data, which nobody asks for then.
+    assumed: in the place of the config's data, which nobody asks for then. record: of a run that has begun, which goes
+    on with the data as it was then.
     """
     reasons = Reasons()
     reasons.lines += _wrong_without_data(config, site)
     held = held_bytes(config, site.ranks) if site.gpu_memory_gb is not None or site.memory_gb is not None else None
     if held is not None:
         reasons.lines += _too_large(config, site, held)
-    found = reasons.ask(lambda: _open(config) if assumed is None else _assume(config, assumed))
+    found = reasons.ask(lambda: _open(config, record) if assumed is None else _assume(config, assumed))
     if found is not None:
-        sample_bytes, order, config = found
+        sample_bytes, order, config, shards = found
         reasons.lines += _wrong_with_data(config, site, sample_bytes, order)
     reasons.refuse()
-    return Feasible(sample_bytes, order, config, held)
+    return Feasible(sample_bytes, order, config, held, shards)
 
 
-def _open(config: Config) -> tuple[float, Order, Config]:
-    """Bytes of a sample on average, the order, the config filled in."""
+def _open(config: Config, record: Record | None) -> Opened:
+    """Bytes of a sample on average, the order, the config filled in, the shards."""
     for source in config.data.sets:
         Store(source.url).check()  # gives up sooner than a read would
-    shards, order, filled = open_data(config, CHECK_SECONDS)
-    return shards.mean_bytes, order, filled
+    shards, order, filled = open_data(config, CHECK_SECONDS, record)
+    return shards.mean_bytes, order, filled, shards
 
 
-def _assume(config: Config, assumed: Assumed) -> tuple[float, Order, Config]:
+def _assume(config: Config, assumed: Assumed) -> Opened:
     """The same of a set that is not there."""
     if len(config.data.sets) > 1:
         raise UserError(f"data.sources: SAMPLES= stands for one set, not for {len(config.data.sets)}; give data.url")
     order = make_order(config.data, assumed.samples, assumed.sample_bytes, "not packed")
-    return assumed.sample_bytes, order, filled_in(config, order)
+    return assumed.sample_bytes, order, filled_in(config, order), None
 
 
 def _wrong_without_data(config: Config, site: Site) -> Iterator[str]:

@@ -54,8 +54,9 @@ def launch(
         cancel_marker(run_dir).unlink(missing_ok=True)
         job = (_on_this_machine if site.executor == "local" else _on_slurm)(site, run, store, config)
         _remember(job)
+    code_version = (run_dir / "snapshot" / "VERSION").read_text().strip()
     version = None if job.local else slurm.version()
-    note(run_dir, "submitted", job=job.id, committed=committed, code=_version(code), slurm=version)
+    note(run_dir, "submitted", job=job.id, committed=committed, code=code_version, slurm=version)
     return job
 
 
@@ -222,7 +223,7 @@ def switched_on(site: Site) -> dict[str, str | int | bool]:
 
 def _exclude_of(site: Site) -> str:
     """Hosts that the site keeps its jobs off, as SLURM reads them."""
-    return str(site.extra.get("exclude", ""))
+    return str(switched_on(site).get("exclude", ""))
 
 
 def _excluded(site: Site) -> list[str]:

@@ -26,6 +26,7 @@ from botocore.credentials import Credentials
 from data_shards.errors import UserError
 from data_shards.whole import PRIVATE, write_whole
 from jobs import daemons
+from jobs.site import export_lines
 
 PROFILE = "farseer-local"
 REGION = "us-east-1"
@@ -283,7 +284,7 @@ def _write_config(directory: Path, server: Server) -> None:
 
 
 def _write_shell(directory: Path) -> None:
-    lines = [f"export {name}='{value}'" for name, value in environment(directory).items()]
+    lines = export_lines(environment(directory))
     lines.append('export no_proxy="${no_proxy:+$no_proxy,}127.0.0.1,localhost"; export NO_PROXY="$no_proxy"')
     write_whole(directory / "env.sh", "\n".join([f"unset {' '.join(OVERRIDES)}", *lines]) + "\n", PRIVATE)
 

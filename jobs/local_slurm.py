@@ -27,6 +27,7 @@ from data_shards.errors import UserError
 from data_shards.whole import PRIVATE, write_whole
 from jobs import daemons, slurm_conf
 from jobs.daemons import Process
+from jobs.site import export_lines
 from jobs.slurm_conf import Settings
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
@@ -173,7 +174,7 @@ def _prepare(directory: Path, settings: Settings, before: Record | None) -> Reco
     (etc / "cgroup.conf").write_text(slurm_conf.cgroup_conf(_version()))
     (etc / "hosts").write_text(slurm_conf.hosts(settings))
     shell = Slurm(directory, settings.nodes, record.hostnames).environment()
-    (directory / "env.sh").write_text("".join(f"export {name}='{value}'\n" for name, value in shell.items()))
+    (directory / "env.sh").write_text("".join(f"{line}\n" for line in export_lines(shell)))
     record.save(directory)
     return record
 

@@ -93,7 +93,7 @@ def make_plan(
 
     images_s: speed to assume, of all ranks. assumed: a set to plan for that is not packed yet.
     """
-    sample_bytes, order, config, checked = feasible(config, site, assumed)
+    sample_bytes, order, config, checked, _ = feasible(config, site, assumed)
     held, rate = checked or held_bytes(config, site.ranks), speed(config, site, images_s)
     figures = [*_learning(config, site, sample_bytes, order, assumed is not None)]
     figures += [*_spending(config, site, sample_bytes, order, rate, held)]
@@ -223,7 +223,7 @@ def _measured(config: Config, site: Site) -> Iterator[Speed]:
     for run_dir in sorted(Path(site.shared_dir).glob("*"), key=_last_written, reverse=True):
         try:
             same = _computed(yaml.safe_load((run_dir / "config.yaml").read_text())) == wanted
-        except (OSError, yaml.YAMLError, KeyError, TypeError):
+        except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError):
             continue
         files = attempt_files(run_dir, "metrics.jsonl")
         if not same or not files:

@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from data_shards.errors import UserError
-from jobs.logs import is_over
+from jobs.logs import ASK_S, is_over
 from jobs.runs import Job, history, owned, state
 
 QUESTION = "profile"  # the file by which pipeline.profile, which needs torch, is asked
 ANSWERS = ("profiled", "profile failed")  # events
 POLL_S = 0.5
-ASK_S = 5.0  # between two questions to SLURM whether the job is over
 
 
 def profile(job: Job) -> tuple[Path, Path]:

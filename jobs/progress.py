@@ -2,15 +2,18 @@
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from jobs.start import attempt_files
+from jobs.verbs import say
 from pipeline.journal import read_lines
 
 RECENT = 20  # rows over which rates are taken
+EVERY = 50  # steps between lines, where they are not written over
+CLEAR = "\r\x1b[2K"  # a terminal's line
 TAIL_BYTES = 16 * 1024
 
 
@@ -29,15 +32,8 @@ class Progress:
         found: Iterator[list[dict[str, Any]]] = (read_lines(file, TAIL_BYTES)[-RECENT:] for file in files)
         return next((rows for rows in found if rows), [])
 
-    @property
-    def step(self) -> int:
-        """The last step done, 0 before the first."""
-        rows = self.rows()
-        return int(rows[-1]["result"]["step"]) if rows else 0
-
-    def line(self) -> str:
-        """Step, loss against ln K, images/s, data wait, time left; without the trained step, an empty string."""
-        rows = self.rows()
+    def line(self, rows: Sequence[dict[str, Any]]) -> str:
+        """Step, loss against ln K, images/s, data wait, time left; empty before the first."""
         if not rows:
             return ""
         result = rows[-1]["result"]
@@ -51,14 +47,18 @@ class Progress:
             f"{images:.0f} images/s  data wait {waited:.0%}  {int(left) // 60}:{int(left) % 60:02d} left"
         )
 
-    def show(self, every: int = 50) -> None:
-        """One line that is written over on a terminal; elsewhere a new one every `every` steps."""
-        step = self.step
+    def show(self) -> int:
+        """One line that is written over on a terminal, elsewhere a new one now and then; returns the last step done."""
+        rows = self.rows()
+        step = int(rows[-1]["result"]["step"]) if rows else 0
         if sys.stdout.isatty():
-            sys.stdout.write(f"\r\x1b[2K  {self.line()}")
-        elif step // every > self._shown // every:
-            sys.stdout.write(f"  {self.line()}\n")
-        else:
-            return
+            sys.stdout.write(f"{CLEAR}  {self.line(rows)}")
+        elif step // EVERY > self._shown // EVERY:
+            sys.stdout.write(f"  {self.line(rows)}\n")
         self._shown = step
         sys.stdout.flush()
+        return step
+
+    def tell(self, text: str) -> None:
+        """A line of its own, above the progress."""
+        say(f"{CLEAR if sys.stdout.isatty() else ''}  {text}")

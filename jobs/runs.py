@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -186,10 +187,11 @@ class Status:
     store: str  # the run's folder there; empty when that is not known
 
 
-def statuses(site: Site) -> list[Status]:
-    """All runs of a site, by one call of squeue, their folders read in parallel."""
+def statuses(site: Site, names: Sequence[str] = ()) -> list[Status]:
+    """All runs of a site, or those of these names, by one call of squeue, their folders read in parallel."""
     with ThreadPoolExecutor(READERS) as pool:
-        found = list(pool.map(lambda folder: _job_or_why_not(site, folder.name), folders(site)))
+        runs = [folder.name for folder in folders(site) if not names or folder.name in names]
+        found = list(pool.map(partial(_job_or_why_not, site), runs))
         told, queue = "", list[slurm.Queued]()
         try:
             queue = slurm.queue([one.run for one in found if isinstance(one, Job) and not one.local])

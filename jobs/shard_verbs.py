@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_shards.errors import UserError
 from jobs.run_verbs import run_folder, run_option
-from jobs.verbs import ProgressLine, Verb, add_verb, json_option, output, say_found, site_option, use_keys
+from jobs.verbs import ProgressLine, Verb, add_verb, json_option, output, positive, say_found, site_option, use_keys
 
 if TYPE_CHECKING:
     from data_shards.pack import PackSettings, SourceOptions
@@ -30,12 +30,14 @@ def shard_verbs(verbs: Any) -> None:
     packing.add_argument("--in-place", action="store_true", help="index WebDataset tars where they lie; none is copied")
     packing.add_argument("--set", default="", help="settings: 'min_side=64 shard_bytes=134217728 label=none'")
     packing.add_argument("--dali-index", action="store_true", help="write an index for DALI's own reader, too")
-    packing.add_argument("--workers", type=int, help="processes; by default one a core; with --site, tasks of SLURM")
+    packing.add_argument(
+        "--workers", type=positive, help="processes; by default one a core; with --site, SLURM's tasks"
+    )
     packing.add_argument("--site", default=os.environ.get("SITE"), help="where; by default on this machine")
     json_option(packing)
     verifying = _set_verb(verbs, "verify", verify, "whether a shard set holds what its manifest says")
     verifying.add_argument("--full", action="store_true", help="check and decode every image; else sizes and indexes")
-    verifying.add_argument("--workers", type=int, help="processes; by default one a core")
+    verifying.add_argument("--workers", type=positive, help="processes; by default one a core")
     verifying.add_argument("--afresh", action="store_true", help="also what an interrupted run has checked in full")
     verifying.add_argument("--out", help="where the keys of bad images go; by default var/verify/<set>.txt")
     previewing = _set_verb(
@@ -129,7 +131,7 @@ def parse_settings(text: str) -> "tuple[PackSettings, SourceOptions]":
             continue
         try:
             values[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):  # the latter: a date that is none
             hint = f"YAML needs special signs in quotes ({name}='@x'), without spaces"
             errors.append(f"SET: {name}: found {value!r}; {hint}")
     for section in (PackSettings, SourceOptions):

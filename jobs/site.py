@@ -7,9 +7,10 @@ never a secret: what it holds travels into the batch script, which others can re
 import os
 import re
 import shlex
+from collections.abc import Hashable
 from contextlib import suppress
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import (
@@ -181,6 +182,19 @@ class Site(Section):
             )
 
 
+class UniqueKeys(yaml.SafeLoader):
+    """YAML, but for a key that stands twice: of it the last one would count."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set[str]()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                raise yaml.MarkedYAMLError(problem=f"{name} is there twice; keep one", problem_mark=key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
 def load_site(name: str) -> Site:
     """Read a site by name (`conf/sites/<name>.yaml`, `local`) or by the path of its file.
 
@@ -188,12 +202,12 @@ def load_site(name: str) -> Site:
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else LOCAL if name == "local" else SITES / f"{name}.yaml"
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)  # noqa: S506 - a safe one
     except FileNotFoundError:
         raise UserError(_missing(name, path)) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(not_yaml(path, error)) from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: found no settings; valid: {', '.join(Site.model_fields)}")

@@ -1,6 +1,6 @@
 """SLURM's own commands, asked with a time limit; what they refuse becomes one line. Needs no accounting (no sacct).
 
-They are asked for `--all`: else nobody but root hears of partitions that a cluster hides, nor of the own jobs there.
+Lists are asked for with `--all`: else none but root hears of partitions that a cluster hides, nor of own jobs there.
 """
 
 import os
@@ -75,8 +75,11 @@ def job_state(job: str) -> tuple[str, str] | None:
     return (state, reason) if state else None
 
 
-def check_partition(name: str | None, nodes: int) -> None:
-    """Refuse a partition that does not exist or is too small; SLURM itself would let the job wait for ever."""
+def check_partition(name: str | None, nodes: int) -> list[str]:
+    """The partitions of that name, or the default one. Refuses one that does not exist or is too small.
+
+    SLURM itself would let the job wait for ever.
+    """
     lines = ask("sinfo", "--all", "--noheader", "--summarize", "--format", "%P|%D").splitlines()
     rows = [line.split("|") for line in lines]
     sizes = {row[0].rstrip("*"): int(row[1]) for row in rows}
@@ -86,6 +89,7 @@ def check_partition(name: str | None, nodes: int) -> None:
         raise SlurmError(f"partition: found {wanted}; SLURM has {', '.join(sorted(sizes)) or 'none'}")
     if nodes > (most := max(sizes[one] for one in named)):
         raise SlurmError(f"nodes: found {nodes}; partition {wanted} has {most}")
+    return named
 
 
 def version() -> str | None:

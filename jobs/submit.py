@@ -3,6 +3,7 @@
 The same command starts a run and goes on with it: where to resume is found in the store at each start.
 """
 
+from functools import partial
 from pathlib import Path
 
 from data_shards.errors import UserError
@@ -18,7 +19,7 @@ from jobs.site import ROOT, Site
 from jobs.start import note
 from jobs.supervise import committed_step, publish
 from pipeline.config import Config
-from pipeline.run import check_same, open_data, read_record
+from pipeline.run import check_same, read_record
 from pipeline.weights import check_origin, point
 
 COMPLETING_S = 60.0  # SLURM's KillWait, and what its epilogs take
@@ -53,13 +54,15 @@ def _keep_code(job: Job, store: Store) -> None:
 
 def check(config: Config, site: Site, run: str, runs: Store) -> None:
     """Raise UserError with all that can be known to fail before anything is spent. runs: the folder of all runs."""
-    run_dir, store, reasons = site.run_dir(run), runs.at(run), Reasons()
+    store, reasons = runs.at(run), Reasons()
     if _answers(runs, reasons):
-        if reasons.ask(lambda: feasible(config, site)) is not None:
-            reasons.ask(lambda: _check_same(config, store))
+        found = reasons.ask(lambda: feasible(config, site, record=read_record(store)))
+        if found is not None and found.shards is not None:
+            same = partial(check_same, store, found.config, found.shards, config.checkpoint.force)
+            reasons.ask(same)
         if config.train.start_from is not None and committed_step(store) is None:  # later it needs them no more
             reasons.ask(lambda: check_origin(config, CHECK_SECONDS))
-    reasons.ask(lambda: _check_free(site, run, run_dir, store.url))
+    reasons.ask(lambda: _check_free(site, run, store.url))
     if not reasons.lines:
         reasons.ask(lambda: put_and_get(store))
     reasons.refuse()
@@ -75,13 +78,9 @@ def _answers(runs: Store, reasons: Reasons) -> bool:
     return True
 
 
-def _check_same(config: Config, store: Store) -> None:
-    shards, _, filled = open_data(config, CHECK_SECONDS, read_record(store))
-    check_same(store, filled, shards, force=config.checkpoint.force)
-
-
-def _check_free(site: Site, run: str, run_dir: Path, store: str) -> None:
+def _check_free(site: Site, run: str, store: str) -> None:
     """Refuse when SLURM does not answer or has the run already; two jobs must not work on one run."""
+    run_dir = site.run_dir(run)
     with owned(run_dir):
         job = Job.of(site, run) if (run_dir / "job.json").exists() else None
     taken = f"job {job.id}" if job is not None and site.executor == "local" and state(job) is not None else None

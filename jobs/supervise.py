@@ -4,7 +4,6 @@ Runs in the batch script before and after the ranks (no daemon), under the local
 them (jobs.local). `decide` is pure; everything it needs was left on the shared disk and in the store.
 """
 
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from data_shards.errors import UserError
 from data_shards.store import Store
 from jobs import blame, daemons
 from jobs.start import CODE_ERROR, Failure, Outcome, Start, attempt_files, events, note
+from pipeline import commit
 from pipeline.journal import read_lines
 
 TOO_EARLY = "preempted before the first step"
@@ -110,12 +110,13 @@ def after(start: Start, exit_code: int, store: Store, max_cycles: int) -> Decisi
     if outcome is not None or start.cancelled:
         return decide(exit_code, outcome, [], cancelled=start.cancelled)
     failures = start.failures()
-    if not failures and blame.signalled_early(start):
+    log = blame.log_of(start)
+    if not failures and blame.signalled_early(log):
         start.note("requeued", reason=TOO_EARLY)
         return Decision("requeue", TOO_EARLY)
     committed = _newest(store, start.run_dir, noted)
     stalled = stalled_starts(noted, committed)
-    suspects, memory = blame.suspects(start, failures), blame.out_of_memory(start)
+    suspects, memory = blame.suspects(log, failures), blame.out_of_memory(log)
     decision = decide(
         exit_code, None, failures, stalled=stalled, max_cycles=max_cycles, suspects=suspects, memory=memory
     )
@@ -143,9 +144,8 @@ def committed_step(store: Store) -> int | None:
 
     One of an earlier attempt may be above it: damaged, so that the later one went on from below.
     """
-    pattern = re.compile(r"checkpoints/step-(\d+)-a(\d+)/MANIFEST\.json")
-    found = filter(None, (pattern.fullmatch(entry.path) for entry in store.list("checkpoints")))
-    return max(((int(one[2]), int(one[1])) for one in found), default=(0, None))[1]
+    found = commit.committed(commit.survey(store))
+    return max(((place.attempt, place.step) for place in found), default=(0, None))[1]
 
 
 def stalled_starts(noted: Sequence[dict[str, Any]], committed: int | None) -> int:

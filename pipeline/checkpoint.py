@@ -69,7 +69,7 @@ class Checkpointer:
         before_commit: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self._store, self._attempt, self._fingerprint = store, attempt, fingerprint
-        self._local = local / _folder_of(store.url)
+        self._local = local / commit.local_folder(store.url)
         self._fetched = self._local / f"fetched-a{attempt}"
         self._ranks, self._node = ranks, host
         self._fence, self._event = fence, event
@@ -309,9 +309,3 @@ def _fit_together(forms: Sequence[str], own: Sequence[list[str]]) -> None:
     wrong += [f"{name} is there on two ranks" for name in twice]
     if wrong:
         raise UserError(f"the states of the ranks do not fit together: {wrong[0]}")
-
-
-def _folder_of(url: str) -> str:
-    """One for each run, since runs may share a node's disk; a name that people recognise, and no path."""
-    name = "".join(c if c.isalnum() or c in "-_" else "-" for c in url.rstrip("/").rpartition("/")[2])
-    return f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"

@@ -158,6 +158,12 @@ def _files(entries: Iterable[dict[str, Any]]) -> tuple[File, ...]:
 Survey = dict[Place, dict[str, int]]
 
 
+def local_folder(url: str) -> str:
+    """Below which a node's disk has a run's saves, by a name that people recognise, and no path; url: of its folder."""
+    name = "".join(c if c.isalnum() or c in "-_" else "-" for c in url.rstrip("/").rpartition("/")[2])
+    return f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
+
+
 def survey(store: Store) -> Survey:
     """All checkpoints, with or without a manifest: name and size of each object."""
     found: Survey = {}

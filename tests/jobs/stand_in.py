@@ -79,7 +79,7 @@ def train(config, launch):
     signal.signal(signal.SIGUSR2, lambda *_: asked.append("preempted"))
     signal.signal(signal.SIGTERM, lambda *_: None)
     store = Store(launch.store)
-    steps = [int(m[1]) for e in store.list("checkpoints") if (m := re.search(r"step-(\\d+)-a01/MANIFEST", e.path))]
+    steps = [int(m[1]) for e in store.list("checkpoints") if (m := re.search(r"step-(\\d+)-a1/MANIFEST", e.path))]
     step = first = max(steps, default=0)
     together = meet(launch)
     say(launch, first)
@@ -152,7 +152,7 @@ def say(launch, step):
 
 def save(store, launch, step):
     if launch.rank == 0:
-        store.put(f"checkpoints/step-{step:09d}-a01/MANIFEST.json", b"{}")
+        store.put(f"checkpoints/step-{step:09d}-a1/MANIFEST.json", b"{}")
 
 
 def die(how):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.blame import START_LINE, blame, blamed, excluded, kind, last_words, lost, out_of_memory, suspects
+from jobs.blame import START_LINE, blame, blamed, excluded, kind, last_words, log_of, lost, out_of_memory, suspects
 from jobs.start import Failure, Start
 
 LOG = f"""{START_LINE} 0 of job 7 on node1,node2
@@ -33,14 +33,16 @@ def failure(host: str, *named: str) -> Failure:
 
 
 def test_the_rank_that_left_first_in_the_last_start_is_found_in_the_log(start: Start) -> None:
-    assert last_words(start) == ("node2", "Killed")
-    assert last_words(Start(start.run_dir, "8", 0)) is None
+    assert last_words(log_of(start)) == ("node2", "Killed")
+    assert last_words(log_of(Start(start.run_dir, "8", 0))) is None
 
 
 def test_silent_hosts_are_suspect_then_the_one_that_left_without_a_word(start: Start) -> None:
-    assert list(suspects(start, [failure("node1", "node3")])) == ["node3"]
-    assert suspects(start, [failure("node1")]) == {"node2": "a rank on node2 left first, without a word (Killed)"}
-    assert suspects(start, [failure("node2")]) == {}  # it could say what went wrong
+    assert list(suspects(log_of(start), [failure("node1", "node3")])) == ["node3"]
+    assert suspects(log_of(start), [failure("node1")]) == {
+        "node2": "a rank on node2 left first, without a word (Killed)"
+    }
+    assert suspects(log_of(start), [failure("node2")]) == {}  # it could say what went wrong
 
 
 @pytest.mark.parametrize(
@@ -53,23 +55,23 @@ def test_silent_hosts_are_suspect_then_the_one_that_left_without_a_word(start: S
 )
 def test_a_host_that_srun_has_lost_is_suspect_and_not_the_one_that_srun_ended_for_it(start: Start, words: str) -> None:
     said(start, f"{START_LINE} 1 of job 7 on node1,node2\nsrun: error: {words}\nsrun: error: node1: task 0: Killed\n")
-    assert suspects(start, []) == {"node2": "srun has lost node2: its step's daemon is gone"}
-    assert list(suspects(start, [failure("node1")])) == ["node2"]
-    assert list(suspects(start, [failure("node1", "node3")])) == ["node3"]
-    assert suspects(start, [failure("node2")]) == {}
+    assert suspects(log_of(start), []) == {"node2": "srun has lost node2: its step's daemon is gone"}
+    assert list(suspects(log_of(start), [failure("node1")])) == ["node2"]
+    assert list(suspects(log_of(start), [failure("node1", "node3")])) == ["node3"]
+    assert suspects(log_of(start), [failure("node2")]) == {}
 
 
 def test_a_node_that_the_step_does_not_have_is_nobody(start: Start) -> None:
     said(
         start, f"{START_LINE} 1 of job 7 on node1,node2\nsrun: error: Cannot communicate with node 2.  Aborting job.\n"
     )
-    assert lost(start) is None
+    assert lost(log_of(start)) is None
 
 
 def test_a_log_that_is_no_text_in_places_is_read_all_the_same(start: Start) -> None:
     with (start.run_dir / "logs" / "7_0_log.out").open("ab") as log:
         log.write(b"\xff\xfe\n")
-    assert last_words(start) == ("node2", "Killed")
+    assert last_words(log_of(start)) == ("node2", "Killed")
 
 
 def test_a_job_that_asked_for_too_little_memory_is_no_fault_of_its_host(start: Start) -> None:
@@ -78,14 +80,14 @@ def test_a_job_that_asked_for_too_little_memory_is_no_fault_of_its_host(start: S
         f"{START_LINE} 1 of job 7 on node1,node2\nsrun: error: node1: task 0: Killed\n"
         "srun: error: node2: task 1: Out Of Memory\n",
     )
-    assert suspects(start, []) == {}
+    assert suspects(log_of(start), []) == {}
 
 
 def test_what_srun_says_of_memory_is_found_wherever_it_says_it(start: Start) -> None:
-    assert out_of_memory(start) is None
+    assert out_of_memory(log_of(start)) is None
     said(start, LOG + "srun: error: node2: tasks 1,3-4: Out Of Memory\n")
-    assert out_of_memory(start) == "srun: node2: tasks 1,3-4: Out Of Memory"
-    assert kind(str(out_of_memory(start))) == "out of memory"
+    assert out_of_memory(log_of(start)) == "srun: node2: tasks 1,3-4: Out Of Memory"
+    assert kind(str(out_of_memory(log_of(start)))) == "out of memory"
 
 
 @pytest.mark.parametrize("next_start", [Start(Path(), "7", 2), Start(Path(), "7", 11), Start(Path(), "71", 1)])
@@ -96,7 +98,7 @@ def test_a_start_that_did_not_come_to_its_ranks_blames_nobody_out_of_an_earlier_
         log.write("module: command not found\n")
     later = Start(start.run_dir, next_start.job, next_start.number)
     (start.run_dir / "logs" / f"{later.job}_0_log.out").write_text(LOG)
-    assert (last_words(later), lost(later), suspects(later, [])) == (None, None, {})
+    assert (last_words(log_of(later)), lost(log_of(later)), suspects(log_of(later), [])) == (None, None, {})
 
 
 def test_blames_that_the_disk_does_not_take_are_told_and_hold_nothing_up(
@@ -129,12 +131,12 @@ def test_others_can_read_a_list_whatever_the_umask_of_its_writer(tmp_path: Path)
 
 
 def test_a_host_that_was_named_and_wakes_up_blames_no_other(start: Start) -> None:
-    told = suspects(start, [failure("node1", "node2"), failure("node2", "node1"), failure("node3", "node2")])
+    told = suspects(log_of(start), [failure("node1", "node2"), failure("node2", "node1"), failure("node3", "node2")])
     assert told == {"node2": "rank 0 on node1: gloo"}
 
 
 def test_all_hosts_that_say_of_themselves_that_they_are_bad_are_suspect_the_first_one_first(start: Start) -> None:
-    assert list(suspects(start, [failure("node3", "node3"), failure("node1", "node1")])) == ["node3", "node1"]
+    assert list(suspects(log_of(start), [failure("node3", "node3"), failure("node1", "node1")])) == ["node3", "node1"]
 
 
 def test_a_host_to_blame_twice_stays_out_until_it_is_forgotten(tmp_path: Path) -> None:

@@ -47,8 +47,10 @@ def test_each_checkpoint_has_its_step_age_size_place_and_state(job):
 
 def test_what_only_this_disk_has_is_listed_until_the_store_has_it(job):
     put(job, 100, 1)
-    for name in ("step-000000100-a1", "step-000000150-a1"):
-        left = job.run_dir / "checkpoints" / "first-abc" / name / "rank-0"
+    own = commit.local_folder(job.store)
+    others = commit.local_folder("s3://elsewhere/first")  # a disk of a node may be that of all runs
+    for run, name in ((own, "step-000000100-a1"), (own, "step-000000150-a1"), (others, "step-000000170-a1")):
+        left = job.run_dir / "checkpoints" / run / name / "rank-0"
         left.mkdir(parents=True)
         (left / "rank-0.safetensors").write_bytes(b"123")
     assert [(one.step, one.state) for one in checkpoints(job)] == [(100, "committed"), (150, "on this disk only")]

@@ -46,13 +46,12 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = {
         "sinfo": r"""case "$*" in
             *%P\|%D*) printf 'a*|4\nb|8\n' ;;
-            *%P*) printf 'a*\nb\n' ;;
             *) echo '4 idle' ;;
             esac""",
         "scontrol": r"""case "$*" in
             "show partition a "*) echo 'PartitionName=a State=UP MaxTime=1-00:00:00 PreemptMode=OFF' ;;
             "show partition b "*) echo 'PartitionName=b State=DOWN MaxTime=01:00:00 PreemptMode=OFF' ;;
-            "show config") echo 'SlurmctldParameters = (null)' ;;
+            "show config") printf 'SlurmctldParameters = (null)\nSLURM_VERSION = 23.11\n' ;;
             *) echo 'not found' >&2; exit 1 ;;
             esac""",
         "sbatch": "",
@@ -165,6 +164,13 @@ def test_a_card_that_is_missing_is_bad_where_the_site_counts_on_it(site, tmp_pat
     assert found(one, "GPUs", tmp_path) == Finding("GPUs", True, "1 x NVIDIA H200, 143771 MiB, 570.1")
     said = found(site.model_copy(update={"gpus_per_node": 8}), "GPUs", tmp_path)
     assert (said.ok, said.says.endswith("gpus_per_node says 8")) == (False, True)
+
+
+def test_a_machine_without_gpus_is_bad_where_the_site_counts_on_some(site, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert found(site, "GPUs", tmp_path) == Finding("GPUs", None, "none here: runs go on the CPU")
+    counting = site.model_copy(update={"gpus_per_node": 8})
+    assert found(counting, "GPUs", tmp_path) == Finding("GPUs", False, "none here; the site's gpus_per_node is 8")
 
 
 def test_a_store_that_is_away_is_one_bad_line_and_exit_code_1(tmp_path, capsys):

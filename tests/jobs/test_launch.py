@@ -165,6 +165,12 @@ def test_hosts_are_spared_in_the_partition_of_who_submits_where_the_site_leaves_
     assert executor.parameters["exclude"] == "node2"
 
 
+def test_an_exclude_that_is_off_keeps_no_host_out(site):
+    executor = slurm_executor(site.model_copy(update={"extra": {"exclude": False}}), "first", "s3://runs/first")
+    assert "exclude" not in executor.parameters
+    assert "--exclude " not in executor.parameters["teardown"][0]
+
+
 @pytest.mark.parametrize("option", ["nodelist", "reservation"])
 def test_of_nodes_that_the_site_itself_names_none_is_kept_out(site, tmp_path, option):
     for _ in range(2):

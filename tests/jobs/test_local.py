@@ -1,8 +1,6 @@
 """The local executor with real processes and the stand-in trainer; the same scenes under SLURM are in tests/real."""
 
 import json
-import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -75,16 +73,6 @@ def test_a_killed_rank_takes_the_others_along_and_the_job_starts_again_from_the_
     assert began(job) == [0, 10]
     assert ended(job, 1) == "finished"
     assert [event["event"] for event in events(job.run_dir)] == ["submitted", "requeued"]
-
-
-@slow
-def test_all_ranks_killed_at_once_start_again(start_job):
-    job = start_job()
-    assert wait_until(lambda: bool(began(job)) and bool(began(job, 1)), DEADLINE_S)
-    for record in job.start.ranks():
-        os.kill(record.pid, signal.SIGKILL)
-    wait(job)
-    assert ended(job, 1) == "finished"
 
 
 @slow

@@ -42,6 +42,8 @@ def test_it_packs_appends_and_says_when_all_is_there(folder: Path, capsys: pytes
         ("src", "dst", ["--set", "min_side=-3 shard_bytes=x"], "min_side: found -3; "),
         ("src", "dst", ["--set", "label=@x min_side=40"], "SET: label: found '@x'; "),
         ("src", "dst", ["--set", "label=["], "SET: label: found '['; "),
+        ("src", "dst", ["--set", "label=2024-02-30"], "SET: label: found '2024-02-30'; "),
+        ("src", "dst", ["--workers", "-1"], "argument --workers: '-1' is no whole number above 0"),
         ("src", "dst", ["--append"], "holds no finished shard set to append to"),
     ],
 )

@@ -67,10 +67,8 @@ def test_a_run_in_the_store_needs_no_site(
 
 @pytest.mark.parametrize("option", ["--workers", "--size", "--every", "--step"])
 @pytest.mark.parametrize("number", ["0", "-1", "x"])
-def test_a_number_that_means_nothing_is_refused(
-    command: list[str], option: str, number: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main([*command, f"{option}={number}"]) == 2
+def test_a_number_that_means_nothing_is_refused(option: str, number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "--run", "first", "s3://bank", "s3://held-out", f"{option}={number}"]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"farseer: argument {option}: '{number}' is no whole number above 0; farseer ")
     assert said.count("\n") == 1

@@ -94,10 +94,14 @@ def test_a_site_file_that_cannot_be_read_is_refused_in_a_line(tmp_path):
     (tmp_path / "folder.yaml").mkdir()
     (tmp_path / "latin.yaml").write_bytes("shared_dir: /geräte".encode("latin-1"))
     (tmp_path / "open.yaml").write_text("nodes: 2\nshared_dir: {\n")
+    (tmp_path / "twice.yaml").write_text("nodes: 2\nshared_dir: /shared\nnodes: 4\n")
+    (tmp_path / "date.yaml").write_text("shared_dir: /shared\naccount: 2024-02-30\n")
     said = {
         "folder.yaml": ": cannot be read: Is a directory",
         "latin.yaml": ": not valid YAML: 'utf-8' codec can't decode .*",
         "open.yaml": ":3: not valid YAML: expected the node content, .*",
+        "twice.yaml": ":3: not valid YAML: nodes is there twice; keep one",
+        "date.yaml": ": not valid YAML: day is out of range for month",
     }
     for name, words in said.items():
         with pytest.raises(UserError, match=rf"^{tmp_path}/{name}{words}$"):

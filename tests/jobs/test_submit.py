@@ -74,6 +74,17 @@ def test_a_run_that_began_with_another_config_goes_on_with_it_only_when_that_is_
     check(config(tmp_path, "optim.lr=30", "checkpoint.force=true"), site, "first", Store(wanted.store))
 
 
+def test_a_run_that_has_begun_is_judged_by_the_data_that_it_goes_on_with(site, tmp_path):
+    wanted = config(tmp_path, "reader.prefetch_bytes=8000000")
+    shards, _, filled = open_data(wanted)
+    Store(f"{wanted.store}/first").put("run.json", json.dumps(asdict(record_of(filled, shards))).encode())
+    grown = Manifest("layout 2", "contents 2", 2000, (1000, 1000), (4_000_000, 4_000_000_000), {}, {})
+    grown.save(Store(f"file://{tmp_path}/set"), create_only=False)
+    check(wanted, site, "first", Store(wanted.store))
+    with pytest.raises(UserError, match="prefetch_bytes"):
+        check(wanted, site, "second", Store(wanted.store))
+
+
 def test_a_store_that_does_not_answer_is_one_line_and_asked_no_further(site, tmp_path, monkeypatch):
     for name, value in (("ENDPOINT_URL", "http://127.0.0.1:9"), ("ACCESS_KEY_ID", "a"), ("SECRET_ACCESS_KEY", "b")):
         monkeypatch.setenv(f"AWS_{name}", value)
@@ -108,10 +119,10 @@ def test_the_partition_of_who_submits_counts_where_the_site_leaves_it_open(tmp_p
     monkeypatch.setenv("SBATCH_PARTITION", "big")
     monkeypatch.setattr(submitting, "_queued", lambda *_: [])
     site = Site(name="mine", shared_dir=str(tmp_path / "shared"), nodes=8)
-    submitting._check_free(site, "first", tmp_path / "shared" / "first", "s3://runs/first")
+    submitting._check_free(site, "first", "s3://runs/first")
     named = site.model_copy(update={"partition": "debug"})
     with pytest.raises(UserError, match="nodes: found 8; partition debug has 2"):
-        submitting._check_free(named, "first", tmp_path / "shared" / "first", "s3://runs/first")
+        submitting._check_free(named, "first", "s3://runs/first")
 
 
 def test_a_beginning_that_is_not_there_is_refused_before_anything_is_written(site, tmp_path):

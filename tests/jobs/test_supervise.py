@@ -97,10 +97,10 @@ def test_only_a_checkpoint_with_its_manifest_counts_as_committed(tmp_path):
     store = Store(f"file://{tmp_path}/run")
     assert committed_step(store) is None
     for path in (
-        "checkpoints/step-000000040-a01/MANIFEST.json",
-        "checkpoints/step-000000100-a02/MANIFEST.json",
-        "checkpoints/step-000000120-a02/rank-0.json",
-        "checkpoints/step-000000999-a02/old/MANIFEST.json",
+        "checkpoints/step-000000040-a1/MANIFEST.json",
+        "checkpoints/step-000000100-a2/MANIFEST.json",
+        "checkpoints/step-000000120-a2/rank-0.json",
+        "checkpoints/step-000000999-a2/old/MANIFEST.json",
     ):
         store.put(path, b"{}")
     assert committed_step(store) == 100
@@ -274,7 +274,7 @@ def test_a_run_that_was_cancelled_and_died_meanwhile_is_over(start):
 
 def test_the_third_crash_without_a_new_checkpoint_stops_the_run_and_a_new_one_in_between_does_not(start, store):
     actions = [after(Start(start.run_dir, "7", number), 137, store, max_cycles=3).action for number in (0, 1)]
-    store.put("checkpoints/step-000000100-a02/MANIFEST.json", b"{}")
+    store.put("checkpoints/step-000000100-a2/MANIFEST.json", b"{}")
     actions += [after(Start(start.run_dir, "7", number), 137, store, max_cycles=3).action for number in (2, 3, 4, 5)]
     assert actions == ["requeue", "requeue", "requeue", "requeue", "requeue", "stop"]
     assert events(start.run_dir)[-1]["event"] == "failed"

@@ -22,7 +22,10 @@ from tests.conftest import kept_environment, once, skip_without_slurm
 from tests.photos import write_tiles
 
 pytestmark = [pytest.mark.slow(minutes=1), pytest.mark.timeout(600)]
-CAMPAIGN_ONLY = {"a rank killed while the controller is away"}  # SLURM 22.05 takes a minute to start such a job again
+CAMPAIGN_ONLY = {
+    "a rank killed while the controller is away",  # SLURM 22.05 takes a minute to start such a job again
+    "all ranks killed",  # test_resume compares the rows, test_submit sees the requeue
+}
 BELOW = {"a rank hangs"}  # with more to be seen
 
 

@@ -12,7 +12,8 @@ import torch
 
 from data_shards.errors import UserError
 from data_shards.store import Store
-from pipeline.config import Config
+from jobs.site import ROOT
+from pipeline.config import Config, load
 from pipeline.journal import read_events, read_metrics
 from pipeline.pretrained import timm_name
 from pipeline.weights import point, trained_trunk
@@ -26,26 +27,9 @@ STEPS = 60
 
 def config_for(tiny_set: str, runs: str, **checkpoint: Any) -> dict[str, Any]:
     """A run of 60 steps that two ranks on two cores do in some ten seconds."""
-    big, small = {"size": 32, "count": 2, "scale": [0.3, 1.0]}, {"size": 16, "count": 2, "scale": [0.1, 0.35]}
-    return {
-        "store": runs,
-        "data": {"url": tiny_set, "batch": 16, "lanes": 4, "chunk_samples": 4, "window_chunks": 4},
-        "augment": {"crops": [big, small]},
-        "model": {"trunk": "custom", "w_0": 16, "w_a": 16, "w_m": 2.0, "depth": 2, "group_width": 8, "stem_width": 8},
-        "swav": {
-            "prototypes": 24,
-            "head": [32, 16],
-            "head_norm": True,
-            "queue": 16,
-            "queue_from_step": 8,
-            "freeze_prototypes_steps": 5,
-        },
-        "optim": {"name": "adamw", "lr": 0.016, "warmup_steps": 4, "weight_decay": 1e-4},
-        "train": {"steps": STEPS},
-        "efficiency": {"deterministic": True},
-        "checkpoint": {"every_steps": 10, **checkpoint},
-        "monitor": {"log_every": 5, "wandb": "disabled", "upload_seconds": 0.5},
-    }
+    values = load(ROOT / "conf" / "chaos.yaml", f"store={runs} watchdog.floor_s=60 watchdog.beat_s=5").dump()
+    values["data"]["url"] = tiny_set
+    return values | {"checkpoint": values["checkpoint"] | checkpoint}
 
 
 def results(url: str) -> list[dict[str, Any]]:
