@@ -64,7 +64,7 @@ def reduce(host: str, rank: int, nodes: int, gpu: bool) -> Reduced:
     """Measure it; what hangs is left behind in its thread, which the end of the process takes along."""
     backend = "nccl" if gpu else "gloo"
     said: list[float | str] = []
-    thread = threading.Thread(target=_reduce, args=(rank, nodes, backend, said), daemon=True)
+    thread = threading.Thread(target=_reduce, args=(rank, nodes, backend, said), name="all-reduce", daemon=True)
     thread.start()
     thread.join(REDUCE_S)
     found = said[0] if said else f"no answer within {REDUCE_S:.0f} s"
