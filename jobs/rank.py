@@ -10,8 +10,8 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
-from types import FrameType
 from typing import Any, NoReturn
 
 import submitit
@@ -47,7 +47,7 @@ def run(config: dict[str, Any], store: str, signal_delay_s: int, gpus: int, time
     stamp_output()
     start, here = Start.here(), submitit.JobEnvironment()
     rank = here.global_rank
-    _handle_early_signals(start, rank, 60 * time_limit_min - signal_delay_s)
+    leave_early = _handle_early_signals(start, rank, 60 * time_limit_min - signal_delay_s)
     try:
         start.begin(rank, str(here.paths.stdout))
         if start.cancelled:  # since the job's script has looked: there was no rank yet that a signal would reach
@@ -72,7 +72,7 @@ def run(config: dict[str, Any], store: str, signal_delay_s: int, gpus: int, time
             host=this_host(),
             stop_budget_s=max(1.0, signal_delay_s - LEAVE_S),
             requeue=(lambda: requeue(start)) if rank == 0 else None,
-            hung=lambda why: _fail(start, rank, why),
+            hung=lambda why: _hung(start, rank, why, leave_early),
             over=lambda outcome: _over(start, rank, outcome),
         )
         return run_rank(settings, launch)
@@ -96,24 +96,26 @@ def requeue(start: Start) -> None:
     start.end("preempted", requeued=True)
 
 
-def _handle_early_signals(start: Start, rank: int, time_s: float) -> None:
+def _handle_early_signals(start: Start, rank: int, time_s: float) -> Callable[[], NoReturn]:
     """Until the trainer takes the signals over there is nothing to save: leave, and start again if it was a preemption.
 
     time_s: from the job's start to the signal that its time limit sends. A start that needs more is a failure, of which
     there may be so many in a row. submitit's own handlers would count time-outs and give up; they are replaced here.
+    Returns what is done then.
     """
     begun = time.monotonic()
 
-    def preempted(number: int, frame: FrameType | None) -> None:
+    def leave() -> NoReturn:
         if not start.cancelled and time.monotonic() - begun > time_s - EARLY_S:
             took = f"{time.monotonic() - begun:.0f} s"
             _fail(start, rank, OutOfTime(f"the time limit came {took} after the start, before the first step; "
                                          "set the site's time_limit_min higher, or signal_delay_s lower"))  # fmt: skip
         _leave_early(start, rank)
 
-    signal.signal(signal.SIGUSR2, preempted)
+    signal.signal(signal.SIGUSR2, lambda *_: leave())
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGCONT, signal.SIG_DFL)
+    return leave
 
 
 def _leave_early(start: Start, rank: int) -> NoReturn:
@@ -130,6 +132,15 @@ def _leave_early(start: Start, rank: int) -> NoReturn:
             requeue(start)
     finally:
         os._exit(1)  # not 0: SLURM ends those with it that wait for this one already, and hear no signal there
+
+
+def _hung(start: Start, rank: int, why: Exception, leave_early: Callable[[], NoReturn]) -> NoReturn:
+    """The training stands still, or was asked to stop and does not come to it: before the first step that is early."""
+    from pipeline.watchdog import Overdue
+
+    if isinstance(why, Overdue) and why.early:
+        leave_early()
+    _fail(start, rank, why)
 
 
 def _over(start: Start, rank: int, outcome: str) -> None:

@@ -22,12 +22,12 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 from data_shards.errors import UserError, lacks_library, may_pass
 from data_shards.whole import write_whole
 from jobs.daemons import Process
-from pipeline.journal import attempt_folders, read_lines
+from pipeline.journal import append_whole, attempt_folders, read_lines
 
 Word = TypeVar("Word")
 
@@ -175,18 +175,9 @@ def append_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """As JSON, one each; what the disk does not take goes to stderr."""
     text = "".join(json.dumps(line) + "\n" for line in lines)
     try:
-        with path.open("a+b") as file:
-            file.write(b"\n" * _is_cut(file) + text.encode())
+        append_whole(path, text.encode())
     except OSError as error:
         sys.stderr.write(f"farseer: not written, {error}: {text}")
-
-
-def _is_cut(file: BinaryIO) -> bool:
-    """Whether the last line has no end: the disk was full, and may have room again."""
-    if not file.seek(0, os.SEEK_END):
-        return False
-    file.seek(-1, os.SEEK_END)
-    return file.read(1) != b"\n"
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ import bisect
 import itertools
 import json
 import math
+import os
 import re
 import threading
 import warnings
@@ -51,8 +52,7 @@ class Journal:
         with self._lines:
             self._pending.append(text)
             try:
-                with self.local.open("ab") as file:
-                    file.write(text)
+                append_whole(self.local, text)
                 self._end = self.local.stat().st_size
             except OSError as error:
                 warnings.warn(f"{error}; lines go to the store only", stacklevel=2)
@@ -86,6 +86,15 @@ class Journal:
 
     def _sent_path(self) -> Path:
         return self.local.with_suffix(".sent")
+
+
+def append_whole(path: Path, lines: bytes) -> None:
+    """Append whole lines to a file whose last one a full disk may have cut. Raises OSError."""
+    with path.open("a+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        cut = file.read(1) not in (b"", b"\n")
+        file.write(b"\n" * cut + lines)
 
 
 def read_lines(path: Path, tail_bytes: int | None = None) -> list[dict[str, Any]]:

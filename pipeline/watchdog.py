@@ -69,7 +69,11 @@ class Hang(Exception):
 
 
 class Overdue(Exception):
-    """This rank was asked to stop and has not come to it."""
+    """This rank was asked to stop and has not come to it. early: its first step was yet to end."""
+
+    def __init__(self, message: str, early: bool) -> None:
+        super().__init__(message)
+        self.early = early
 
 
 class Watchdog:
@@ -126,7 +130,8 @@ class Watchdog:
         while not self._closed.wait(min(self._settings.beat_s, max(0.1, self._late_in()))):
             self._beat()
             if self._late_in() <= 0:
-                self._leave(Overdue(f"asked to stop, and not done in time: at {self._at} after step {self._step}"))
+                told = f"asked to stop, and not done in time: at {self._at} after step {self._step}"
+                self._leave(Overdue(told, early=self._ended is None))
             if time.monotonic() - self._moved > self._limit(self._at):
                 self._suspect()
 

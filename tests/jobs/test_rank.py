@@ -56,6 +56,16 @@ from jobs.rank import run
 
 run({}, "file:///nowhere", 60, 0, 60)
 """
+OVERDUE = """
+import sys
+from jobs.rank import _handle_early_signals, _hung
+from jobs.start import Start
+from pipeline.watchdog import Overdue
+
+start, rank = Start.here(), int(sys.argv[1])
+leave_early = _handle_early_signals(start, rank, float(sys.argv[2]))
+_hung(start, rank, Overdue("asked to stop, and not done in time", early=True), leave_early)
+"""
 OVER = """
 import atexit, sys, time
 from jobs import rank
@@ -105,6 +115,20 @@ def test_a_preemption_before_the_first_step_is_no_failure_however_often_it_comes
     assert outcome is not None
     assert (outcome.outcome, outcome.requeued, start.failures()) == ("preempted", False, [])
     assert [event["reason"] for event in events(start.run_dir)] == ["preempted before the first step"]
+
+
+@pytest.mark.parametrize("time_s", [LONG_S, SHORT_S])
+def test_a_preemption_to_which_the_first_step_does_not_come_in_time_is_no_failure_but_a_time_limit_is(
+    start: Start, time_s: float
+) -> None:
+    subprocess.run(**launched(start, OVERDUE, 0, time_s), timeout=60, check=False)
+    outcome, failures = start.outcome(), start.failures()
+    if time_s == LONG_S:
+        assert outcome == Outcome("preempted")
+        assert failures == []
+    else:
+        assert outcome is None
+        assert "the time limit came" in failures[0].message
 
 
 def test_a_preempted_rank_in_an_image_without_slurm_leaves_the_requeue_to_the_batch_script(

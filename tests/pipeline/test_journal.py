@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from data_shards.store import Store
-from pipeline.journal import Journal, newest_events, newest_rows
+from pipeline.journal import Journal, newest_events, newest_rows, read_lines
 
 NUMBERS = itertools.count()
 
@@ -50,6 +50,15 @@ def test_the_newest_events_are_those_of_the_last_segments_with_how_the_last_atte
         *("a10 0", "a10 4", "a10 5", "a11 0"),
         *("a11-left-by-a10 0", "jobs-7 0", "jobs-7 1"),
     ]
+
+
+def test_a_row_that_a_full_disk_has_cut_takes_no_other_with_it(store: Store, tmp_path: Any) -> None:
+    path = tmp_path / "metrics.jsonl"
+    journal = Journal(path, store, "metrics/a01")
+    journal.append(row(1))
+    path.write_bytes(path.read_bytes() + b'{"result": {"st')  # of row 2, which the store has got
+    journal.append(row(3))
+    assert read_lines(path) == [row(1), row(3)]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 8, 9, 100])

@@ -251,4 +251,5 @@ def test_a_rank_that_is_asked_to_stop_leaves_in_time_whatever_it_is_at(
     assert time.monotonic() >= deadline[0] + 0.2
     dog.close()
     assert isinstance(left[0], Overdue)
+    assert not left[0].early
     assert str(left[0]) == "asked to stop, and not done in time: at data after step 7"
