@@ -92,6 +92,7 @@ class Question:
             if exam.left():  # they went when the score was there
                 exam.forget()
         if (score := exam.found()) is not None:
+            exam.release()  # what one left that was killed after it had given the score
             return score
         if not self.keep:
             exam.begin()

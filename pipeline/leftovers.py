@@ -26,8 +26,8 @@ def complete(
     """On all ranks at once, before the newest checkpoint is looked for. Raises UserError on all alike."""
     own = _on_disk(local, attempt, fingerprint)
     disk = {place.name: (next(iter(parts.values()))[0].world_size, sorted(parts)) for place, parts in own.items()}
-    in_store, newest = ranks.first(partial(_in_store, store, attempt, fingerprint))
-    for place in _completable([*ranks.exchange(disk), in_store], Place(*newest)):
+    in_store, exist = ranks.first(partial(_in_store, store, attempt, fingerprint))
+    for place in _completable([*ranks.exchange(disk), in_store], [Place(*one) for one in exist]):
         ranks.together(partial(_send, store, place, own.get(place, {}), attempt, fence, event))
         if ranks.first(partial(_commit, store, place, fence, event)):
             break
@@ -58,22 +58,28 @@ def _read(bytes_of: Callable[[], bytes]) -> Part | None:
         return None
 
 
-def _in_store(store: Store, attempt: int, fingerprint: str) -> tuple[Known, tuple[int, int]]:
-    """Of the checkpoints above the newest that exists, and which one that is."""
+def _in_store(store: Store, attempt: int, fingerprint: str) -> tuple[Known, list[tuple[int, int]]]:
+    """Of the checkpoints that no existing one has passed, and which ones exist."""
     checkpoints = commit.survey(store)
-    newest = max(commit.committed(checkpoints), default=Place(-1, 0))
+    exist = commit.committed(checkpoints)
     there: Known = {}
     for place, names in checkpoints.items():
         present = commit.ranks_present(names)
-        if newest < place and place.attempt < attempt and present:
+        if not _passed(place, exist) and place.attempt < attempt and present:
             part = _read(partial(store.get, f"{place.path}/rank-{min(present)}.json"))
             if part and part.fingerprint == fingerprint:
                 there[place.name] = part.world_size, sorted(present)
-    return there, (newest.step, newest.attempt)
+    return there, [(place.step, place.attempt) for place in exist]
 
 
-def _completable(everywhere: list[Known], newest: Place) -> list[Place]:
-    """The checkpoints of which all parts are somewhere, above the newest that exists; the newest first."""
+def _passed(place: Place, exist: list[Place]) -> bool:
+    """Whether its attempt, or a later one, has a checkpoint as far on. One of an earlier attempt that is further on was
+    damaged, so that the later one began below."""
+    return any(one.step >= place.step and one.attempt >= place.attempt for one in exist)
+
+
+def _completable(everywhere: list[Known], exist: list[Place]) -> list[Place]:
+    """The checkpoints of which all parts are somewhere, and that none which exists has passed; the newest first."""
     parts: dict[str, set[int]] = {}
     sizes: dict[str, int] = {}
     for known in everywhere:
@@ -81,7 +87,7 @@ def _completable(everywhere: list[Known], newest: Place) -> list[Place]:
             parts.setdefault(name, set()).update(present)
             sizes[name] = world_size
     whole = [Place.parse(name) for name, present in parts.items() if present == set(range(sizes[name]))]
-    return sorted((place for place in whole if place and place > newest), reverse=True)
+    return sorted((place for place in whole if place and not _passed(place, exist)), reverse=True)
 
 
 def _send(

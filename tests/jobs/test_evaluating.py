@@ -66,8 +66,11 @@ def test_a_run_that_is_over_is_asked_about_once_and_not_at_all_again(
     assert score.step == 5
     assert not exam.bank.run.exists(f"{exam.bank.folder}/00000.safetensors")
     played(monkeypatch, tmp_path, (None, None))
+    left = f"{exam.bank.folder}/00000.safetensors"
+    question.run.put(left, b"of one that was killed after it had given the score")
     ((_, again),) = question.follow(lambda: job(tmp_path), every=100)
     assert again == score
+    assert not question.run.exists(left)
 
 
 def test_a_run_that_ends_without_a_checkpoint_says_so(

@@ -693,6 +693,18 @@ def test_of_two_whole_leftovers_the_newer_one_is_completed_alone(tmp_path: Path)
 
 
 @silent_end
+def test_a_leftover_below_a_damaged_checkpoint_of_an_earlier_attempt_is_completed(tmp_path: Path) -> None:
+    Attempt(tmp_path, 1).commit(1).commit(3)
+    flip(tmp_path / "store" / "checkpoints" / "step-000000003-a1" / "rank-0.safetensors")
+    second = Attempt(tmp_path, 2)
+    assert second.found_step() == 1  # so it saves below the damaged one
+    cut_save(second, 0, numbered(2), {"of": 2})
+    found = Attempt(tmp_path, 3).checkpoints.newest()
+    assert found is not None
+    assert (found.step, found.extra) == (2, {"of": 2})
+
+
+@silent_end
 def test_a_part_that_the_store_has_is_not_sent_again(tmp_path: Path) -> None:
     cut_save(Attempt(tmp_path), 2, numbered(2), {})
     later = Attempt(tmp_path, 2)
