@@ -1,9 +1,10 @@
 """The base of every section of a run's config; each module owns the section that it reads."""
 
 import re
-from typing import ClassVar
+from typing import Any, ClassVar, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 _IN_WORDS = {
     r"^(Value error, |Input should be )": "",
@@ -22,8 +23,23 @@ class Section(BaseModel):
     when it resumes, is the hash of those sections.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
     affects_results: ClassVar[bool] = True
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic takes true for 1."""
+        kind = cls.model_fields[info.field_name or ""].annotation
+        switches = any(isinstance(one, bool) for one in (value if isinstance(value, list | tuple) else [value]))
+        if switches and _may_be(kind, int, float) and not _may_be(kind, bool):
+            raise PydanticCustomError("switch", "Input should be a number, not true or false")
+        return value
+
+
+def _may_be(kind: Any, *types: type) -> bool:
+    """Whether an annotation names one of the types."""
+    return kind in types or any(_may_be(part, *types) for part in get_args(kind))
 
 
 def what_is_valid(message: str) -> str:

@@ -320,7 +320,8 @@ def _where_to_look(one: Status, job: Job, entry: slurm.Queued | None, told: Sequ
         ways = {"waiting": entry.reason if entry is not None and entry.reason != "None" else ""}
         ways |= {"failed": f"{reason}; make logs RUN={one.run}", "cancelled": f"{again} goes on"}
         return ways.get(state, reason)
-    still_s = min([one.seconds_ago or 0.0, *(time.time() - event["time"] for event in told[-1:])])
+    ends = [one.seconds_ago, *(time.time() - event["time"] for event in told[-1:]), _began_ago(job)]
+    still_s = min(ago for ago in ends if ago is not None)
     if still_s > max(STILL_S, MEDIANS * _step_s(rows)):
         return f"no step for {still_s / 60:.0f} min: make logs RUN={one.run}"
     if (trouble := troubled(told)) is not None:
@@ -329,6 +330,14 @@ def _where_to_look(one: Status, job: Job, entry: slurm.Queued | None, told: Sequ
         alone = _starved(job, rows) if (_latest(told, "ranks") or 1) > 1 else ""
         return f"waits for data {one.wait:.0%} of the time{alone}: reader.connections, cpus_per_rank"
     return ""
+
+
+def _began_ago(job: Job) -> float:
+    """Seconds since the last of the start's ranks left word that it is there."""
+    try:
+        return time.time() - job.start.folder.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _starved(job: Job, rows: Sequence[Row]) -> str:

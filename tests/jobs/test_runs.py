@@ -108,7 +108,7 @@ def test_a_run_that_its_owner_keeps_closed_is_refused_with_their_name():
         with pytest.raises(UserError, match=said):
             launch(site, "first", job.store, {"lr": 30}, code=ROOT)
         with pytest.raises(UserError, match=said):
-            _check_free(site, "first", job.run_dir, job.store)
+            _check_free(site, "first", job.store)
 
 
 def test_an_unknown_run_is_refused_with_those_that_there_are(job, site):
@@ -219,6 +219,8 @@ def test_the_last_column_says_where_to_look(job):
     )
     assert status(job, queued("RUNNING")).look == "collapse"
     attempt(job, 1, 0, [(step, now - 500 + step) for step in range(1, 9)])
+    (start := job.run_dir / "starts" / f"{job.id}-0").mkdir(parents=True)
+    os.utime(start, (now - 510, now - 510))
     assert status(job, queued("RUNNING")).look == "no step for 8 min: make logs RUN=first"
     assert status(job, queued("PENDING")).look == "Priority"
     assert status(job, []).look == "make resume RUN=first goes on"
@@ -235,6 +237,13 @@ def test_a_run_stands_still_when_neither_a_step_nor_an_event_has_come_for_many_o
         lines(job.run_dir / "a01" / "events.jsonl", begun)
         return status(job, queued("RUNNING")).look
 
+    assert look(0.1, 9999, 9999) == ""  # its ranks are yet to come: it has waited in the queue
+    start = job.run_dir / "starts" / f"{job.id}-0"
+    start.mkdir(parents=True)
+    assert look(0.1, 9999, 9999) == ""
+    os.utime(start, (time.time() - 9999,) * 2)
+    (job.run_dir / "a01" / "metrics.jsonl").unlink()
+    assert status(job, queued("RUNNING")).look == "no step for 167 min: make logs RUN=first"
     few, many = 0.7 * runs.MEDIANS, 1.1 * runs.MEDIANS
     slow = 2 * runs.STILL_S / runs.MEDIANS  # seconds of a step of which that many take longer than STILL_S
     assert look(0.1, 0.7 * runs.STILL_S, 9999) == ""
@@ -361,10 +370,10 @@ def test_a_job_that_is_on_the_run_but_was_submitted_elsewhere_is_named_with_what
     with pytest.raises(UserError, match=said):
         runs.cancel(job)
     with pytest.raises(UserError, match=said):
-        _check_free(site, "first", job.run_dir, job.store)
+        _check_free(site, "first", job.store)
     others[0] = replace(others[0], job=job.id)
     with pytest.raises(UserError, match=r"RUN=first: job 42, running, is on it already; .* make cancel ends it"):
-        _check_free(site, "first", job.run_dir, job.store)
+        _check_free(site, "first", job.store)
 
 
 def test_a_local_job_of_another_machine_is_not_taken_for_one_that_is_over(tmp_path, site):
@@ -372,13 +381,13 @@ def test_a_local_job_of_another_machine_is_not_taken_for_one_that_is_over(tmp_pa
     job.save()
     here = site.model_copy(update={"executor": "local"})
     said = "RUN=first: local-7 was started on another, and only there can be seen to; if that is gone, move "
-    for refused in (lambda: runs.cancel(job), lambda: _check_free(here, "first", job.run_dir, job.store)):
+    for refused in (lambda: runs.cancel(job), lambda: _check_free(here, "first", job.store)):
         with pytest.raises(UserError, match=f"{said}{job.run_dir} away"):
             refused()
     (found,) = runs.statuses(here)
     assert (found.state, found.look.startswith(said)) == ("unknown", True)
     note(job.run_dir, "failed", reason="too hot")
-    _check_free(here, "first", job.run_dir, job.store)
+    _check_free(here, "first", job.store)
     assert [one.state for one in runs.statuses(here)] == ["failed (too hot)"]
     Job.of(site, "first").start.end("finished")
     assert runs.state(job) is None
