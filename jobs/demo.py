@@ -75,7 +75,7 @@ def demo(src: Path | None = None, overrides: str = "", var: Path = VAR) -> Figur
     where = f"{site.nodes} nodes" if site.executor == "slurm" else f"{site.ranks} processes of this machine"
     _stage(4, f"Pretraining: SwAV on a RegNetY, {where}, preempted half way")
     job = submit(config, site, run)
-    say(f"job {job.id} is submitted as run {run}; make logs RUN={run} shows what its ranks say")
+    say(f"job {job.id} is submitted as run {run}; {job.make('logs')} shows what its ranks say")
     _follow(job, config)
 
     _stage(5, "What the trunk has learned")
@@ -127,7 +127,7 @@ def _follow(job: Job, config: Config) -> None:
             break
         time.sleep(POLL_S)
     if not any(event["event"] == "finished" for event in events):
-        raise UserError(f"RUN={job.run}: the job is over, the run is not finished; make logs RUN={job.run} shows why")
+        raise UserError(f"RUN={job.run}: the job is over, the run is not finished; {job.make('logs')} shows why")
 
 
 def _figures(

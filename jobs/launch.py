@@ -256,7 +256,7 @@ def _on_slurm(site: Site, run: str, store: str, config: dict[str, Any]) -> Job:
     except submitit.core.utils.FailedJobError as error:
         kept_off = f" (kept off {hosts})" if (hosts := executor.parameters.get("exclude")) else ""
         raise UserError(f"SITE={site.name}: SLURM refused the job{kept_off}: {one_line(error)}") from None
-    return Job(run, site.run_dir(run), store, submitted.job_id)
+    return Job(run, site.run_dir(run), store, submitted.job_id, option=site.option)
 
 
 def _on_this_machine(site: Site, run: str, store: str, config: dict[str, Any]) -> Job:
@@ -265,7 +265,7 @@ def _on_this_machine(site: Site, run: str, store: str, config: dict[str, Any]) -
     script = run_dir / "logs" / "local.sh"
     script.write_text("\n".join([f"cd {shlex.quote(str(run_dir / 'snapshot'))}", *lines]) + "\n")
     process = daemons.spawn([BASH, str(script)], os.environ, run_dir / "logs" / "local.log")
-    return Job(run, run_dir, store, f"local-{process.pid}", process, platform.node())
+    return Job(run, run_dir, store, f"local-{process.pid}", process, platform.node(), site.option)
 
 
 @contextlib.contextmanager

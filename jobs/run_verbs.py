@@ -107,7 +107,7 @@ def submit(options: argparse.Namespace) -> int:
     from jobs.submit import submit as start
 
     config, site = _config_and_site(options, " checkpoint.force=true" if options.force else "")
-    return _submitted(start(config, site, options.name, origin=options.origin), options.site)
+    return _submitted(start(config, site, options.name, origin=options.origin))
 
 
 def resume(options: argparse.Namespace) -> int:
@@ -118,7 +118,7 @@ def resume(options: argparse.Namespace) -> int:
 
     site = load_site(options.site)
     job = Job.of(site, options.name)
-    return _submitted(start(load(job.run_dir / "config.yaml"), site, options.name), options.site)
+    return _submitted(start(load(job.run_dir / "config.yaml"), site, options.name))
 
 
 def status(options: argparse.Namespace) -> int:
@@ -231,11 +231,10 @@ def _config_and_site(options: argparse.Namespace, more: str = "") -> "tuple[Conf
     return config, site
 
 
-def _submitted(job: "Job", site: str) -> int:
-    where = "" if site == "local" else f" SITE={site}"
+def _submitted(job: "Job") -> int:
     say(
         f"job {job.id} is submitted; logs in {job.run_dir / 'logs'}",
-        f"next: make logs RUN={job.run}{where} FOLLOW=1, make status{where}, make cancel RUN={job.run}{where}",
+        f"next: {job.make('logs')} FOLLOW=1, make status{job.option}, {job.make('cancel')}",
     )
     return 0
 

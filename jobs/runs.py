@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,10 @@ ALONE = 0.75  # of that for one rank: worth naming it
 
 @dataclass(frozen=True)
 class Job:
-    """The newest job of a run. Of a local one, `process` is the one that starts the ranks, and `host` is where."""
+    """The newest job of a run. Of a local one, `process` is the one that starts the ranks, and `host` is where.
+
+    option: of the site, for commands to type.
+    """
 
     run: str
     run_dir: Path
@@ -48,6 +51,11 @@ class Job:
     id: str
     process: Process | None = None
     host: str = ""
+    option: str = field(default="", compare=False)
+
+    def make(self, verb: str) -> str:
+        """The command for a verb about this run."""
+        return f"make {verb} RUN={self.run}{self.option}"
 
     def save(self) -> None:
         """Remember it as the run's newest job."""
@@ -63,7 +71,8 @@ class Job:
             with owned(run_dir):
                 values = json.loads((run_dir / "job.json").read_text())
             process = Process(**values["process"]) if "process" in values else None
-            return cls(values["run"], run_dir, values["store"], values["id"], process, values.get("host", ""))
+            run, store, number = values["run"], values["store"], values["id"]
+            return cls(run, run_dir, store, number, process, values.get("host", ""), site.option)
         except FileNotFoundError:
             known = ", ".join(path.name for path in folders(site)) or "none"
             raise UserError(f"RUN={run}: no such run in {site.shared_dir}; there are: {known}") from None
@@ -138,13 +147,13 @@ def cancel(job: Job, now: bool = False) -> str:
     was = state(job)
     if was is None:
         others = [] if job.local else [entry for entry in slurm.queue([job.run]) if entry.run == job.store]
-        over = f"job {job.id} is over already; make status shows how it ended"
+        over = f"job {job.id} is over already; make status{job.option} shows how it ended"
         raise UserError(f"RUN={job.run}: {foreign(others[0]) if others else over}")
     with owned(job.run_dir):
         cancel_marker(job.run_dir).touch()
     if now or was != "RUNNING" or not job.start.ranks():
         end(job)
-        return f"job {job.id} is cancelled; make resume RUN={job.run} goes on from the last checkpoint"
+        return f"job {job.id} is cancelled; {job.make('resume')} goes on from the last checkpoint"
     preempt(job)
     return f"job {job.id} saves a last checkpoint and ends; NOW=1 does not wait for it"
 
@@ -316,14 +325,13 @@ def _where_to_look(one: Status, job: Job, entry: slurm.Queued | None, told: Sequ
     """The most urgent thing, in words; empty when all is well."""
     state, _, reason = one.state.removesuffix(")").partition(" (")
     if state != "running":
-        again = f"make resume RUN={one.run}"
         ways = {"waiting": entry.reason if entry is not None and entry.reason != "None" else ""}
-        ways |= {"failed": f"{reason}; make logs RUN={one.run}", "cancelled": f"{again} goes on"}
+        ways |= {"failed": f"{reason}; {job.make('logs')}", "cancelled": f"{job.make('resume')} goes on"}
         return ways.get(state, reason)
     ends = [one.seconds_ago, *(time.time() - event["time"] for event in told[-1:]), _began_ago(job)]
     still_s = min(ago for ago in ends if ago is not None)
     if still_s > max(STILL_S, MEDIANS * _step_s(rows)):
-        return f"no step for {still_s / 60:.0f} min: make logs RUN={one.run}"
+        return f"no step for {still_s / 60:.0f} min: {job.make('logs')}"
     if (trouble := troubled(told)) is not None:
         return trouble
     if one.wait is not None and one.wait > WAITS:
@@ -373,7 +381,7 @@ def _in_words(job: Job, word: str | None) -> str:
         return told
     if cancel_marker(job.run_dir).exists():
         return "cancelled"
-    return f"ended without a word (make resume RUN={job.run} goes on)"
+    return f"ended without a word ({job.make('resume')} goes on)"
 
 
 def _left_word(job: Job) -> str | None:

@@ -73,7 +73,7 @@ class Site(Section):
     """A cluster, or this machine alone (`executor: local`). Changes nothing that is learned."""
 
     affects_results: ClassVar[bool] = False
-    name: str = ""  # taken from the file
+    name: str = ""  # as who asks for it calls it
     executor: Literal["slurm", "local"] = "slurm"
     shared_dir: str  # an absolute path (or ~/, $HOME/) that every node sees: snapshots, logs, a run's local files
     nodes: PositiveInt = 1
@@ -152,6 +152,11 @@ class Site(Section):
         """What sbatch takes, from the site or from who submits; None: SLURM's default one."""
         return self.partition or os.environ.get("SBATCH_PARTITION") or None
 
+    @property
+    def option(self) -> str:
+        """What a command to type has at its end, so that it is about this site."""
+        return "" if self.name in ("", "local") else f" SITE={shlex.quote(self.name)}"
+
     def run_dir(self, run: str) -> Path:
         """The run's folder on the shared disk. Raises UserError when the name could leave it."""
         if not RUN_NAME.fullmatch(run):
@@ -212,7 +217,7 @@ def load_site(name: str) -> Site:
     if not isinstance(values, dict):
         raise UserError(f"{path}: found no settings; valid: {', '.join(Site.model_fields)}")
     try:
-        return Site.model_validate({"name": path.stem if name != "local" else name, **values})
+        return Site.model_validate({"name": name, **values})
     except ValidationError as error:
         raise UserError("\n".join(_explain(path, details) for details in error.errors())) from None
 

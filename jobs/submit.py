@@ -89,9 +89,10 @@ def _check_free(site: Site, run: str, store: str) -> None:
         for entry in _queued(run, store, None if job is None else job.id):
             if job is None or entry.job != job.id:
                 raise UserError(f"RUN={run}: {foreign(entry)}")
-            taken = f"job {entry.job}, {entry.state.lower()}"
-    if taken is not None:
-        raise UserError(f"RUN={run}: {taken}, is on it already; make logs RUN={run} follows it, make cancel ends it")
+            taken = f"job {entry.job} ({entry.state.lower()})"
+    if job is not None and taken is not None:
+        ways = f"{job.make('logs')} FOLLOW=1 shows what it does, {job.make('cancel')} ends it"
+        raise UserError(f"RUN={run}: {taken} is on it already; {ways}")
 
 
 def _queued(run: str, store: str, last: str | None) -> list[slurm.Queued]:

@@ -2,6 +2,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ def test_a_site_that_does_not_exist_is_one_line_and_exit_code_2(capsys):
 
 def test_what_to_type_next_names_the_site_as_it_was_named(site, capsys, monkeypatch):
     job = Job("first", Path("/shared/first"), "file:///runs/first", "7")
-    monkeypatch.setattr("jobs.submit.submit", lambda *_, **__: job)
+    monkeypatch.setattr("jobs.submit.submit", lambda _, site, *__, **___: replace(job, option=site.option))
     config = str(ROOT / "conf" / "demo.yaml")
     assert main(["submit", config, "--run", "first", "--site", site]) == 0
     assert f"make logs RUN=first SITE={site} FOLLOW=1, make status SITE={site}, make" in capsys.readouterr().out
@@ -78,7 +79,7 @@ def test_status_is_a_table_for_people_and_json_for_scripts(site, tmp_path, capsy
     head, row = capsys.readouterr().out.splitlines()
     assert head.split()[:5] == ["RUN", "STATE", "STEP", "LOSS", "IMAGES/S"]
     assert row.startswith("first  ended without a word")
-    assert row.endswith("make resume RUN=first goes on")
+    assert row.endswith(f"make resume RUN=first SITE={site} goes on"[:100])
     assert main(["status", "--site", site, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["run"] == "first"
 

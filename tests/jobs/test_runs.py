@@ -372,7 +372,7 @@ def test_a_job_that_is_on_the_run_but_was_submitted_elsewhere_is_named_with_what
     with pytest.raises(UserError, match=said):
         _check_free(site, "first", job.store)
     others[0] = replace(others[0], job=job.id)
-    with pytest.raises(UserError, match=r"RUN=first: job 42, running, is on it already; .* make cancel ends it"):
+    with pytest.raises(UserError, match=r"job 42 \(running\) is on it already; .*, make cancel RUN=first ends it"):
         _check_free(site, "first", job.store)
 
 

@@ -20,8 +20,11 @@ def write(tmp_path: Path, text: str) -> str:
 
 
 def test_a_site_is_read_with_its_name_and_defaults(tmp_path):
-    site = load_site(write(tmp_path, "shared_dir: /shared\nnodes: 4\nranks_per_node: 8"))
-    assert (site.name, site.executor, site.ranks) == ("mine", "slurm", 32)
+    name = write(tmp_path, "shared_dir: /shared\nnodes: 4\nranks_per_node: 8")
+    site = load_site(name)
+    assert (site.name, site.executor, site.ranks) == (name, "slurm", 32)
+    assert site.option == f" SITE={name}"
+    assert Site(name="local", shared_dir="/shared").option == ""
     assert site.run_dir("first") == Path("/shared/first")
 
 

@@ -59,7 +59,7 @@ def test_reasons_of_config_site_and_running_job_are_said_at_once(site, tmp_path,
     lines = str(refused.value).splitlines()
     assert len(lines) == 2, lines
     assert "4 does not divide among 3 ranks" in lines[0]
-    assert "job local-1, is on it already" in lines[1]
+    assert "job local-1 is on it already" in lines[1]
 
 
 def test_a_run_that_began_with_another_config_goes_on_with_it_only_when_that_is_wanted(site, tmp_path):
