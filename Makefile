@@ -176,7 +176,7 @@ cluster-up: .venv/stamp slurm ## a real S3 server and a real SLURM on this machi
 
 .PHONY: cluster-down
 cluster-down: ## stop them; what is stored stays
-	@if [ -x $(FARSEER) ] && [ -d var/cluster ]; then $(FARSEER) cluster down; fi
+	@if [ -x $(FARSEER) ] && [ -d var/cluster -o -d var/chaos ]; then $(FARSEER) cluster down; fi
 
 .PHONY: clean
 clean: cluster-down ## remove .venv and var

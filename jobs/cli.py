@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -68,12 +69,16 @@ def demo(options: argparse.Namespace) -> int:
 
 def cluster(options: argparse.Namespace) -> int:
     from jobs import cluster
-    from jobs.site import LOCAL
+    from jobs.site import LOCAL, ROOT
 
     if options.action == "up":
         say(*cluster.up(LOCAL.parent), "up; make cluster-down ends it")
     elif options.action == "down":
         cluster.down(LOCAL.parent)
+        if (left := ROOT / "var" / "chaos").is_dir():  # by a campaign that was killed
+            from jobs.chaos.campaign import down
+
+            down(left)
         say("down; what is stored stays until make clean")
     else:
         say(*cluster.status(LOCAL.parent))
@@ -85,6 +90,9 @@ def chaos(options: argparse.Namespace) -> int:
     from jobs.chaos.campaign import campaign, table
     from jobs.site import ROOT
 
+    for number in (signal.SIGTERM, signal.SIGHUP):  # of a terminal that is closed; nohup has it ignored
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))  # on the way out the cluster is stopped
     rows = campaign(ROOT / "var", options.trials, options.seed, options.fault, say)
     say("", *table(rows))
     return 0 if all(row.equal for row in rows) else 1

@@ -3,11 +3,15 @@
 import argparse
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_shards.errors import UserError
 from jobs.run_verbs import newest_job, run_folder, run_option
 from jobs.verbs import ProgressLine, add_verb, complain, json_option, output, positive, say, say_found, site_option
+
+if TYPE_CHECKING:
+    from jobs.site import Site
+    from pipeline.report.rows import RowReader
 
 WATCH_S = 30  # between two pages of a dashboard
 
@@ -105,26 +109,36 @@ def export(options: argparse.Namespace) -> int:
 
 
 def dashboard(options: argparse.Namespace) -> int:
-    from jobs.dashboard import briefs
     from jobs.site import load_site
-    from pipeline.report.dashboard import write_dashboard
-    from pipeline.report.figures import times
     from pipeline.report.rows import RowReader
 
     site, page = load_site(options.site), output(options.to, "dashboard.html")
     site.activate()
     readers = dict[str, RowReader]()
     while True:
-        found, complaints = briefs(site, options.names.split(), options.store, readers)
-        if not found and not complaints:
-            raise UserError(f"no runs in {site.shared_dir} yet; make submit starts one")
-        write_dashboard(page, found, time.time(), WATCH_S if options.watch else None)
-        say(f"{time.strftime('%H:%M:%S')} dashboard of {times(len(found), 'run')}: {page}")
-        for line in complaints:
-            complain(line)
+        try:
+            _write_dashboard(options, site, page, readers)
+        except UserError as error:
+            if not (options.watch and error.passing and readers):
+                raise
+            complain(f"{error}; looking again")
         if not options.watch:
             return 0
         time.sleep(WATCH_S)
+
+
+def _write_dashboard(options: argparse.Namespace, site: "Site", page: Path, readers: "dict[str, RowReader]") -> None:
+    from jobs.dashboard import briefs
+    from pipeline.report.dashboard import write_dashboard
+    from pipeline.report.figures import times
+
+    found, complaints = briefs(site, options.names.split(), options.store, readers)
+    if not found and not complaints:
+        raise UserError(f"no runs in {site.shared_dir} yet; make submit starts one")
+    write_dashboard(page, found, time.time(), WATCH_S if options.watch else None)
+    say(f"{time.strftime('%H:%M:%S')} dashboard of {times(len(found), 'run')}: {page}")
+    for line in complaints:
+        complain(line)
 
 
 def replay(options: argparse.Namespace) -> int:

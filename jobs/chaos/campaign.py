@@ -1,8 +1,8 @@
 """Faults drawn with a seed, each against a short real run on a cluster of its own. All must end as the undisturbed one.
 
-VAR/s3, VAR/slurm   a real S3 server and a real SLURM of four nodes
-VAR/jobs            the runs' folders, with their logs
-VAR/disk            a small file system for local saves, where one can be mounted (root)
+VAR/chaos/s3, VAR/chaos/slurm   a real S3 server and a real SLURM of four nodes
+VAR/chaos/jobs                  the runs' folders, with their logs
+VAR/chaos/disk                  a small file system for local saves, where one can be mounted (root)
 """
 
 import contextlib
@@ -49,21 +49,29 @@ class Row:
 def scene(folder: Path, config: Config) -> Iterator[Scene]:
     """S3, SLURM and the proxy between them, up for as long as this lasts; runs save on a small disk if there is one."""
     folder = folder.resolve()
-    with _disk(folder / "disk") as disk:
+    try:
+        disk = _disk(folder / "disk")
         s3 = local_s3.start_s3(folder / "s3")
         slurm = local_slurm.start_slurm(folder / "slurm", SETTINGS)
-        proxy = Proxy(s3.url)
         if disk is not None:
             checkpoint = config.checkpoint.model_copy(update={"local_dir": str(disk)})
             config = config.model_copy(update={"checkpoint": checkpoint})
-        try:
+        with contextlib.closing(Proxy(s3.url)) as proxy:
             environment = {**s3.environment(), **slurm.environment()}
             local_s3.activate(environment)
             yield Scene(_site(folder, {**environment, "AWS_ENDPOINT_URL": proxy.url}), config, slurm, proxy, disk)
-        finally:
-            proxy.close()
-            local_slurm.stop_slurm(folder / "slurm")
-            local_s3.stop_s3(folder / "s3")
+    finally:
+        down(folder)
+
+
+def down(folder: Path) -> None:
+    """Stop what runs for a campaign in that folder, also for one that was killed; what is not there is passed over."""
+    if (folder / "slurm").is_dir():
+        local_slurm.stop_slurm(folder / "slurm")
+    if (folder / "s3").is_dir():
+        local_s3.stop_s3(folder / "s3")
+    if (disk := folder / "disk").is_mount():
+        subprocess.run(["umount", "-l", str(disk)], capture_output=True, check=False)
 
 
 def _site(folder: Path, environment: dict[str, str]) -> Site:
@@ -178,15 +186,11 @@ def _difference(rows: list[dict[str, Any]], undisturbed: list[dict[str, Any]]) -
     return f"step {rows[first]['step']} differs in {', '.join(keys)}"
 
 
-@contextlib.contextmanager
-def _disk(folder: Path) -> Iterator[Path | None]:
+def _disk(folder: Path) -> Path | None:
     """A file system of DISK_MB in memory, where this user may mount one."""
     folder.mkdir(parents=True, exist_ok=True)
-    subprocess.run(["umount", str(folder)], capture_output=True, check=False)  # of a campaign that was killed
+    if folder.is_mount():  # of a campaign that was killed
+        subprocess.run(["umount", "-l", str(folder)], capture_output=True, check=False)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "farseer-chaos", str(folder)]
     mounted = os.getuid() == 0 and subprocess.run(mount, capture_output=True, check=False).returncode == 0
-    try:
-        yield folder if mounted else None
-    finally:
-        if mounted:
-            subprocess.run(["umount", "-l", str(folder)], capture_output=True, check=False)
+    return folder if mounted else None

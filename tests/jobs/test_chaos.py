@@ -13,7 +13,7 @@ from typing import Any, cast
 import pytest
 
 from data_shards.errors import UserError
-from jobs.chaos.campaign import DISK_FAULT, Row, campaign, draw, line, possible, table
+from jobs.chaos.campaign import DISK_FAULT, Row, campaign, down, draw, line, possible, table
 from jobs.chaos.faults import FAULTS, _save_lost, kill_at_once, on_node
 from jobs.chaos.proxy import CUT_BYTES, Proxy
 from jobs.chaos.trial import Trial
@@ -175,3 +175,8 @@ def test_a_save_is_lost_whichever_rank_found_no_room(tmp_path: Path, event: str,
     (tmp_path / "a01").mkdir()
     (tmp_path / "a01" / "events.jsonl").write_text(json.dumps({"time": 1.0, "event": event}) + "\n")
     assert _save_lost(cast(Trial, SimpleNamespace(run_dir=tmp_path))) == lost
+
+
+def test_what_a_campaign_has_not_begun_is_stopped_without_an_error(tmp_path):
+    down(tmp_path / "chaos")
+    assert list(tmp_path.iterdir()) == []

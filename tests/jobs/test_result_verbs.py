@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from data_shards.store import Denied, Unavailable
 from jobs.cli import main
 from tests.pipeline.evaluate.sets import labelled
 from tests.pipeline.test_export import a_run
@@ -72,3 +74,33 @@ def test_a_number_that_means_nothing_is_refused(option: str, number: str, capsys
     said = capsys.readouterr().err
     assert said.startswith(f"farseer: argument {option}: '{number}' is no whole number above 0; farseer ")
     assert said.count("\n") == 1
+
+
+def test_a_dashboard_that_is_watched_outlives_a_store_that_is_away_and_its_beginning_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    site = tmp_path / "here.yaml"
+    site.write_text(f"shared_dir: {tmp_path}/shared\nexecutor: local\n")
+    looks: list[str | None] = [None, "no answer", "no answer, again", "denied"]
+
+    def briefs(_: Any, __: Any, ___: Any, readers: dict[str, Any]) -> tuple[list[Any], list[str]]:
+        readers["run"] = None
+        if (look := looks.pop(0)) is None:
+            return [], ["a line"]
+        raise (Denied if look == "denied" else Unavailable)(look)
+
+    monkeypatch.setattr("jobs.dashboard.briefs", briefs)
+    monkeypatch.setattr("jobs.result_verbs.WATCH_S", 0)
+    monkeypatch.setattr("pipeline.report.dashboard.write_dashboard", lambda *_: None)
+    command = ["dashboard", "--site", str(site), "--to", str(tmp_path / "page.html")]
+    assert main([*command, "--watch"]) == 2
+    assert looks == []
+    said = capsys.readouterr().err.splitlines()
+    assert [line.removeprefix("farseer: ") for line in said] == [
+        "a line",
+        "no answer; looking again",
+        "no answer, again; looking again",
+        "denied",
+    ]
+    looks.append("no answer")
+    assert main(command) == 2
