@@ -20,7 +20,7 @@ from jobs.start import note
 from jobs.supervise import committed_step, publish
 from pipeline.config import Config
 from pipeline.run import check_same, read_record
-from pipeline.weights import check_origin, point
+from pipeline.weights import check_origin, keep_origin, point
 
 COMPLETING_S = 60.0  # SLURM's KillWait, and what its epilogs take
 
@@ -38,8 +38,10 @@ def submit(config: Config, site: Site, run: str, code: Path = ROOT, origin: str 
         config = config.model_copy(update={"train": train})
     check(config, site, run, runs)
     store = runs.at(run)
-    job = launch(site, run, store.url, config.dump(), committed_step(store), code)
+    job = launch(site, run, store.url, config.dump(), committed := committed_step(store), code)
     _keep_code(job, store)
+    if config.train.start_from is not None and committed is None:
+        _keep_origin(config, job)
     publish(job.run_dir, job.id, store)
     return job
 
@@ -50,6 +52,14 @@ def _keep_code(job: Job, store: Store) -> None:
         store.put(f"code/{job.id}.tar.gz", packed_code(job.run_dir).read_bytes())
     except UserError as error:
         note(job.run_dir, "upload failed", reason=str(error))
+
+
+def _keep_origin(config: Config, job: Job) -> None:
+    """The job may wait for days while the run that it begins with goes on, and deletes old checkpoints."""
+    try:
+        keep_origin(config, job.run)
+    except UserError as error:
+        note(job.run_dir, "origin not kept", reason=f"{error}; {config.train.start_from} may be gone before the start")
 
 
 def check(config: Config, site: Site, run: str, runs: Store) -> None:

@@ -277,13 +277,13 @@ def put_manifest(store: Store, place: Place, parts: list[Part], fence: Fence) ->
 
 @dataclass(frozen=True)
 class Retention:
-    """What stays: the last `last`, for ever each whose step `every` divides, and those that were evaluated."""
+    """What stays: the last `last`, for ever each whose step `every` divides, those evaluated or begun with."""
 
     last: int
     every: int | None = None
 
     def for_ever(self, store: Store) -> Callable[[Place], bool]:
-        """Asks the store which steps have an evaluation, or are at it."""
+        """Asks the store which steps have an evaluation, are at it, or are what another run begins with."""
         found = (re.match(r"eval/step-(\d+)", entry.path) for entry in store.list("eval"))
         evaluated = {int(match[1]) for match in found if match}
         return lambda place: (self.every is not None and place.step % self.every == 0) or place.step in evaluated

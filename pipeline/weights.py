@@ -102,6 +102,16 @@ def check_origin(config: Config, retry_seconds: float) -> None:
         raise UserError(f"{run}/{error}") from None
 
 
+def keep_origin(config: Config, run: str) -> None:
+    """Have the run that `train.start_from` names a checkpoint of keep it for `run`, as it keeps evaluated ones.
+
+    Raises UserError where its folder cannot be written to.
+    """
+    if (checkpoint := parse(str(config.train.start_from))) is not None:
+        origin, place = checkpoint
+        Store(origin).put(f"eval/step-{place.step:09d}/begins-{run}", b"")
+
+
 def parse(url: str) -> tuple[str, Place] | None:
     """The folder of the run, and which of its checkpoints: of s3://runs/old/checkpoints/step-000001000-a1.
 

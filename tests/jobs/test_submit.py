@@ -22,6 +22,8 @@ from jobs.runs import Job
 from jobs.site import ROOT, Site
 from jobs.start import events
 from jobs.submit import check, submit
+from pipeline import commit
+from pipeline.commit import Part, Place, Retention
 from pipeline.config import Config, load
 from pipeline.run import open_data, record_of
 
@@ -147,6 +149,20 @@ def test_a_run_that_goes_on_needs_what_it_began_with_no_more(site, tmp_path):
     check(wanted, site, "first", Store(wanted.store))
 
 
+def test_the_checkpoint_that_a_run_begins_with_is_kept_for_it_and_a_closed_folder_is_no_reason_to_stop(
+    site, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(launching, "_on_this_machine", begun)
+    wanted, place = config(tmp_path), Place(5, 1)
+    for name in ("open", "closed"):
+        commit.put_manifest(Store(f"{wanted.store}/{name}"), place, [Part(0, 1, "print", ())], lambda: None)
+    (tmp_path / "runs" / "closed" / "eval").touch()
+    for name, told in (("open", ["submitted"]), ("closed", ["submitted", "origin not kept"])):
+        submit(wanted, site, f"from-{name}", code=small_code(tmp_path), origin=f"{name}@5")
+        assert [event["event"] for event in events(site.run_dir(f"from-{name}"))] == told
+    assert Retention(1).for_ever(Store(f"{wanted.store}/open"))(place)
+
+
 def test_a_store_that_takes_nothing_is_refused_before_anything_is_written(site, tmp_path):
     wanted = config(tmp_path, "store=file:///proc/runs")
     with pytest.raises(UserError, match="/proc/runs"):
@@ -154,18 +170,24 @@ def test_a_store_that_takes_nothing_is_refused_before_anything_is_written(site, 
     assert not (tmp_path / "shared").exists()
 
 
-def test_what_a_job_runs_from_is_kept_in_the_store_and_nothing_that_the_job_has_made_of_it(site, tmp_path, monkeypatch):
-    def begun(site: Site, run: str, store: str, config: dict[str, Any]) -> Job:
-        compiled = site.run_dir(run) / "snapshot" / "jobs" / "__pycache__"
-        compiled.mkdir()
-        (compiled / "a.pyc").write_text("secret")
-        return Job(run, site.run_dir(run), store, "42", Process(1, 1))
+def small_code(folder: Path) -> Path:
+    (folder / "code" / "jobs").mkdir(parents=True, exist_ok=True)
+    (folder / "code" / "jobs" / "a.py").write_text("code")
+    return folder / "code"
 
-    (tmp_path / "code" / "jobs").mkdir(parents=True)
-    (tmp_path / "code" / "jobs" / "a.py").write_text("code")
+
+def begun(site: Site, run: str, store: str, config: dict[str, Any]) -> Job:
+    """A job that has compiled its code at once, and is over."""
+    compiled = site.run_dir(run) / "snapshot" / "jobs" / "__pycache__"
+    compiled.mkdir(parents=True)
+    (compiled / "a.pyc").write_text("secret")
+    return Job(run, site.run_dir(run), store, "42", Process(1, 1))
+
+
+def test_what_a_job_runs_from_is_kept_in_the_store_and_nothing_that_the_job_has_made_of_it(site, tmp_path, monkeypatch):
     monkeypatch.setattr(launching, "_on_this_machine", begun)
     wanted = config(tmp_path)
-    submit(wanted, site, "first", code=tmp_path / "code")
+    submit(wanted, site, "first", code=small_code(tmp_path))
     with tarfile.open(fileobj=io.BytesIO(Store(f"{wanted.store}/first").get("code/42.tar.gz"))) as archive:
         assert archive.extractfile("snapshot/jobs/a.py").read() == b"code"  # type: ignore[union-attr]
         assert "snapshot/jobs/__pycache__/a.pyc" not in archive.getnames()
