@@ -56,7 +56,7 @@ def fed(database: "duckdb.DuckDBPyConnection", name: str, schema: pa.Schema, bat
 
 @contextlib.contextmanager
 def connected(what: str) -> "Iterator[tuple[duckdb.DuckDBPyConnection, Path]]":
-    """The same in a folder for temporary files, which is given too, until the end; what: is done there, for people.
+    """`connect` in a folder for temporary files, which is given too, until the end; what: is done there, for people.
 
     Raises UserError for what the engine complains of: its disk is full, or its memory too small.
     """

@@ -109,7 +109,7 @@ class Prototypes(nn.Module):
 
     @torch.no_grad()
     def normalise_(self) -> None:
-        """Bring the rows back to length 1; before each step."""
+        """Bring the rows back to length 1; after each step of the optimizer."""
         self.weight.copy_(functional.normalize(self.weight, dim=1))
 
     def freeze_(self, step: int) -> None:

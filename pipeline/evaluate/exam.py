@@ -69,7 +69,8 @@ class Exam:
 
     @cached_property
     def labels(self) -> Labels:
-        return read_labels(self.bank.shards, self.held_out.shards)
+        of_bank, of_held_out = ((one.shards, one.removed) for one in (self.bank, self.held_out))
+        return read_labels(of_bank, of_held_out)
 
     def found(self) -> Score | None:
         """The score, when this was asked before."""

@@ -9,8 +9,10 @@ from numpy.typing import NDArray
 
 from data_shards.errors import UserError
 from data_shards.index import ShardSet
-from data_shards.removed import read_removed
+from data_shards.removed import Removed
 from pipeline.evaluate.tiles import unlabelled
+
+Labelled = tuple[ShardSet, Removed]  # a set, and what was removed of it
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Labels:
         return hashed.hexdigest()
 
 
-def read_labels(bank: ShardSet, held_out: ShardSet) -> Labels:
+def read_labels(bank: Labelled, held_out: Labelled) -> Labels:
     """Classes are the labels of the bank, in the order of the alphabet.
 
     Raises UserError when an image has no label, when there is but one class, or when the held-out set has others.
@@ -38,33 +40,33 @@ def read_labels(bank: ShardSet, held_out: ShardSet) -> Labels:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    columns = [_labels(one) for one in (bank, held_out)]
-    for shards, column in zip((bank, held_out), columns, strict=True):
+    columns = [_labels(*one) for one in (bank, held_out)]
+    for (shards, _), column in zip((bank, held_out), columns, strict=True):
         if not pc.any(pc.not_equal(column, "")).as_py():
             raise UserError(f"{shards.store.url}: all its images were removed; an evaluation needs some")
     names = sorted(name for name in pc.unique(columns[0]).to_pylist() if name)
     if len(names) < 2:
-        raise UserError(f"{bank.store.url}: its images have one label, {names[0]!r}; telling them apart needs two")
+        raise UserError(f"{bank[0].store.url}: its images have one label, {names[0]!r}; telling them apart needs two")
     numbers = [pc.fill_null(pc.index_in(column, pa.array(names)), -1) for column in columns]
     strange = pc.and_(pc.equal(numbers[1], -1), pc.not_equal(columns[1], ""))
     unknown = pc.unique(columns[1].filter(strange)).to_pylist()
     if unknown:
         raise UserError(
-            f"{held_out.store.url}: {len(unknown)} of its labels are none of {bank.store.url}'s ({unknown[0]!r}), so "
+            f"{held_out[0].store.url}: {len(unknown)} of its labels are none of {bank[0].store.url}'s ({unknown[0]!r}), so "
             "nothing could learn them there; pack both from folders of the same names"
         )
     of_bank, of_held_out = (column.to_numpy(zero_copy_only=False).astype(np.int64) for column in numbers)
     return Labels(of_bank, of_held_out, names)
 
 
-def _labels(shards: ShardSet) -> Any:
+def _labels(shards: ShardSet, removed: Removed) -> Any:
     """(N,) pyarrow strings by id, empty where an image was removed."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     labels = pa.concat_tables(shards.tables(["label"]))["label"].combine_chunks()
     gone = np.zeros(len(labels), np.bool_)
-    gone[read_removed(shards).ids.astype(np.int64)] = True
+    gone[removed.ids.astype(np.int64)] = True
     labels = pc.if_else(pa.array(gone), "", pc.fill_null(labels, ""))
     if missing := int(pc.sum(pc.equal(labels, "")).as_py()) - int(gone.sum()):
         raise unlabelled(shards.store.url, missing, len(labels))
