@@ -1,10 +1,10 @@
 """How each crop of each sample is cut and coloured: a pure function of (seed, lane, index in the lane, crop).
 
 In: the sizes of the images and the places of their samples in the data. Out: boxes, flips, colour factors and blur
-widths, and the matrices and kernels that they stand for, which pipeline.crops and pipeline.pixels apply. The random numbers are
-Philox4x32-10 and the distributions are inverse formulas, both written out here, because numpy's and torch's may change
-between versions: the same place draws the same numbers on any number of ranks, after any restart. Boxes follow
-torchvision's rule for RandomResizedCrop; the rest follows SwAV (arXiv 2006.09882).
+widths, and the matrices and kernels that they stand for, which pipeline.crops and pipeline.pixels apply. The random
+numbers are Philox4x32-10 and the distributions are inverse formulas, both written out here, because numpy's and torch's
+may change between versions: the same place draws the same numbers on any number of ranks, after any restart. Boxes
+follow torchvision's rule for RandomResizedCrop; the rest follows SwAV (arXiv 2006.09882).
 """
 
 from dataclasses import dataclass

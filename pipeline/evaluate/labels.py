@@ -40,20 +40,21 @@ def read_labels(bank: Labelled, held_out: Labelled) -> Labels:
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    urls = [shards.store.url for shards, _ in (bank, held_out)]
     columns = [_labels(*one) for one in (bank, held_out)]
-    for (shards, _), column in zip((bank, held_out), columns, strict=True):
+    for url, column in zip(urls, columns, strict=True):
         if not pc.any(pc.not_equal(column, "")).as_py():
-            raise UserError(f"{shards.store.url}: all its images were removed; an evaluation needs some")
+            raise UserError(f"{url}: all its images were removed; an evaluation needs some")
     names = sorted(name for name in pc.unique(columns[0]).to_pylist() if name)
     if len(names) < 2:
-        raise UserError(f"{bank[0].store.url}: its images have one label, {names[0]!r}; telling them apart needs two")
+        raise UserError(f"{urls[0]}: its images have one label, {names[0]!r}; telling them apart needs two")
     numbers = [pc.fill_null(pc.index_in(column, pa.array(names)), -1) for column in columns]
     strange = pc.and_(pc.equal(numbers[1], -1), pc.not_equal(columns[1], ""))
     unknown = pc.unique(columns[1].filter(strange)).to_pylist()
     if unknown:
         raise UserError(
-            f"{held_out[0].store.url}: {len(unknown)} of its labels are none of {bank[0].store.url}'s ({unknown[0]!r}), so "
-            "nothing could learn them there; pack both from folders of the same names"
+            f"{urls[1]}: {len(unknown)} of its labels are none of {urls[0]}'s ({unknown[0]!r}), "
+            "so nothing could learn them there; pack both from folders of the same names"
         )
     of_bank, of_held_out = (column.to_numpy(zero_copy_only=False).astype(np.int64) for column in numbers)
     return Labels(of_bank, of_held_out, names)
