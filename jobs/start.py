@@ -130,9 +130,9 @@ class Start:
         found = read_all(self.folder, "outcome", Outcome)
         return found[0] if found else None
 
-    def note(self, event: str, **fields: Any) -> None:
-        """Append an event of this start to the run's jobs.jsonl."""
-        note(self.run_dir, event, job=self.job, start=self.number, **fields)
+    def note(self, event: str, **fields: Any) -> dict[str, Any] | None:
+        """Append an event of this start to the run's jobs.jsonl; returns it if the disk does not take it."""
+        return note(self.run_dir, event, job=self.job, start=self.number, **fields)
 
 
 def this_host() -> str:
@@ -146,10 +146,10 @@ def newest_start(run_dir: Path, job: str) -> Start:
     return Start(run_dir, job, max(numbers, default=0))
 
 
-def note(run_dir: Path, event: str, **fields: Any) -> None:
-    """Append an event to the run's jobs.jsonl; on a full disk only the log hears of it, and the job goes its way."""
+def note(run_dir: Path, event: str, **fields: Any) -> dict[str, Any] | None:
+    """Append an event to the run's jobs.jsonl; returns one that the disk does not take: the job goes its way."""
     line = {"time": time.time(), "attempt": newest_attempt(run_dir), "event": event, **fields}
-    append_lines(run_dir / "jobs.jsonl", [line])
+    return None if append_lines(run_dir / "jobs.jsonl", [line]) else line
 
 
 def events(run_dir: Path) -> list[dict[str, Any]]:
@@ -171,13 +171,15 @@ def cancel_marker(run_dir: Path) -> Path:
     return run_dir / "cancel"
 
 
-def append_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """As JSON, one each; what the disk does not take goes to stderr."""
+def append_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> bool:
+    """As JSON, one each; whether the disk takes them. What it does not take goes to stderr."""
     text = "".join(json.dumps(line) + "\n" for line in lines)
     try:
         append_whole(path, text.encode())
     except OSError as error:
         sys.stderr.write(f"farseer: not written, {error}: {text}")
+        return False
+    return True
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -4,6 +4,8 @@ Runs in the batch script before and after the ranks (no daemon), under the local
 them (jobs.local). `decide` is pure; everything it needs was left on the shared disk and in the store.
 """
 
+import contextlib
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -106,7 +108,7 @@ def after(start: Start, exit_code: int, store: Store, max_cycles: int) -> Decisi
     store: the run's folder, best asked for STORE_S only. After a time limit there are seconds left to ask SLURM in; of
     a requeue the store hears from the next start.
     """
-    outcome, noted = start.outcome(), events(start.run_dir)
+    outcome = start.outcome()
     if outcome is not None or start.cancelled:
         return decide(exit_code, outcome, [], cancelled=start.cancelled)
     failures = start.failures()
@@ -114,6 +116,7 @@ def after(start: Start, exit_code: int, store: Store, max_cycles: int) -> Decisi
     if not failures and blame.signalled_early(log):
         start.note("requeued", reason=TOO_EARLY)
         return Decision("requeue", TOO_EARLY)
+    noted = _noted(start, store)
     committed = _newest(store, start.run_dir, noted)
     stalled = stalled_starts(noted, committed)
     suspects, memory = blame.suspects(log, failures), blame.out_of_memory(log)
@@ -121,11 +124,33 @@ def after(start: Start, exit_code: int, store: Store, max_cycles: int) -> Decisi
         exit_code, None, failures, stalled=stalled, max_cycles=max_cycles, suspects=suspects, memory=memory
     )
     event = "requeued" if decision.action == "requeue" else "failed"
-    start.note(event, reason=decision.reason, committed=committed, **({"suspects": [*suspects]} if suspects else {}))
+    more = {"suspects": [*suspects]} if suspects else {}
+    unwritten = start.note(event, reason=decision.reason, committed=committed, **more)
+    if unwritten is not None:
+        _put_unwritten(start, store, unwritten)
     blame.blame(start.run_dir.parent, start.run_dir.name, suspects)
     if decision.action != "requeue":
         publish(start.run_dir, start.job, store)
     return decision
+
+
+def _noted(start: Start, store: Store) -> list[dict[str, Any]]:
+    """The events of the run's jobs, oldest first, with those that a full disk has not taken."""
+    try:
+        unwritten = [json.loads(store.get(entry.path)) for entry in store.list(_unwritten(start))]
+    except UserError:
+        unwritten = []
+    return sorted([*events(start.run_dir), *unwritten], key=lambda event: float(event["time"]))
+
+
+def _put_unwritten(start: Start, store: Store, event: dict[str, Any]) -> None:
+    """Else a job whose starts all fail for the full disk would be started for ever."""
+    with contextlib.suppress(UserError):
+        store.put(f"{_unwritten(start)}/{start.number:04d}.jsonl", json.dumps(event).encode() + b"\n")
+
+
+def _unwritten(start: Start) -> str:
+    return f"events/unwritten-{start.job}"
 
 
 def publish(run_dir: Path, job: str, store: Store) -> None:

@@ -126,16 +126,19 @@ def store(tmp_path: Path) -> Store:
     return Store(f"file://{tmp_path}/store")
 
 
-def test_a_full_disk_changes_no_decision(start, store, capsys):
+def test_a_full_disk_changes_no_decision(start, tmp_path, capsys):
+    store = Store(f"memory://{tmp_path.name}-{os.getpid()}")  # with room
     start.fail(1, RuntimeError("gloo"))
     noted = start.run_dir / "jobs.jsonl"
     before_it, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (noted.stat().st_size, most))  # no file may grow beyond that
     try:
-        assert after(start, 143, store, max_cycles=3).action == "requeue"
+        starts = [Start(start.run_dir, start.job, number) for number in range(3)]
+        assert [after(one, 143, store, max_cycles=3).action for one in starts] == ["requeue", "requeue", "stop"]
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (before_it, most))
     assert "not written, [Errno 27] File too large" in capsys.readouterr().err
+    assert [event["event"] for event in read_events(store)][-3:] == ["requeued", "requeued", "failed"]
 
 
 def test_a_requeue_that_slurm_refuses_is_told_where_one_looks(start, store, tmp_path, monkeypatch):
