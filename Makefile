@@ -9,7 +9,7 @@ FARSEER := $(BIN)/farseer
 # of three tests, one waits most of the time: for SLURM, or until something has to have failed
 PYTEST := $(BIN)/python -m pytest -n 3 --dist worksteal -q -rs
 
-CONF ?= conf/demo.yaml
+CONF ?= $(or $(wildcard var/demo.yaml),conf/demo.yaml)
 RUN ?=
 SET ?=
 SITE ?=
@@ -24,6 +24,10 @@ KNOWN := $(SWITCHES) PYTHON CONF RUN SET SITE SRC DST AGAINST BANK EVERY FAULT F
 given := $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
 $(foreach name,$(filter-out $(KNOWN) MAKE% -% AWS_% PIP_% SLURM_% WANDB_%,$(given)),$(error $(name)= is read by no target; there are $(sort $(KNOWN))))
 $(foreach name,$(SWITCHES),$(if $(filter-out 1,$($(name))),$(error $(name)=$($(name)): say $(name)=1, or leave it out)))
+# Nor does a target read what another one does: that would be passed over without a word.
+lines_of = sed -n '/^$(1):/,/^$$/p' $(firstword $(MAKEFILE_LIST)) | sed 's/run_option/RUN/; s/site_option/SITE/' | grep -ow '[A-Z_]*' | sort -u
+read := $(foreach goal,$(MAKECMDGOALS),$(shell $(call lines_of,$(goal))))
+$(if $(MAKECMDGOALS),$(foreach name,$(filter-out PYTHON $(read),$(filter $(KNOWN),$(given))),$(error $(name)= is not read by make $(MAKECMDGOALS); it reads $(or $(sort $(filter $(KNOWN),$(read))),no variable))))
 export SET KEY # read by the shell, which leaves quotes in them alone
 
 run_option = --run "$(or $(RUN),$(error say which run: make $@ RUN=name))"
@@ -87,7 +91,7 @@ preview: .venv/stamp ## one page of the shard set DST=: pictures, sizes, kinds, 
 	@$(FARSEER) preview "$(or $(DST),$(error say which set: make preview DST=s3://bucket/folder))" $(site_option) $(if $(TO),--to "$(TO)") $(call flag,JSON,json)
 
 .PHONY: dedup
-dedup: .venv/stamp ## what DST= has twice, or an evaluation set has (AGAINST="s3://.. s3://.." NEAR=bits OUT=)
+dedup: .venv/stamp ## what DST= has twice, or an evaluation set has (AGAINST="s3://.. s3://.." NEAR=bits OUT=folder)
 	@$(FARSEER) dedup "$(or $(DST),$(error say which set: make dedup DST=s3://bucket/folder))" $(site_option) $(if $(AGAINST),--against $(AGAINST)) $(if $(NEAR),--distance "$(NEAR)") $(if $(OUT),--out "$(OUT)") $(call flag,JSON,json)
 
 .PHONY: remove
@@ -119,8 +123,8 @@ resume: .venv/stamp ## go on with a run that exists, under its own config (RUN=)
 	@$(if $(filter CONF SET FORCE FROM,$(given)),$(error a run goes on under its own config: make submit CONF= RUN= SET= FORCE=1 changes it))$(FARSEER) resume $(run_option) $(site_option)
 
 .PHONY: status
-status: .venv/stamp ## all runs: how far, how fast, what to look at (WATCH=1, JSON=1, STORE=s3://bucket/folder)
-	@$(FARSEER) status $(site_option) $(if $(STORE),--store "$(STORE)") $(call flag,JSON,json) $(call flag,WATCH,watch)
+status: .venv/stamp ## all runs, or RUN="a b": how far, how fast, what to look at (WATCH=1 JSON=1 STORE=s3://..)
+	@$(FARSEER) status $(if $(RUN),--run "$(RUN)") $(site_option) $(if $(STORE),--store "$(STORE)") $(call flag,JSON,json) $(call flag,WATCH,watch)
 
 .PHONY: doctor
 doctor: .venv/stamp ## what SITE= can do of what CONF= asks: ok, or what to do (PROBE=1: from its nodes)

@@ -9,6 +9,7 @@ beside the lists and joined there, in as much memory as is given.
     OUT/leaks.txt         key, url of the evaluation set, the nearest key there, bits apart; between tabs
 """
 
+import shlex
 import shutil
 import time
 from collections.abc import Sequence
@@ -83,9 +84,13 @@ class DedupReport:
             f"for {self.groups:,} that stay; {self.seconds:.1f} s",
             f"same bytes: {self.exact:,}; near: {near}",
             *(f"{count:,} {note}" for note, count in notes.items() if count),
-            f"lists in {self.folder}"
-            + (f"; next: make remove DST={self.url} LIST={self.folder}/{DUPLICATES}" if duplicates else ""),
+            f"lists in {self.folder}",
+            *([f"next: {self._removal(DUPLICATES)}"] if duplicates else []),
+            *([f"next: {self._removal(LEAKS)}"] if self.leaks else []),
         ]
+
+    def _removal(self, name: str) -> str:
+        return f"make remove DST={shlex.quote(self.url)} LIST={shlex.quote(f'{self.folder}/{name}')}"
 
 
 def dedup(

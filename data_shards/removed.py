@@ -6,6 +6,7 @@ A run reads them at each start and replaces what they name. They name shards and
 of a set and take away no id.
 """
 
+import shlex
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -89,7 +90,7 @@ class RemoveReport:
         lost = f"; {self.unknown:,} lines name no image here" if self.unknown else ""
         return (
             f"{self.url}: {self.added:,} more images removed{into}, {self.removed:,} of {self.samples:,} in all{lost}; "
-            f"runs leave them out from their next start on; make compact DST={self.url} erases their bytes"
+            f"runs leave them out from their next start on; make compact DST={shlex.quote(self.url)} erases their bytes"
         )
 
 

@@ -9,8 +9,10 @@ from pydantic_core import PydanticCustomError
 _IN_WORDS = {
     r"^(Value error, |Input should be )": "",
     r"\ba valid integer": "an integer",
+    r"\ba valid tuple": "a list",
     r"\ba valid ": "a ",
     r"a dictionary or instance of \w+": "a mapping of its keys",
+    r"a dictionary": "a mapping",
     r", (unable to parse|got) .*": "",
     r"^\w+ should have (.+) after validation, not \d+": r"\1",
 }

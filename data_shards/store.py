@@ -90,7 +90,7 @@ class Store:
         scheme, separator, rest = url.partition("://")
         usable = {"s3": rest[:1] not in ("", "/"), "file": rest.startswith("/"), "memory": True}
         if not separator or not usable.get(scheme):
-            valid = f"file://{url}" if url.startswith("/") else "s3://bucket/folder, file:///folder or memory://folder"
+            valid = f"file://{url}" if url.startswith("/") else "s3://bucket/folder or file:///folder"
             raise StoreError(f"{url}: not the url of a store; {valid} is")
         self._options: dict[str, Any] = {"retry_seconds": retry_seconds, "connections": connections}
         root, self._folder = rest.partition("/")[::2] if scheme == "s3" else ("", rest)

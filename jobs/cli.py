@@ -16,7 +16,7 @@ from jobs.config_verb import config_verb
 from jobs.result_verbs import result_verbs
 from jobs.run_verbs import run_verbs
 from jobs.shard_verbs import shard_verbs
-from jobs.verbs import Parser, add_verb, say
+from jobs.verbs import Parser, add_verb, positive, say
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     options = add_verb(verbs, "cluster", cluster, "an S3 server and a SLURM on this machine: SITE=local")
     options.add_argument("action", choices=("up", "down", "status"))
     options = add_verb(verbs, "chaos", chaos, "faults against short real runs here: do all end as the undisturbed one?")
-    options.add_argument("--trials", type=int, default=5)
+    options.add_argument("--trials", type=positive, default=5)
     options.add_argument("--seed", type=int, default=0, help="of the faults and their moments")
     options.add_argument("--fault", action="append", default=[], help="draw among these only; may be given again")
     _supervise_options(add_verb(verbs, "supervise", supervise, argparse.SUPPRESS))

@@ -5,6 +5,7 @@ Photographs -> shards in S3 -> SwAV on SLURM, preempted half way and resumed -> 
 
 import json
 import math
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ from data_shards.errors import UserError
 from data_shards.pack import PackReport, PackSettings, pack
 from data_shards.sources import list_sources
 from data_shards.store import Store
+from data_shards.whole import write_whole
 from jobs import cluster, photos
 from jobs.logs import is_over, sentence
 from jobs.progress import Progress
@@ -70,7 +72,8 @@ def demo(src: Path | None = None, overrides: str = "", var: Path = VAR) -> Figur
     _pack(pictures.test, held_out)
     say(*(f"refused: {line}" for line in packed.refused_lines()))
 
-    config = load(ROOT / "conf" / "demo.yaml", f"data.url={bank} {overrides}")
+    conf = write_config(var, bank)
+    config = load(conf, overrides)
     run = time.strftime("demo-%Y%m%d-%H%M%S")
     where = f"{site.nodes} nodes" if site.executor == "slurm" else f"{site.ranks} processes of this machine"
     _stage(4, f"Pretraining: SwAV on a RegNetY, {where}, preempted half way")
@@ -89,7 +92,7 @@ def demo(src: Path | None = None, overrides: str = "", var: Path = VAR) -> Figur
     report = report_run(store, *tiles, evaluation, page, authors=pictures.authors, site=site.name)
     figures = _figures(store, config, evaluation, len(planted), packed, time.monotonic() - began)
     (var / "demo.json").write_text(json.dumps(asdict(figures), indent=2) + "\n")
-    again = f'make submit CONF=conf/demo.yaml RUN=mine SET="data.url={bank} optim.lr=0.004"'
+    again = f'make submit CONF={os.path.relpath(conf)} RUN=mine SET="optim.lr=0.004"'
     say(f"report: {report}", f"figures: {var / 'demo.json'}", f"another recipe on the same photographs: {again}")
     say("", _last_line(figures))
     if not overrides and src is None and figures.trained - figures.untrained < MARGIN:
@@ -98,6 +101,14 @@ def demo(src: Path | None = None, overrides: str = "", var: Path = VAR) -> Figur
             f"where {MARGIN:.0%} at least is expected; {report} shows the run"
         )
     return figures
+
+
+def write_config(var: Path, url: str) -> Path:
+    """The demo's config on the photographs that were packed there; make takes it by default from then on."""
+    path = var / "demo.yaml"
+    recipe = os.path.relpath(ROOT / "conf" / "demo.yaml", var)
+    write_whole(path, f"# Of make demo, which writes it anew.\nextends: {recipe}\ndata: {{url: {url}}}\n")
+    return path
 
 
 def _pack(folder: Path, url: str) -> PackReport:

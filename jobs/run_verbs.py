@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 SAMPLE_BYTES = 120_000  # of a photograph 500 pixels wide
 WATCH_S = 2.0
+LOOK_WIDTH = 100  # letters
 STORE_S = 30.0  # between two looks at the runs of other sites
 NO_RUNS = "no runs in {}; make submit CONF=... RUN=... starts one, STORE=s3://bucket/folder shows those of a store"
 
@@ -51,6 +52,7 @@ def run_verbs(verbs: Any) -> None:
     )
     site_option(run_option(add_verb(verbs, "resume", resume, "go on with a run that exists, under its own config")))
     options = add_verb(verbs, "status", status, "all runs: how far, how fast, what to look at")
+    options.add_argument("--run", default="", dest="names", help="these alone, by their names, with blanks between")
     site_option(options)
     json_option(options)
     options.add_argument("--watch", action="store_true", help="show it anew every two seconds")
@@ -63,7 +65,7 @@ def run_verbs(verbs: Any) -> None:
     site_option(options)
     options.add_argument("--follow", action="store_true", help="go on until the job is over")
     options.add_argument("--events", action="store_true", help="what happened to the run, a sentence each")
-    options.add_argument("--lines", type=int, default=100, help="the last ones, of all ranks together")
+    options.add_argument("--lines", type=positive, default=100, help="the last ones, of all ranks together")
     site_option(run_option(add_verb(verbs, "profile", profile, "what the next steps of a run spend their time on")))
     options = run_option(add_verb(verbs, "cancel", cancel, "stop a run after a last checkpoint"))
     site_option(options)
@@ -123,15 +125,17 @@ def resume(options: argparse.Namespace) -> int:
 
 def status(options: argparse.Namespace) -> int:
     from jobs.elsewhere import elsewhere, stores_of
-    from jobs.runs import statuses
+    from jobs.runs import Job, statuses
     from jobs.site import load_site
 
     site = load_site(options.site)
     site.activate()
-    asked, others, complaints = -STORE_S, list["Status"](), list[str]()
+    names, asked, others, complaints = options.names.split(), -STORE_S, list["Status"](), list[str]()
+    for name in names:
+        Job.of(site, name)  # refuses one that is not there
     while True:
-        own = statuses(site)
-        if time.monotonic() - asked >= STORE_S:
+        own = statuses(site, names)
+        if not names and time.monotonic() - asked >= STORE_S:
             others, complaints = elsewhere(own, options.store or stores_of(own))
             asked = time.monotonic()
         found = [*own, *others]
@@ -263,8 +267,16 @@ def _row(one: "Status") -> list[str]:
         text(good.lost_steps if good else None),
         text(good.share if good else None, "{:.0%}"),
         one.nodes or "-",
-        one.look[:100],
+        _short(one.look),
     ]
+
+
+def _short(look: str) -> str:
+    """Where to look, as wide as a table takes: of a long reason the beginning, and the command to type whole."""
+    reason, make, command = look.rpartition("make ") if "make " in look else (look, "", "")
+    room = max(LOOK_WIDTH // 3, LOOK_WIDTH - len(f" ... {make}{command}"))
+    cut = len(look) > LOOK_WIDTH and len(reason) > room
+    return f"{reason[:room]} ... {make}{command}".rstrip() if cut else look
 
 
 def _checkpoint_row(one: "Stored") -> Iterator[str]:

@@ -153,7 +153,7 @@ def cancel(job: Job, now: bool = False) -> str:
         cancel_marker(job.run_dir).touch()
     if now or was != "RUNNING" or not job.start.ranks():
         end(job)
-        return f"job {job.id} is cancelled; {job.make('resume')} goes on from the last checkpoint"
+        return f"job {job.id} is cancelled; {job.make('resume')} goes on from the last checkpoint, if there is one"
     preempt(job)
     return f"job {job.id} saves a last checkpoint and ends; NOW=1 does not wait for it"
 

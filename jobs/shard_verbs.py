@@ -5,6 +5,7 @@ Each imports what it needs when it is called.
 
 import argparse
 import os
+import shlex
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 from data_shards.errors import UserError
 from jobs.run_verbs import run_folder, run_option
-from jobs.verbs import ProgressLine, Verb, add_verb, json_option, output, positive, say_found, site_option, use_keys
+from jobs.verbs import (
+    ProgressLine,
+    Verb,
+    add_verb,
+    file,
+    json_option,
+    output,
+    positive,
+    say_found,
+    site_option,
+    use_keys,
+)
 
 if TYPE_CHECKING:
     from data_shards.pack import PackSettings, SourceOptions
@@ -154,11 +166,12 @@ def verify(options: argparse.Namespace) -> int:
     store = _store(options, connections=VERIFY_CONNECTIONS)
     how = {"full": options.full, "workers": options.workers, "afresh": options.afresh}
     report = check(store, notes=output(None, "verify"), **how, progress=ProgressLine())
-    out = output(options.out, f"verify/{_file_name(store.url)}.txt")
+    out = file(options.out, f"verify/{_file_name(store.url)}.txt")
     if report.keys:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text("".join(f"{key}\n" for key in report.keys))
-    where = [f"their keys are in {out}; make remove DST={report.url} LIST={out}"] if report.keys else []
+    removal = f"make remove DST={shlex.quote(report.url)} LIST={shlex.quote(str(out))}"
+    where = [f"their keys are in {out}; {removal} takes them out"] if report.keys else []
     values = {**asdict(report), "faults": [fault._asdict() for fault in report.faults]}
     say_found(options, values, [*report.lines(), *where])
     return 1 if report.faults else 0
@@ -169,7 +182,7 @@ def preview(options: argparse.Namespace) -> int:
     from pipeline.report.preview_page import write_preview
 
     store = _store(options)
-    path = output(options.to, f"preview-{_file_name(store.url)}.html")
+    path = file(options.to, f"preview-{_file_name(store.url)}.html")
     found = gather(store)
     write_preview(path, found)
     line = f"{found.url}: {len(found.shown)} of {found.manifest.samples:,} images shown in {path}"

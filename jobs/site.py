@@ -217,7 +217,7 @@ def load_site(name: str) -> Site:
     if not isinstance(values, dict):
         raise UserError(f"{path}: found no settings; valid: {', '.join(Site.model_fields)}")
     try:
-        return Site.model_validate({"name": name, **values})
+        return Site.model_validate({"name": "local" if path == LOCAL else name, **values})
     except ValidationError as error:
         raise UserError("\n".join(_explain(path, details) for details in error.errors())) from None
 
@@ -229,7 +229,7 @@ def export_lines(variables: dict[str, str]) -> list[str]:
 
 def _missing(name: str, path: Path) -> str:
     if name == "local":
-        return "SITE=local: no cluster on this machine yet; make cluster-up makes one"
+        return "SITE=local: no cluster runs on this machine; make cluster-up starts one"
     known = ", ".join(["local", *sorted(file.stem for file in SITES.glob("*.yaml"))])
     return f"SITE={name}: no such site ({path}); there are: {known}"
 

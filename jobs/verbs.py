@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong with an option in one line, as everything else is said."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; {self.prog} --help says what there is")
+        raise UserError(f"{message}; make help, or {self.prog} --help, says what there is")
 
 
 def add_verb(verbs: Any, name: str, function: Verb, text: str) -> argparse.ArgumentParser:
@@ -74,6 +74,12 @@ def output(to: str | None, name: str) -> Path:
     from jobs.site import ROOT
 
     return Path(to or ROOT / "var" / name)
+
+
+def file(to: str | None, name: str) -> Path:
+    """The same for a file: under its own name where the user names a folder."""
+    path = output(to, name)
+    return path / Path(name).name if path.is_dir() else path
 
 
 def json_option(options: argparse.ArgumentParser) -> None:

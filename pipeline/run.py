@@ -83,7 +83,7 @@ def read_config(store: Store) -> Config:
     try:
         return parse(yaml.safe_load(store.get("config.yaml")), f"{store.url}/config.yaml")
     except NotFound:
-        raise UserError(f"{store.url}: no such run; farseer status lists those that there are") from None
+        raise UserError(f"{store.url}: no such run; make status lists those that there are") from None
 
 
 def check_same(store: Store, config: Config, shards: ShardSet, force: bool = False) -> None:

@@ -292,8 +292,11 @@ def test_the_report_counts_what_could_go_and_says_nothing_of_what_there_is_not()
         "s3://set: 6 of 1,000 images could go, 1.5 MB, for 4 that stay; 1.2 s",
         "same bytes: 3; near: 2 at 1 bits, 1 at 4 bits",
         "7 were packed without a perceptual hash: only copies of the same bytes are found",
-        "lists in out; next: make remove DST=s3://set LIST=out/duplicates.txt",
+        "lists in out",
+        "next: make remove DST=s3://set LIST=out/duplicates.txt",
     ]
+    leaks = replace(nothing, url="file:///a set", leaks=2, leaked=2).lines()
+    assert leaks[-1] == "next: make remove DST='file:///a set' LIST=out/leaks.txt"
 
 
 def test_what_a_user_can_mend_is_one_line_and_no_list_is_written(tmp_path: Path) -> None:

@@ -269,7 +269,7 @@ def test_a_forked_child_reads_and_the_parent_goes_on(store: Store) -> None:
 
 @pytest.mark.parametrize("url", ["", "shards", "s3://", "s3:///shards", "ftp://host/x", "file://relative/x"])
 def test_what_is_not_a_stores_url_is_refused_with_the_forms_that_are(url: str) -> None:
-    with pytest.raises(UserError, match="s3://bucket/folder, file:///folder"):
+    with pytest.raises(UserError, match="s3://bucket/folder or file:///folder"):
         Store(url)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from jobs.cli import main
 from jobs.daemons import Process
+from jobs.run_verbs import _short
 from jobs.runs import Job
 from jobs.site import ROOT
 
@@ -79,7 +80,7 @@ def test_status_is_a_table_for_people_and_json_for_scripts(site, tmp_path, capsy
     head, row = capsys.readouterr().out.splitlines()
     assert head.split()[:5] == ["RUN", "STATE", "STEP", "LOSS", "IMAGES/S"]
     assert row.startswith("first  ended without a word")
-    assert row.endswith(f"make resume RUN=first SITE={site} goes on"[:100])
+    assert row.endswith(f"  make resume RUN=first SITE={site} goes on")
     assert main(["status", "--site", site, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["run"] == "first"
 
@@ -100,3 +101,11 @@ def test_a_log_is_shown_on_a_terminal_that_has_not_all_of_its_characters(site, t
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="iso-8859-1"))
     assert main(["logs", "--run", "first", "--site", site]) == 0
     assert written.getvalue() == b"job| half ? done\n"
+
+
+def test_of_a_long_reason_the_beginning_is_shown_and_the_command_whole():
+    assert _short("a reason; make logs RUN=first") == "a reason; make logs RUN=first"
+    assert _short(f"{'x' * 200}; make logs RUN=first") == f"{'x' * 76} ... make logs RUN=first"
+    assert _short(command := f"make resume RUN=first SITE=/{'x' * 100}.yaml goes on") == command
+    assert _short("x" * 200) == f"{'x' * 95} ..."
+    assert _short("") == ""

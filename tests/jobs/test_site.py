@@ -113,7 +113,7 @@ def test_a_site_file_that_cannot_be_read_is_refused_in_a_line(tmp_path):
 
 def test_before_there_is_a_cluster_on_this_machine_its_site_says_how_to_make_one(tmp_path, monkeypatch):
     monkeypatch.setattr("jobs.site.LOCAL", tmp_path / "site.yaml")
-    with pytest.raises(UserError, match="SITE=local: no cluster on this machine yet; make cluster-up makes one"):
+    with pytest.raises(UserError, match="SITE=local: no cluster runs on this machine; make cluster-up starts one"):
         load_site("local")
     (tmp_path / "site.yaml").write_text("shared_dir: /shared")
     assert load_site("local").name == "local"

@@ -30,8 +30,8 @@ def test_the_demo_preempts_resumes_evaluates_and_reports(tmp_path: Path, capsys:
             figures = demo(overrides="train.steps=24 checkpoint.every_steps=6 monitor.wandb=disabled", var=tmp_path)
             *_, again, _, last = capsys.readouterr().out.splitlines()
             assert last.startswith("Shown in")
-            (sets,) = re.findall(r'make submit CONF=conf/demo.yaml RUN=mine SET="(.*)"$', again)
-            assert main(["plan", "conf/demo.yaml", "--set", sets, "--site", str(site_of(tmp_path))]) == 0
+            ((conf, sets),) = re.findall(r'make submit CONF=(\S+) RUN=mine SET="(.*)"$', again)
+            assert main(["plan", conf, "--set", sets, "--site", str(site_of(tmp_path))]) == 0
             run = json.loads(next((tmp_path / "jobs").glob("*/job.json")).read_text())["store"]
             assert (
                 main(["export", "--run", run, "--site", str(site_of(tmp_path)), "--to", str(tmp_path / "export")]) == 0
