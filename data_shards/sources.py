@@ -103,7 +103,7 @@ def list_tars(src: str) -> list[str]:
         files = _files(url, Counter()) if _is_folder(url) else [(url, ".tar", None)]
         found += [file for file, name, _ in files if name.endswith(".tar")]
     if not found:
-        raise UserError(f"{src}: there is no .tar in it; make shards SRC=s3://bucket/shards IN_PLACE=1 DST=...")
+        raise UserError(f"{src}: no .tar is there; make shards SRC=s3://bucket/shards IN_PLACE=1 DST=...")
     return list(dict.fromkeys(found))
 
 

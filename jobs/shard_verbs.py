@@ -84,6 +84,10 @@ def _set_verb(verbs: Any, name: str, function: Verb, text: str) -> argparse.Argu
 def shards(options: argparse.Namespace) -> int:
     from data_shards.pack import prepare, report
 
+    if options.target.startswith("memory://"):
+        raise UserError(
+            f"DST={options.target}: is gone with this process; valid is s3://bucket/folder or file:///folder"
+        )
     settings, source_options = parse_settings(options.set + (" dali_index=true" if options.dali_index else ""))
     if options.in_place:
         return _in_place(options, settings)

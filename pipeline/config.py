@@ -58,6 +58,8 @@ class TrainSettings(Section):
         return round(self.epochs * order.steps_per_epoch)
 
 
+CONF = Path("conf")  # where recipes lie, seen from where make is called
+_BLANKS = """; a value with blanks goes between quotes: SET="'augment.mean=[0.5, 0.5, 0.5]'\""""
 SAVING = ("activation_checkpointing", "sharded")  # switches that take less memory for more time
 
 
@@ -219,7 +221,9 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> _Source:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except (FileNotFoundError, IsADirectoryError):
         folder = path if path.is_dir() else path.parent
-        raise ConfigError(f"{path}: no such config; in {folder}: {_configs_in(folder)}") from None
+        there = f"in {folder}: {_configs_in(folder)}"
+        near = [p for p in (CONF / path.name, CONF / f"{path.name}.yaml") if p.is_file()]
+        raise ConfigError(f"{path}: no such config; {f'did you mean {near[0]}?' if near else there}") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -291,7 +295,8 @@ def _override(source: _Source, text: str) -> None:
     try:
         target[leaf] = yaml.safe_load(value)
     except (yaml.YAMLError, ValueError):  # the latter: a date that is none
-        source.errors.append(f"SET: {key}: found {value!r}, which is not a YAML value")
+        hint = _BLANKS if value.startswith(("[", "{")) else ""
+        source.errors.append(f"SET: {key}: found {value!r}, which is not a YAML value{hint}")
     source.places[key] = "SET"
 
 

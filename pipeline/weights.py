@@ -3,6 +3,7 @@
 A run may also begin with a trunk from a file made elsewhere, which pipeline.pretrained reads.
 """
 
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -23,6 +24,7 @@ from pipeline.regnet import RegNet
 from pipeline.sharding import is_parted, spread
 from pipeline.snapshot import Saved
 
+_AT_A_STEP = re.compile(r"\w+://.+@\d+")  # a run in another folder of runs
 TRUNK = "model.trunk."  # what the names of its tensors begin with in a checkpoint
 
 
@@ -125,18 +127,20 @@ def parse(url: str) -> tuple[str, Place] | None:
 def point(runs: Store, origin: str) -> str:
     """The url of what FROM= names: `run@step`, `run` for its newest checkpoint, a checkpoint, a file or a folder.
 
-    runs: the folder of all runs. Raises UserError, with the steps that there are, when there is no such checkpoint.
+    runs: the folder of all runs; a run in another is named by its url, with @step behind it. Raises UserError, with the
+    steps that there are, when there is no such checkpoint.
     """
     if parse(origin) is not None:
         return origin
-    if pretrained.is_place(origin):
+    if pretrained.is_place(origin) and not _AT_A_STEP.fullmatch(origin):
         return pretrained.located(origin)
-    name, _, step = origin.partition("@")
-    store = runs.at(name)
+    name, _, step = origin.partition("@") if "://" not in origin else origin.rpartition("@")
+    store = Store(name) if "://" in name else runs.at(name)
     places = commit.committed(commit.survey(store))
     wanted = [place for place in places if not step or str(place.step) == step]
     if not wanted:
-        raise UserError(f"FROM={origin}: {store.url} has no such checkpoint; there are: {commit.steps(places)}")
+        there = f"{store.url} has no such checkpoint; there are: {commit.steps(places)}"
+        raise UserError(f"FROM={origin}: {there}; a run of another store is FROM=s3://bucket/runs/name@step")
     return f"{store.url}/{wanted[0].path}"
 
 

@@ -112,17 +112,17 @@ def _shard(shards: ShardSet, removed: Removed, shard: int, places: list[int]) ->
     """A shard's rows but their keys and sources, and the images at these places or next to them."""
     rows = shards.parsed(path := table_path(shard), shards.store.get(path), COLUMNS)
     first = int(shards.starts[shard])
-    chosen = (_present(rows, removed, first, place) for place in places)
-    found = [_shown(shards, shard, row) for row in chosen if row]
+    chosen = dict(filter(None, (_present(rows, removed, first, place) for place in places)))
+    found = [_shown(shards, shard, row) for row in chosen.values()]
     return rows.select(["size", "width", "height", "format", "label"]), found
 
 
-def _present(rows: pa.Table, removed: Removed, first: int, place: int) -> dict[str, Any] | None:
-    """The row at a place, or the next one whose image may be shown. first: the shard's first id."""
+def _present(rows: pa.Table, removed: Removed, first: int, place: int) -> tuple[int, dict[str, Any]] | None:
+    """Where an image may be shown, that place or the next, and the row there. first: the shard's first id."""
     for at in [*range(place, len(rows)), *range(place)]:
         if rows["size"][at].as_py() and first + at not in removed:
             row: dict[str, Any] = rows.slice(at, 1).to_pylist()[0]
-            return row
+            return at, row
     return None
 
 

@@ -88,7 +88,9 @@ def test_of_several_partitions_each_is_looked_at(tmp_path):
 
 def test_a_shared_folder_that_is_not_yet_there_is_looked_at_where_it_will_be(site, tmp_path):
     site = site.model_copy(update={"shared_dir": str(tmp_path / "not" / "yet")})
-    assert found(site, "shared disk", tmp_path).ok
+    said = found(site, "shared disk", tmp_path)
+    assert said.ok
+    assert f"it is yet to be made, in {tmp_path}: see that this is a disk that all nodes share" in said.says
     assert not (tmp_path / "not").exists()
 
 

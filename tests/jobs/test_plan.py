@@ -273,3 +273,12 @@ def test_the_plan_of_a_mixture_says_the_share_and_the_epochs_of_each_set(tmp_pat
     images = 100 * made.config.data.batch
     assert f"75.00% of the images, {0.75 * images / 10_000:,.2f} epochs of its 10,000" in text
     assert f"25.00% of the images, {0.25 * images / 1000:,.2f} epochs of its 1,000" in text
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [("s3:/runs", "store: s3:/runs: not the url of a store"), ("memory://x", "store: memory://x is the memory of one")],
+)
+def test_a_store_that_no_rank_could_use_is_refused(tmp_path, url, said):
+    with pytest.raises(UserError, match=said):
+        make_plan(small(put_set(tmp_path, 1000, 4000), f"store={url}"), site(tmp_path))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.site import ROOT
 from pipeline.config import Config, ConfigError, differences, load, parse
 from pipeline.optim import lr_at
 
@@ -102,7 +103,7 @@ def as_pattern(line: str) -> str:
     [
         ("optim.lr", "SET: found 'optim.lr', valid is key=value, such as optim.lr=2.4"),
         ("=3", "SET: found '=3', valid is key=value, such as optim.lr=2.4"),
-        ("optim.lr='{'", "SET: optim.lr: found '{', which is not a YAML value"),
+        ("optim.lr='{'", "SET: optim.lr: found '{', which is not a YAML value; a value with blanks goes between .*"),
         ("optim.lr=fast", "SET: optim.lr: found 'fast'; valid is a number"),
         ("data.batch=1.5", "SET: data.batch: found 1.5; valid is an integer"),
         ("model.w_0=9", "SET: model.w_0: found 9; valid is a multiple of 8"),
@@ -300,3 +301,10 @@ def test_a_mixture_s_fingerprint_changes_with_its_shares_and_not_with_its_places
 def test_a_mixture_that_cannot_be_is_told_in_words(good: Path, given: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load(good, given)
+
+
+def test_a_recipe_by_its_name_alone_is_one_that_is_near(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for name in ("demo", "demo.yaml"):
+        with pytest.raises(ConfigError, match=f"^{name}: no such config; did you mean conf/demo.yaml\\?$"):
+            load(name)

@@ -44,7 +44,11 @@ def test_a_run_a_step_of_it_a_checkpoint_and_a_file_are_told_apart(
     assert point(runs, "first@3") == f"{store.url}/checkpoints/step-000000003-a1"
     assert point(runs, "s3://b/old/checkpoints/step-000001000-a1") == "s3://b/old/checkpoints/step-000001000-a1"
     assert point(runs, "seer.torch") == f"file://{tmp_path}/seer.torch"
-    with pytest.raises(UserError, match=r"^FROM=first@4: .* has no such checkpoint; there are: 3, 6$"):
+    elsewhere = Store(f"file://{tmp_path}/others")
+    assert point(elsewhere, f"{store.url}@3") == f"{store.url}/checkpoints/step-000000003-a1"
+    with pytest.raises(
+        UserError, match=r"^FROM=first@4: .* has no such checkpoint; there are: 3, 6; a run of another "
+    ):
         point(runs, "first@4")
 
 
