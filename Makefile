@@ -51,7 +51,7 @@ slurm:
 	@jobs/install_slurm.sh
 
 .PHONY: demo
-demo: .venv/stamp slurm ## the whole product on this machine, in about six minutes (SRC= a folder of your photographs)
+demo: .venv/stamp slurm ## the whole product on this machine, in six to ten minutes (SRC= a folder of your photographs)
 	@$(FARSEER) demo --set "$$SET" $(if $(SRC),--src "$(SRC)")
 
 .PHONY: test

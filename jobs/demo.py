@@ -1,4 +1,4 @@
-"""`make demo`: the whole product on this machine, each part real, in about six minutes.
+"""`make demo`: the whole product on this machine, each part real, in six to ten minutes.
 
 Photographs -> shards in S3 -> SwAV on SLURM, preempted half way and resumed -> evaluation -> report.html and demo.json.
 """
