@@ -75,7 +75,8 @@ class Job:
             return cls(run, run_dir, store, number, process, values.get("host", ""), site.option)
         except FileNotFoundError:
             known = ", ".join(path.name for path in folders(site)) or "none"
-            raise UserError(f"RUN={run}: no such run in {site.shared_dir}; there are: {known}") from None
+            where = f"{site.shared_dir}, SITE={site.name}"
+            raise UserError(f"RUN={run}: no such run in {where}; there are: {known}") from None
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{run_dir}/job.json: not what a submission writes; move that folder away") from None
 
