@@ -26,6 +26,7 @@ _TRIES = 10  # torchvision's; then the fallback
 _CHOICES, _FACTORS, _SIGMA = _TRIES, _TRIES + 1, _TRIES + 2
 _BLOCKS = _TRIES + 3
 # RGB to luma and two axes of chroma, as NTSC defined them
+AUGMENT_VERSION = 2  # 1: contrast about the middle grey, which made one crop in forty black
 _YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
 
 
@@ -120,13 +121,13 @@ def draw(
 
 
 def colour(draws: Draws) -> tuple[Float64, Float64]:
-    """The colour change of each crop as one linear step, y = matrix @ x + offset, on RGB values from 0 to 255.
+    """The colour change of each crop as one linear step, y = matrix @ x + pull @ mean(x), on RGB values from 0 to 255.
 
-    Returns matrices (n, 3, 3) and offsets (n, 3); y is to be clipped to 0..255 once, after the step. In this order:
-    brightness b scales x, contrast c stretches it about the middle grey, and saturation s and hue h scale and turn its
-    chroma in YIQ while its luma stays, y = c b K(s, h) x + (1 - c) 127.5. torchvision's ColorJitter differs in that it
-    does the four in random order and clips after each, that its contrast stretches about the crop's own mean luma, and
-    that its hue turns in HSV. Grey (s = 0) is the same in both.
+    Returns matrices (n, 3, 3) and pulls (n, 3), a number that is added to all three channels; y is to be clipped to
+    0..255 once, after the step. In this order: brightness b scales x, contrast c stretches it about the crop's own mean
+    luma, and saturation s and hue h scale and turn its chroma in YIQ while its luma stays,
+    y = c b K(s, h) x + (1 - c) b luma(mean(x)). torchvision's ColorJitter differs in that it does the four in random
+    order and clips after each, and that its hue turns in HSV. Grey (s = 0) is the same in both.
     """
     turn, s = np.radians(draws.hue_degrees, dtype=np.float64), draws.saturation.astype(np.float64)
     chroma = np.zeros((len(s), 3, 3))
@@ -136,7 +137,7 @@ def colour(draws: Draws) -> tuple[Float64, Float64]:
     contrast = draws.contrast.astype(np.float64)
     gain = contrast * draws.brightness
     matrix = gain[:, None, None] * (np.linalg.inv(_YIQ) @ chroma @ _YIQ)
-    return matrix, np.repeat(127.5 * (1 - contrast)[:, None], 3, axis=1)
+    return matrix, ((1 - contrast) * draws.brightness)[:, None] * _YIQ[0]
 
 
 def blur_kernels(sigma: NDArray[np.floating], radius: int) -> NDArray[np.float32]:

@@ -104,20 +104,20 @@ class _Size:
     A channel's neighbours in memory are the other two of its pixel, so the 3 x 3 matrix is a filter of five taps along
     the row whose weights repeat every three values: no transposition, and the same sums wherever in a batch it lies.
 
-    taps: (n, count, 5, 3 s), [:, :, 2 + d, c] is the weight in channel c of channel c + d.
-    offset: (n, count, 1, 3 s). low, high: (3 s,), black and white. out: (n, count, s, 3 s), rows of finished pixels.
+    taps: (n, count, 5, 3 s), [:, :, 2 + d, c] is the weight in channel c of channel c + d. pull: (n, count, 3), of the
+    sums over a crop's channels. low, high: (3 s,), black and white. out: (n, count, s, 3 s), rows of finished pixels.
     """
 
     def __init__(self, draws: list[Draws], augment: AugmentSettings, n: int, device: torch.device) -> None:
         size, mean, std = draws[0].size, np.array(augment.mean), np.array(augment.std)
-        matrix, offset = (np.stack(parts, axis=1) for parts in zip(*map(colour, draws), strict=True))
+        matrix, pull = (np.stack(parts, axis=1) for parts in zip(*map(colour, draws), strict=True))
         taps = np.zeros((n, len(draws), 5, 3))
         for to in range(3):
             for source in range(3):
                 taps[:, :, 2 + source - to, to] = matrix[:, :, to, source] / (255 * std[to])
-        numbers = (taps, (offset / (255 * std) - mean / std)[:, :, None], -mean / std, (1 - mean) / std)
-        tensors = [_sent(torch.from_numpy(x.astype(np.float32)), device) for x in numbers]
-        self.taps, self.offset, self.low, self.high = (x.repeat(*[1] * (x.dim() - 1), size) for x in tensors)
+        tensors = [_sent(torch.from_numpy(x.astype(np.float32)), device) for x in (taps, -mean / std, (1 - mean) / std)]
+        self.taps, self.low, self.high = (x.repeat(*[1] * (x.dim() - 1), size) for x in tensors)
+        self.pull = _sent(torch.from_numpy(pull / size**2), device)
         self.draws = draws
         shape = (n, len(draws), size, 3 * size)
         if device.type == "cpu":
@@ -129,7 +129,10 @@ class _Size:
     def colour(self, samples: slice, rows: Tensor) -> None:
         """Finish the crops of these samples. rows: (their number, count, s, 3 s) float32."""
         taps, out = self.taps[samples], self.out[samples]
-        torch.addcmul(self.offset[samples], rows, taps[:, :, 2:3], out=out)
+        # whole numbers are added exactly, whatever the order: a column's sums in 24 bits, a channel's in 53
+        sums = rows.sum(2).view(*rows.shape[:2], -1, 3).sum(2, dtype=torch.float64)
+        level = (sums * self.pull[samples]).sum(2).float()[:, :, None, None]
+        torch.addcmul(self.low + level * ((self.high - self.low) / 255), rows, taps[:, :, 2:3], out=out)
         for shift in (1, 2):
             out[..., shift:].addcmul_(rows[..., :-shift], taps[:, :, 2 - shift : 3 - shift, shift:])
             out[..., :-shift].addcmul_(rows[..., shift:], taps[:, :, 2 + shift : 3 + shift, :-shift])

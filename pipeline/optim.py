@@ -25,6 +25,9 @@ class OptimSettings(Section):
     start_lr: NonNegativeFloat = 0.0  # at step 0, when there is a warm-up
     final_lr: NonNegativeFloat = 0.0003  # at the end of the cosine
     warmup_steps: NonNegativeInt = 0
+    cosine_from: Literal["warmup", "start"] = (
+        "warmup"  # its end, as official SwAV; or the run's start, as VISSL and SEER
+    )
     weight_decay: NonNegativeFloat = 1e-6  # on all parameters, batch norm and biases too
     momentum: float = Field(0.9, ge=0, lt=1)  # larc only
     trust: PositiveFloat = 1e-3  # larc only: its eta
@@ -33,12 +36,14 @@ class OptimSettings(Section):
 def lr_at(step: int, settings: OptimSettings, batch: int, steps: int) -> float:
     """The learning rate of a step (counted from 0) in a run of `steps` steps with `batch` images a step, all ranks'.
 
-    Linear from the first to the last step of the warm-up, then a cosine that would reach the final rate at `steps`.
+    Linear from the first to the last step of the warm-up, then a cosine that would reach the final rate at `steps`. One
+    from the run's start has gone on below the warm-up: the rate drops where that ends.
     """
     start, peak, final = (rate * batch / 256 for rate in (settings.start_lr, settings.lr, settings.final_lr))
     if step < settings.warmup_steps:
         return start + (peak - start) * step / max(1, settings.warmup_steps - 1)
-    done = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
+    begun = settings.warmup_steps if settings.cosine_from == "warmup" else 0
+    done = (step - begun) / max(1, steps - begun)
     return final + 0.5 * (peak - final) * (1 + math.cos(math.pi * done))
 
 

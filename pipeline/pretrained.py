@@ -75,10 +75,14 @@ def is_place(text: str) -> bool:
 def located(text: str) -> str:
     """The url of a file or folder given by its url or path, relative to the working folder. Reads nothing.
 
-    Raises UserError for a url that no store has.
+    Raises UserError for a url that no store has, and for VISSL's trunks of exchanged channels.
     """
     if text.startswith(("http://", "https://")):
         raise UserError(f"{text}: weights are read from s3://, file:// and paths; download it first: curl -LO {text}")
+    if "bgr" in Path(text).name:
+        raise UserError(
+            f"{text}: by its name its trunk takes blue before red, and images come as red, green, blue here"
+        )
     return text.rstrip("/") if "://" in text else f"file://{Path(text).expanduser().absolute()}"
 
 

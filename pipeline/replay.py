@@ -19,7 +19,7 @@ from data_shards.removed import Removed, read_removed
 from data_shards.store import Store
 from pipeline import commit
 from pipeline.agreement import batch_hash
-from pipeline.augment import AugmentSettings
+from pipeline.augment import AUGMENT_VERSION, AugmentSettings
 from pipeline.config import Config
 from pipeline.journal import read_events, read_metrics
 from pipeline.loader import Batch, Work, device_of, render
@@ -80,7 +80,12 @@ def replay(store: Store, step: int, device: str = "auto", progress: Progress = q
     store: the run's folder. device: cpu, cuda or auto. Raises UserError when the run has never started or would not get
     to that step, or an image is there no more.
     """
-    shards, order, config = open_data(read_config(store), record=read_record(store))
+    record = read_record(store)
+    if record is not None and record.augment_version != AUGMENT_VERSION:
+        raise UserError(
+            f"{store.url}: its crops are of version {record.augment_version}; the program that made them replays them"
+        )
+    shards, order, config = open_data(read_config(store), record=record)
     last = config.train.length(order)
     if not 1 <= step <= last:
         raise UserError(f"STEP={step}: the steps of {store.url} are 1 to {last:,}")

@@ -23,6 +23,7 @@ from data_shards.index import ShardSet, manifest_path
 from data_shards.mixture import mixed, parts_of
 from data_shards.order import ORDER_VERSION, Order, make_order
 from data_shards.store import AlreadyExists, NotFound, Store
+from pipeline.augment import AUGMENT_VERSION
 from pipeline.config import Config, differences, parse
 from pipeline.journal import Journal, attempt_folders
 
@@ -48,6 +49,7 @@ class Record:
     created: float
     config: dict[str, Any]
     layouts: tuple[str, ...] = ()
+    augment_version: int = 1
 
 
 def record_of(config: Config, shards: ShardSet) -> Record:
@@ -57,6 +59,7 @@ def record_of(config: Config, shards: ShardSet) -> Record:
         layout_id=shards.manifest.layout_id,
         samples=shards.manifest.samples,
         order_version=ORDER_VERSION,
+        augment_version=AUGMENT_VERSION,
         wandb_id=uuid.uuid4().hex[:12],
         created=time.time(),
         config=config.dump(),
@@ -87,9 +90,10 @@ def read_config(store: Store) -> Config:
 
 
 def check_same(store: Store, config: Config, shards: ShardSet, force: bool = False) -> None:
-    """Refuse to go on with a run under another config, on other data or by another order.
+    """Refuse to go on with a run under another config, on other data, by another order or with crops made otherwise.
 
-    Raises UserError with the differences. `force` lets another config pass; other data or another order never.
+    Raises UserError with the differences. `force` lets another config and other crops pass; other data or another order
+    never.
     """
     record = read_record(store)
     if record is None:
@@ -98,6 +102,11 @@ def check_same(store: Store, config: Config, shards: ShardSet, force: bool = Fal
         raise UserError(
             f"{store.url}: its order of the data has version {record.order_version}, this program draws version "
             f"{ORDER_VERSION}; go on with the program that started the run, or start a new RUN"
+        )
+    if record.augment_version != AUGMENT_VERSION and not force:
+        raise UserError(
+            f"{store.url}: its crops are made as by version {record.augment_version}, this program's by version "
+            f"{AUGMENT_VERSION}; go on with the program that started the run, start a new RUN, or FORCE=1 to go on"
         )
     began_with = parse(record.config, f"{store.url}/run.json")  # fills in what the program has learnt since
     changed = "; ".join(differences(began_with.results(), config.results()))

@@ -72,7 +72,7 @@ def test_a_run_in_the_store_needs_no_site(
 def test_a_number_that_means_nothing_is_refused(option: str, number: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "--run", "first", "s3://bank", "s3://held-out", f"{option}={number}"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"farseer: argument {option}: '{number}' is no whole number above 0; farseer ")
+    assert said.startswith(f"farseer: argument {option}: '{number}' is no whole number above 0; make help, or farseer ")
     assert said.count("\n") == 1
 
 

@@ -192,20 +192,25 @@ def test_the_choices_of_a_replaced_sample_stay_those_of_its_place() -> None:
 
 def test_no_jitter_leaves_a_colour_and_no_saturation_leaves_its_luma() -> None:
     drawn = draw_many(one_crop(jitter=0.0, grey=0.5), 100, 375, 500)[0]
-    matrix, offset = colour(drawn)
+    matrix, pull = colour(drawn)
     rgb = np.random.default_rng(SEED).uniform(0, 255, (100, 3))
     luma = np.repeat((rgb @ [0.299, 0.587, 0.114])[:, None], 3, axis=1)
     expected = np.where((drawn.saturation == 0)[:, None], luma, rgb)
-    assert np.abs((matrix @ rgb[:, :, None])[:, :, 0] + offset - expected).max() < 1e-9
+    assert np.abs((matrix @ rgb[:, :, None])[:, :, 0] - expected).max() < 1e-9
+    assert not pull.any()
 
 
-def test_saturation_and_hue_keep_the_luma_and_contrast_keeps_the_middle_grey() -> None:
+def test_saturation_and_hue_keep_the_luma_and_contrast_keeps_the_mean_luma_of_a_crop() -> None:
     drawn = draw_many(one_crop(brightness=0.0, contrast=0.0, grey=0.0), 100, 375, 500)[0]
     matrix, _ = colour(drawn)
     rgb = np.random.default_rng(SEED).uniform(0, 255, (100, 3))
     assert np.abs(((matrix @ rgb[:, :, None])[:, :, 0] - rgb) @ [0.299, 0.587, 0.114]).max() < 1e-9
-    matrix, offset = colour(draw_many(one_crop(brightness=0.0), 100, 375, 500)[0])
-    assert np.abs(matrix @ np.full(3, 127.5) + offset - 127.5).max() < 1e-9
+    drawn = draw_many(one_crop(grey=0.0), 100, 375, 500)[0]
+    matrix, pull = colour(drawn)
+    coloured = (matrix @ rgb[:, :, None])[:, :, 0] + (pull * rgb).sum(1)[:, None]  # of crops of one colour
+    luma = np.array([0.299, 0.587, 0.114])
+    assert np.abs(coloured @ luma - drawn.brightness * (rgb @ luma)).max() < 1e-4  # factors are float32
+    assert np.abs(matrix - np.eye(3)).max() > 0.5
 
 
 def test_blur_kernels_are_gaussians_and_no_blur_is_the_identity() -> None:

@@ -35,6 +35,14 @@ def test_the_rates_of_seer_come_out_at_its_batch() -> None:
     assert rates == pytest.approx([0.15, 9.6, (9.6 + 0.0096) / 2, 0.0096])
 
 
+def test_a_cosine_from_the_start_of_the_run_has_gone_on_below_the_warm_up() -> None:
+    """VISSL's composite of a rescaled warm-up and a fixed cosine."""
+    settings = OptimSettings(lr=0.3, start_lr=0.0046875, final_lr=0.0003, warmup_steps=8000, cosine_from="start")
+    rates = [lr_at(step, settings, 8192, 122_000) for step in (0, 7999, 8000, 61_000, 122_000)]
+    at_its_end = 0.0096 + 0.5 * (9.6 - 0.0096) * (1 + np.cos(np.pi * 8 / 122))
+    assert rates == pytest.approx([0.15, 9.6, at_its_end, (9.6 + 0.0096) / 2, 0.0096])
+
+
 def test_without_a_warm_up_the_peak_comes_first() -> None:
     assert lr_at(0, OptimSettings(lr=0.6, final_lr=0.0, start_lr=0.1), 256, 10) == pytest.approx(0.6)
 

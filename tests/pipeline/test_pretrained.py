@@ -343,6 +343,8 @@ def test_files_are_named_by_urls_and_paths_and_runs_by_neither(tmp_path: Path, m
     assert located("s3://models/export/") == "s3://models/export"
     with pytest.raises(UserError, match=r"^https://a/b\.torch: .* download it first: curl -LO https://a/b\.torch$"):
         located("https://a/b.torch")
+    with pytest.raises(UserError, match=r"RegNetY64_bgr\.torch: by its name its trunk takes blue before red"):
+        located("s3://models/RegNetY64_bgr.torch")
 
 
 def test_other_names_stay_as_they_are() -> None:

@@ -68,7 +68,7 @@ def expected(image: bytes, crop: Draws, i: int, beyond: bool) -> NDArray[np.floa
     if crop.sigma[i] > 0:
         x = ndimage.gaussian_filter(x, (float(crop.sigma[i]),) * 2 + (0,), truncate=6, mode="nearest")
     x = x * crop.brightness[i]
-    x = crop.contrast[i] * x + (1 - crop.contrast[i]) * 127.5
+    x = crop.contrast[i] * x + (1 - crop.contrast[i]) * (x @ YIQ[0]).mean()
     luma = (x @ YIQ[0])[..., None]
     x = crop.saturation[i] * x + (1 - crop.saturation[i]) * luma
     turn = np.exp(1j * np.radians(float(crop.hue_degrees[i])))

@@ -440,6 +440,16 @@ def test_each_set_of_a_mixture_keeps_its_version_and_another_set_is_refused(stor
             check_same(store, found[2], found[0])
 
 
+def test_a_run_whose_crops_were_made_otherwise_goes_on_by_force_alone(store: Store) -> None:
+    values = asdict(record_of(config(), SHARDS))
+    check_same(store, config(), SHARDS)
+    del values["augment_version"]  # the first version did not say
+    store.put("run.json", json.dumps(values).encode())
+    with pytest.raises(UserError, match=r"its crops are made as by version 1, this program's by version 2; .* FORCE=1"):
+        check_same(store, config(), SHARDS)
+    check_same(store, config(), SHARDS, force=True)
+
+
 def test_a_record_of_before_there_were_mixtures_still_reads(store: Store) -> None:
     values = asdict(record_of(config(), SHARDS))
     del values["layouts"]
