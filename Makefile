@@ -72,7 +72,7 @@ lint: .venv/stamp ## style, types, and the direction of imports
 
 .PHONY: bench
 bench: .venv/stamp ## measure, beside a peer in the same run; figures in var/bench.json
-	@for part in loader from_s3 step monitor order stream save status dashboard evaluate; do $(BIN)/python -m bench.$$part; done
+	@for part in loader colour from_s3 step monitor order stream save status dashboard evaluate; do $(BIN)/python -m bench.$$part; done
 
 .PHONY: bench-gpu
 bench-gpu: .venv/stamp ## measure the loader on a GPU; table in var/bench-gpu.json
