@@ -822,7 +822,7 @@ def one_bad_disk(rank: int, folder: Path) -> dict[str, str]:
     if rank == 1:
         later.store.arrived = flip
     seen["loaded"] = message_of(lambda: later.checkpoints.load(found, zeros(with_lanes([rank]))))
-    dist.barrier(ranks[2])
+    dist.barrier(ranks.group)
     third = Attempt(folder, 3, local=folder / f"node{rank}", ranks=ranks)
     if rank == 1:
         third.store.arrived = flip
@@ -887,17 +887,17 @@ def two_ranks(rank: int, folder: Path) -> dict[str, Any]:
     seen["refused"] = message_of(lambda: both.checkpoints.wait(5 if rank == 0 else 0.5))
     both.commit(40, with_lanes(own))
 
-    dist.barrier(ranks[2])
+    dist.barrier(ranks.group)
     if rank == 0:
         flip(folder / "from two/store/checkpoints/step-000000040-a1/rank-1.safetensors")
-    dist.barrier(ranks[2])
+    dist.barrier(ranks.group)
     later = Attempt(folder / "from two", 2, ranks=ranks)
     seen["after damage"] = (later.found_step(), later.names())
 
     cut = Attempt(folder / "cut", 1, local=folder / f"cut/node-{rank}", ranks=ranks)
     cut.commit(1, with_lanes(own))
     cut_save(cut, 0, with_lanes(own), {"mark": 2})
-    dist.barrier(ranks[2])
+    dist.barrier(ranks.group)
     seen["completed"] = Attempt(folder / "cut", 2, local=folder / f"cut/node-{rank}", ranks=ranks).found_step()
     return seen
 
