@@ -221,7 +221,7 @@ def test_a_run_on_two_ranks_begins_with_the_trunk_of_vissls_file_in_the_store(
 
 
 def test_a_fork_from_nowhere_is_refused_with_what_there_is(straight: list[dict[str, Any]], runs: str) -> None:
-    with pytest.raises(UserError, match=r"FROM=straight@7: .* there are: 40, 50, 60$"):
+    with pytest.raises(UserError, match=r"FROM=straight@7: .* there are: 40, 50, 60; a run of another"):
         point(Store(runs), "straight@7")
-    with pytest.raises(UserError, match=r"FROM=gone: .* there are: none$"):
+    with pytest.raises(UserError, match=r"FROM=gone: .* there are: none; a run of another"):
         point(Store(runs), "gone")
