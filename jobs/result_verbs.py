@@ -11,9 +11,9 @@ from jobs.verbs import (
     ProgressLine,
     add_verb,
     complain,
-    file,
     json_option,
     output,
+    output_file,
     positive,
     say,
     say_found,
@@ -101,7 +101,7 @@ def report(options: argparse.Namespace) -> int:
     from pipeline.report.run import report_run
 
     store = run_folder(options)
-    page = file(options.to, f"report-{_name(options)}.html")
+    page = output_file(options.to, f"report-{_name(options)}.html")
     bank, held_out = open_tiles(options.bank), open_tiles(options.held_out)
     found = evaluate_run(store, bank, held_out)
     say(*found.text(), f"report: {report_run(store, bank, held_out, found, page)}")
@@ -123,7 +123,7 @@ def dashboard(options: argparse.Namespace) -> int:
     from jobs.site import load_site
     from pipeline.report.rows import RowReader
 
-    site, page = load_site(options.site), file(options.to, "dashboard.html")
+    site, page = load_site(options.site), output_file(options.to, "dashboard.html")
     site.activate()
     readers = dict[str, RowReader]()
     while True:
@@ -157,7 +157,7 @@ def replay(options: argparse.Namespace) -> int:
     from pipeline.replay import replay as again
     from pipeline.report.replay_page import write_replay
 
-    page = file(options.to, f"replay-{_name(options)}-{options.step}.html")
+    page = output_file(options.to, f"replay-{_name(options)}-{options.step}.html")
     found = again(run_folder(options), options.step, options.device, ProgressLine())
     write_replay(page, found)
     say(*found.lines(), f"page: {page}")

@@ -17,9 +17,9 @@ from jobs.verbs import (
     ProgressLine,
     Verb,
     add_verb,
-    file,
     json_option,
     output,
+    output_file,
     positive,
     say_found,
     site_option,
@@ -170,7 +170,7 @@ def verify(options: argparse.Namespace) -> int:
     store = _store(options, connections=VERIFY_CONNECTIONS)
     how = {"full": options.full, "workers": options.workers, "afresh": options.afresh}
     report = check(store, notes=output(None, "verify"), **how, progress=ProgressLine())
-    out = file(options.out, f"verify/{_file_name(store.url)}.txt")
+    out = output_file(options.out, f"verify/{_file_name(store.url)}.txt")
     if report.keys:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text("".join(f"{key}\n" for key in report.keys))
@@ -186,7 +186,7 @@ def preview(options: argparse.Namespace) -> int:
     from pipeline.report.preview_page import write_preview
 
     store = _store(options)
-    path = file(options.to, f"preview-{_file_name(store.url)}.html")
+    path = output_file(options.to, f"preview-{_file_name(store.url)}.html")
     found = gather(store)
     write_preview(path, found)
     line = f"{found.url}: {len(found.shown)} of {found.manifest.samples:,} images shown in {path}"

@@ -135,12 +135,19 @@ def after(start: Start, exit_code: int, store: Store, max_cycles: int) -> Decisi
 
 
 def _noted(start: Start, store: Store) -> list[dict[str, Any]]:
-    """The events of the run's jobs, oldest first, with those that a full disk has not taken."""
+    """The events of the run's jobs, oldest first, with those that a full disk has not taken.
+
+    The store is asked for these only where the start before has left no word of its end: it may be away.
+    """
+    told, earlier = events(start.run_dir), Start(start.run_dir, start.job, start.number - 1)
+    known = (event.get("start") == earlier.number and event.get("job") == start.job for event in told)
+    if start.number == 0 or earlier.outcome() is not None or any(known):
+        return told
     try:
         unwritten = [json.loads(store.get(entry.path)) for entry in store.list(_unwritten(start))]
     except UserError:
         unwritten = []
-    return sorted([*events(start.run_dir), *unwritten], key=lambda event: float(event["time"]))
+    return sorted([*told, *unwritten], key=lambda event: float(event["time"]))
 
 
 def _put_unwritten(start: Start, store: Store, event: dict[str, Any]) -> None:

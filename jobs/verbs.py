@@ -76,7 +76,7 @@ def output(to: str | None, name: str) -> Path:
     return Path(to or ROOT / "var" / name)
 
 
-def file(to: str | None, name: str) -> Path:
+def output_file(to: str | None, name: str) -> Path:
     """The same for a file: under its own name where the user names a folder."""
     path = output(to, name)
     return path / Path(name).name if path.is_dir() else path

@@ -12,6 +12,7 @@ from jobs.daemons import Process
 from jobs.run_verbs import _short
 from jobs.runs import Job
 from jobs.site import ROOT
+from jobs.verbs import output_file
 
 
 @pytest.fixture
@@ -109,3 +110,9 @@ def test_of_a_long_reason_the_beginning_is_shown_and_the_command_whole():
     assert _short(command := f"make resume RUN=first SITE=/{'x' * 100}.yaml goes on") == command
     assert _short("x" * 200) == f"{'x' * 95} ..."
     assert _short("") == ""
+
+
+def test_a_page_goes_to_the_file_that_is_named_or_under_its_own_name_into_a_folder(tmp_path):
+    assert output_file(str(tmp_path), "preview-set.html") == tmp_path / "preview-set.html"
+    assert output_file(str(tmp_path / "page.html"), "preview-set.html") == tmp_path / "page.html"
+    assert output_file(None, "verify/set.txt") == ROOT / "var" / "verify" / "set.txt"
