@@ -28,6 +28,11 @@ class Kept:
         return [row["step"] for row in self.rows]
 
 
+class _Http(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """W&B's process may end in the middle of a request."""
+
+
 class WandbServer:
     """On a free port of this machine. `away`: answers nothing but that it is not there."""
 
@@ -35,7 +40,7 @@ class WandbServer:
         self.runs: dict[str, Kept] = {}
         self.away = False
         self.opened = 0  # how often a run was
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._http = _Http(("127.0.0.1", 0), _handler(self))
         threading.Thread(target=self._http.serve_forever, daemon=True).start()
 
     @property
