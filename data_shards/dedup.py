@@ -9,7 +9,6 @@ beside the lists and joined there, in as much memory as is given.
     OUT/leaks.txt         key, url of the evaluation set, the nearest key there, bits apart; between tabs
 """
 
-import shlex
 import shutil
 import time
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from data_shards.duplicates import PLAIN, connect, count_rows, decide
 from data_shards.errors import UserError
 from data_shards.index import ShardSet
 from data_shards.progress import Progress, quiet
-from data_shards.removed import read_removed
+from data_shards.removed import read_removed, removal
 from data_shards.section import Section
 from data_shards.store import Store
 
@@ -85,12 +84,9 @@ class DedupReport:
             f"same bytes: {self.exact:,}; near: {near}",
             *(f"{count:,} {note}" for note, count in notes.items() if count),
             f"lists in {self.folder}",
-            *([f"next: {self._removal(DUPLICATES)}"] if duplicates else []),
-            *([f"next: {self._removal(LEAKS)}"] if self.leaks else []),
+            *([f"next: {removal(self.url, f'{self.folder}/{DUPLICATES}')}"] if duplicates else []),
+            *([f"next: {removal(self.url, f'{self.folder}/{LEAKS}')}"] if self.leaks else []),
         ]
-
-    def _removal(self, name: str) -> str:
-        return f"make remove DST={shlex.quote(self.url)} LIST={shlex.quote(f'{self.folder}/{name}')}"
 
 
 def dedup(

@@ -226,7 +226,6 @@ class ShardSet:
 
         Raises UserError when one is damaged.
         """
-
         paths = list(map(table_path, range(len(self.manifest.shard_samples))))
         reads = (self.store.submit(self.store.read(path)) for path in paths)
         ahead = deque(islice(reads, TABLES_AHEAD))

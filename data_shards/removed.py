@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
 from itertools import count
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -92,6 +93,11 @@ class RemoveReport:
             f"{self.url}: {self.added:,} more images removed{into}, {self.removed:,} of {self.samples:,} in all{lost}; "
             f"runs leave them out from their next start on; make compact DST={shlex.quote(self.url)} erases their bytes"
         )
+
+
+def removal(url: str, path: Path | str) -> str:
+    """The command that removes from a set what a list names."""
+    return f"make remove DST={shlex.quote(url)} LIST={shlex.quote(str(path))}"
 
 
 def remove(

@@ -72,7 +72,7 @@ def demo(src: Path | None = None, overrides: str = "", var: Path = VAR) -> Figur
     _pack(pictures.test, held_out)
     say(*(f"refused: {line}" for line in packed.refused_lines()))
 
-    conf = write_config(var, bank)
+    conf = _write_config(var, bank)
     config = load(conf, overrides)
     run = time.strftime("demo-%Y%m%d-%H%M%S")
     where = f"{site.nodes} nodes" if site.executor == "slurm" else f"{site.ranks} processes of this machine"
@@ -103,7 +103,7 @@ def demo(src: Path | None = None, overrides: str = "", var: Path = VAR) -> Figur
     return figures
 
 
-def write_config(var: Path, url: str) -> Path:
+def _write_config(var: Path, url: str) -> Path:
     """The demo's config on the photographs that were packed there; make takes it by default from then on."""
     path = var / "demo.yaml"
     recipe = os.path.relpath(ROOT / "conf" / "demo.yaml", var)

@@ -99,9 +99,8 @@ def _disk(site: Site) -> Iterator[Finding]:
         for path in (first, second):
             path.unlink(missing_ok=True)
     says = f"{place} is written, and renames are whole ({took:.0f} ms)"
-    says += (
-        "" if there == place else f"; it is yet to be made, in {there}: see that this is a disk that all nodes share"
-    )
+    if there != place:
+        says += f"; it is yet to be made, in {there}: see that this is a disk that all nodes share"
     yield Finding("shared disk", whole, says if whole else f"{place}: a rename is not whole; take another shared_dir")
     room = os.statvfs(there)
     free, inodes = room.f_bavail * room.f_frsize, room.f_favail if room.f_files else None

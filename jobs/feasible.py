@@ -79,7 +79,7 @@ def _assume(config: Config, assumed: Assumed) -> Opened:
 
 
 def _wrong_without_data(config: Config, site: Site) -> Iterator[str]:
-    yield from _wrong_url("store", config.store)
+    yield from _wrong_store(config.store)
     lanes, ranks, where = config.data.lanes, site.ranks, f"SITE={site.name}"
     if lanes % ranks:
         near = sorted(sorted(divisors(lanes), key=lambda n: abs(n - ranks))[:3])
@@ -97,12 +97,12 @@ def _wrong_without_data(config: Config, site: Site) -> Iterator[str]:
         yield f"{where}: signal_delay_s: {site.signal_delay_s} is not below the time limit, {site.time_limit_min} min"
 
 
-def _wrong_url(key: str, url: str) -> Iterator[str]:
+def _wrong_store(url: str) -> Iterator[str]:
     try:
         if Store(url).url.startswith("memory://"):
-            yield f"{key}: {url} is the memory of one process, where no rank finds it; valid is s3://bucket/folder"
+            yield f"store: {url} is the memory of one process, where no rank finds it; valid is s3://bucket/folder"
     except UserError as error:
-        yield f"{key}: {error}"
+        yield f"store: {error}"
 
 
 def _too_large(config: Config, site: Site, held: Held) -> Iterator[str]:

@@ -6,6 +6,7 @@ the store tells: jobs.elsewhere.
 
 import contextlib
 import json
+import math
 import platform
 import signal
 import statistics
@@ -329,9 +330,12 @@ def _where_to_look(one: Status, job: Job, entry: slurm.Queued | None, told: Sequ
         ways = {"waiting": entry.reason if entry is not None and entry.reason != "None" else ""}
         ways |= {"failed": f"{reason}; {job.make('logs')}", "cancelled": f"{job.make('resume')} goes on"}
         return ways.get(state, reason)
-    ends = [one.seconds_ago, *(time.time() - event["time"] for event in told[-1:]), _began_ago(job)]
-    still_s = min(ago for ago in ends if ago is not None)
-    if still_s > max(STILL_S, MEDIANS * _step_s(rows)):
+    heard = [one.seconds_ago, *(time.time() - event["time"] for event in told[-1:])]
+    still_s = min((ago for ago in heard if ago is not None), default=math.inf)
+    limit_s = max(STILL_S, MEDIANS * _step_s(rows))
+    if still_s > limit_s:
+        still_s = min(still_s, _began_ago(job))
+    if still_s > limit_s:
         return f"no step for {still_s / 60:.0f} min: {job.make('logs')}"
     if (trouble := troubled(told)) is not None:
         return trouble

@@ -5,7 +5,6 @@ Each imports what it needs when it is called.
 
 import argparse
 import os
-import shlex
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -165,6 +164,7 @@ def parse_settings(text: str) -> "tuple[PackSettings, SourceOptions]":
 
 def verify(options: argparse.Namespace) -> int:
     """Exit code 1 when something is wrong with the set."""
+    from data_shards.removed import removal
     from data_shards.verify import verify as check
 
     store = _store(options, connections=VERIFY_CONNECTIONS)
@@ -174,8 +174,7 @@ def verify(options: argparse.Namespace) -> int:
     if report.keys:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text("".join(f"{key}\n" for key in report.keys))
-    removal = f"make remove DST={shlex.quote(report.url)} LIST={shlex.quote(str(out))}"
-    where = [f"their keys are in {out}; {removal} takes them out"] if report.keys else []
+    where = [f"their keys are in {out}; {removal(report.url, out)} takes them out"] if report.keys else []
     values = {**asdict(report), "faults": [fault._asdict() for fault in report.faults]}
     say_found(options, values, [*report.lines(), *where])
     return 1 if report.faults else 0

@@ -21,12 +21,12 @@ Float64 = NDArray[np.float64]
 Share = Annotated[float, Field(ge=0, le=1)]
 Strength = Annotated[float, Field(ge=0)]
 
+AUGMENT_VERSION = 2  # 1: contrast about the middle grey, which made one small crop in twenty-seven black
 _TRIES = 10  # torchvision's; then the fallback
 # A crop's numbers come in blocks of four: one block a try (area, aspect, top, left), then these.
 _CHOICES, _FACTORS, _SIGMA = _TRIES, _TRIES + 1, _TRIES + 2
 _BLOCKS = _TRIES + 3
 # RGB to luma and two axes of chroma, as NTSC defined them
-AUGMENT_VERSION = 2  # 1: contrast about the middle grey, which made one crop in forty black
 _YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
 
 

@@ -105,7 +105,8 @@ class _Size:
     the row whose weights repeat every three values: no transposition, and the same sums wherever in a batch it lies.
 
     taps: (n, count, 5, 3 s), [:, :, 2 + d, c] is the weight in channel c of channel c + d. pull: (n, count, 3), of the
-    sums over a crop's channels. low, high: (3 s,), black and white. out: (n, count, s, 3 s), rows of finished pixels.
+    sums over a crop's channels. low, high, level: (3 s,), black, white, a 255th of the way from one to the other. out:
+    (n, count, s, 3 s), rows of finished pixels.
     """
 
     def __init__(self, draws: list[Draws], augment: AugmentSettings, n: int, device: torch.device) -> None:
@@ -117,6 +118,7 @@ class _Size:
                 taps[:, :, 2 + source - to, to] = matrix[:, :, to, source] / (255 * std[to])
         tensors = [_sent(torch.from_numpy(x.astype(np.float32)), device) for x in (taps, -mean / std, (1 - mean) / std)]
         self.taps, self.low, self.high = (x.repeat(*[1] * (x.dim() - 1), size) for x in tensors)
+        self.level = (self.high - self.low) / 255
         self.pull = _sent(torch.from_numpy(pull / size**2), device)
         self.draws = draws
         shape = (n, len(draws), size, 3 * size)
@@ -131,8 +133,8 @@ class _Size:
         taps, out = self.taps[samples], self.out[samples]
         # whole numbers are added exactly, whatever the order: a column's sums in 24 bits, a channel's in 53
         sums = rows.sum(2).view(*rows.shape[:2], -1, 3).sum(2, dtype=torch.float64)
-        level = (sums * self.pull[samples]).sum(2).float()[:, :, None, None]
-        torch.addcmul(self.low + level * ((self.high - self.low) / 255), rows, taps[:, :, 2:3], out=out)
+        levels = (sums * self.pull[samples]).sum(2).float()[:, :, None, None]
+        torch.addcmul(self.low + levels * self.level, rows, taps[:, :, 2:3], out=out)
         for shift in (1, 2):
             out[..., shift:].addcmul_(rows[..., :-shift], taps[:, :, 2 - shift : 3 - shift, shift:])
             out[..., :-shift].addcmul_(rows[..., shift:], taps[:, :, 2 + shift : 3 + shift, :-shift])

@@ -25,9 +25,7 @@ class OptimSettings(Section):
     start_lr: NonNegativeFloat = 0.0  # at step 0, when there is a warm-up
     final_lr: NonNegativeFloat = 0.0003  # at the end of the cosine
     warmup_steps: NonNegativeInt = 0
-    cosine_from: Literal["warmup", "start"] = (
-        "warmup"  # its end, as official SwAV; or the run's start, as VISSL and SEER
-    )
+    cosine_from: Literal["warmup", "start"] = "warmup"  # its end, as official SwAV; start: the run's, as SEER
     weight_decay: NonNegativeFloat = 1e-6  # on all parameters, batch norm and biases too
     momentum: float = Field(0.9, ge=0, lt=1)  # larc only
     trust: PositiveFloat = 1e-3  # larc only: its eta

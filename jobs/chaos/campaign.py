@@ -19,7 +19,7 @@ from typing import Any
 from data_shards.errors import UserError
 from data_shards.pack import PackSettings, pack
 from data_shards.store import Store
-from jobs import local_s3, local_slurm, photos
+from jobs import cluster, local_s3, local_slurm, photos
 from jobs.chaos.faults import FAULTS
 from jobs.chaos.proxy import Proxy
 from jobs.chaos.trial import SETTINGS, Scene, Trial
@@ -66,10 +66,7 @@ def scene(folder: Path, config: Config) -> Iterator[Scene]:
 
 def down(folder: Path) -> None:
     """Stop what runs for a campaign in that folder, also for one that was killed; what is not there is passed over."""
-    if (folder / "slurm").is_dir():
-        local_slurm.stop_slurm(folder / "slurm")
-    if (folder / "s3").is_dir():
-        local_s3.stop_s3(folder / "s3")
+    cluster.down(folder)
     if (disk := folder / "disk").is_mount():
         subprocess.run(["umount", "-l", str(disk)], capture_output=True, check=False)
 

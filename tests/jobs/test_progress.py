@@ -7,11 +7,7 @@ from pathlib import Path
 import pytest
 
 from jobs.progress import CLEAR, Progress
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
+from tests.jobs.test_pack_verb import Terminal
 
 
 def write_rows(run_dir: Path, last: int) -> None:
